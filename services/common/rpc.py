@@ -1,0 +1,145 @@
+"""A service's gRPC server: health, reflection, typed errors, and a graceful end. And channels between services."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from services.common.errors import Internal, ShoalError, to_status
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+SERVER_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two processes on one port would share its connections silently; a port that is taken shall be an error.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Turns a ShoalError into its gRPC status, and anything else into INTERNAL, logged. The only place that aborts."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Wrap the handler, by its kind of call."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            wrapped = _streaming(handler.stream_stream if handler.request_streaming else handler.unary_stream)
+            kind = grpc.stream_stream_rpc_method_handler if handler.request_streaming else None
+            factory = kind or grpc.unary_stream_rpc_method_handler
+        else:
+            wrapped = _unary(handler.stream_unary if handler.request_streaming else handler.unary_unary)
+            kind = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
+            factory = kind or grpc.unary_unary_rpc_method_handler
+        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+def _unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
+            await _abort(error, context)
+
+    return call
+
+
+def _streaming(method: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
+            await _abort(error, context)
+
+    return call
+
+
+async def _abort(error: Exception, context: Any) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, ShoalError):
+        logger.error("a call failed by a defect", exc_info=error)
+        error = Internal("an internal error; it is in the service's log", reason="INTERNAL")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+class Server:
+    """An aio gRPC server and its health. `grpc` is the server to register servicers on."""
+
+    def __init__(self, service_names: Sequence[str], extra_options: Sequence[tuple[str, int]] = ()) -> None:
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*SERVER_OPTIONS, *extra_options])
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._names = ["", *service_names]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        reflection.enable_server_reflection([*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc)
+
+    async def start(self, listen: str) -> str:
+        """Listen on `host:port` (port 0: any) and serve. Returns the address. Raises OSError if the port is taken."""
+        host = listen.rpartition(":")[0]
+        try:
+            port = self.grpc.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise OSError(f"can't listen on {listen}: is the port taken? Choose another, or 0 for any") from error
+        await self.grpc.start()
+        await self.set_serving(True)
+        return f"{host}:{port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks whether to send work here."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give open ones `grace_s`, then end them."""
+        await self.set_serving(False)
+        await self.grpc.stop(grace_s)
+
+
+@asynccontextmanager
+async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to another service, closed at the end."""
+    opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    try:
+        yield opened
+    finally:
+        await opened.close(None)
+
+
+def termination() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets: the start of a graceful end."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def announce(kind: str, address: str, **more: object) -> None:
+    """Print the one JSON line on standard output that says a process is ready (again, after each change of `more`)."""
+    print(json.dumps({"kind": kind, "address": address, "pid": os.getpid(), **more}), flush=True)
+    sys.stdout.flush()
