@@ -1,0 +1,147 @@
+"""The client of Redis, and what can go wrong with it.
+
+StoreError
+├── StoreUnavailable   Redis cannot be reached, timed out, or is not (yet) a writable master
+├── StoreFull          Redis is at its memory limit: nothing was written
+├── Recovering         Redis restarted, and the leader has not finished recovery: nothing was written
+└── StoreUnfit         Redis is not set up as Shoal needs it; the text says what to do
+"""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+Argument = str | bytes | int
+"""What a command or a script can be given."""
+
+SOCKET_TIMEOUT_S = 5.0
+"""Longest wait for a reply, and for a free connection."""
+MAX_BLOCK_MS = 2_000
+"""Longest that a blocking read waits in the server: far enough below the socket's timeout."""
+MAX_CONNECTIONS = 64
+"""A process' connections; a blocking read holds one while it waits."""
+CONNECT_ATTEMPTS = 5
+CONNECT_BACKOFF_S = 0.2
+"""Before the second attempt; doubles."""
+
+_NOT_SERVING = ("READONLY", "MASTERDOWN", "LOADING", "MISCONF", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "UNKILLABLE")
+
+
+class StoreError(Exception):
+    """Base of all that the store raises, but for ValueErrors and defects."""
+
+
+class StoreUnavailable(StoreError):
+    """Redis could not be reached, or does not serve now. Whether a move was made is unknown: retry within bounds."""
+
+
+class StoreFull(StoreError):
+    """Redis is at its memory limit. Nothing was written. Only new work is refused so; accepted work goes on."""
+
+
+class Recovering(StoreError):
+    """Redis restarted, and the pool's leader has not finished recovery. Nothing was written; retry."""
+
+
+class StoreUnfit(StoreError):
+    """Redis is reached, but not set up as Shoal needs it. Waiting does not help; the text says what to do."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise this module's errors in place of redis-py's. Other replies of error are defects and pass unchanged."""
+    try:
+        yield
+    except exceptions.OutOfMemoryError as error:
+        raise StoreFull(f"Redis is at its memory limit: {error}. Raise maxmemory, or let requests end") from error
+    except exceptions.AuthenticationError as error:
+        raise StoreUnfit(f"Redis refuses the credentials: {error}. Give user and password in the URL") from error
+    except (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError, OSError) as error:
+        raise StoreUnavailable(f"Redis cannot be used now: {error or type(error).__name__}") from error
+    except exceptions.ResponseError as error:
+        text = str(error)
+        if text.startswith("RECOVERING"):
+            raise Recovering("Redis restarted, and recovery is not finished: retry") from error
+        if text.startswith("OOM"):
+            raise StoreFull(f"Redis is at its memory limit: {text}. Raise maxmemory, or let requests end") from error
+        if text.startswith(_NOT_SERVING):
+            raise StoreUnavailable(f"Redis does not serve now: {text}") from error
+        raise
+
+
+async def command(redis: Redis, *arguments: Argument) -> Any:
+    """Send one command and return its reply. Raises StoreError."""
+    with translated():
+        return await redis.execute_command(*arguments)  # type: ignore[no-untyped-call]
+
+
+async def connect(url: str) -> Redis:
+    """A client of the Redis at `url`, once it has answered and is found fit; close it with `aclose()`.
+
+    It never repeats a command by itself: the callers decide. Tries CONNECT_ATTEMPTS times, about 3 s when refused at
+    once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction and scripts work.
+    """
+    redis = Redis.from_pool(
+        BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=SOCKET_TIMEOUT_S,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            protocol=3,
+        )
+    )
+    try:
+        await _await_answer(redis)
+        await _check_fitness(redis)
+    except BaseException:
+        await redis.aclose()
+        raise
+    return redis
+
+
+async def _await_answer(redis: Redis) -> None:
+    for attempt in range(CONNECT_ATTEMPTS):
+        try:
+            await command(redis, "PING")
+            return
+        except StoreUnavailable:
+            if attempt == CONNECT_ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
+
+
+async def _check_fitness(redis: Redis) -> None:
+    with translated():
+        try:
+            policy = (await redis.info("memory")).get("maxmemory_policy") or (
+                await redis.config_get("maxmemory-policy")
+            ).get("maxmemory-policy")
+            run_id = await redis.execute_command("EVAL", _PROBE, 1, "{shoal}:probe")  # type: ignore[no-untyped-call]
+        except exceptions.ResponseError as error:
+            if str(error).startswith(_NOT_SERVING):
+                raise
+            raise StoreUnfit(
+                f"Redis cannot run Shoal's scripts: {error}. Needed: Redis 7.0 or newer, or Valkey, with EVAL, INFO "
+                "and CONFIG GET allowed to this user"
+            ) from error
+    if policy != "noeviction":
+        raise StoreUnfit(
+            f"Redis' maxmemory-policy is {policy}: accepted requests could be evicted. Set it: CONFIG SET "
+            "maxmemory-policy noeviction, and in the server's configuration"
+        )
+    if not run_id:
+        raise StoreUnfit("Redis' INFO server has no run_id in scripts: use Redis 7.0 or newer, or Valkey")
+
+
+_PROBE = """#!lua flags=no-writes
+redis.call('EXISTS', KEYS[1])
+return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+"""

@@ -1,0 +1,62 @@
+"""Names of all keys in Redis.
+
+Every key of a pool carries the hash tag `{<pool>}`, so that they share one slot and one script may touch all of them.
+Scripts get the prefix and build the rest as here: `lua/prelude.lua` mirrors this module, and a test compares the two.
+"""
+
+import re
+
+from services.common.ids import RequestKey, WorkerId
+
+_POOL_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
+
+
+class Keys:
+    """Keys of one pool. Raises ValueError for a pool's name outside `[A-Za-z0-9._-]{1,200}`."""
+
+    def __init__(self, pool: str) -> None:
+        if not _POOL_NAME.fullmatch(pool):
+            raise ValueError(f"pool name {pool!r}: only 1 to 200 of A-Z a-z 0-9 . _ - are possible")
+        self.prefix = f"{{{pool}}}:"
+        self.intake = f"{self.prefix}intake"
+        """Stream of queued requests."""
+        self.events = f"{self.prefix}events"
+        """Stream of workers' reports and freed reservations."""
+        self.leader = f"{self.prefix}leader"
+        """The current leader's fence `<epoch>:<holder>`; expires."""
+        self.epoch = f"{self.prefix}epoch"
+        """Highest epoch given so far."""
+        self.generation = f"{self.prefix}generation"
+        """Run id of the server whose data was recovered last."""
+        self.workers = f"{self.prefix}workers"
+        """Set of worker ids."""
+
+    def request(self, key: RequestKey) -> str:
+        """Hash: the record, but for its journal."""
+        return f"{self.prefix}request:{key}"
+
+    def journal(self, key: RequestKey, choice: int) -> str:
+        """String: tokens of one choice, 4 bytes each, little-endian."""
+        return f"{self.prefix}journal:{key}:{choice}"
+
+    def inbox(self, worker: WorkerId) -> str:
+        """Stream of what a worker is told."""
+        return f"{self.prefix}inbox:{worker}"
+
+    def worker(self, worker: WorkerId) -> str:
+        """String: a fleet.v1.WorkerInfo; expires."""
+        return f"{self.prefix}worker:{worker}"
+
+    def recovery(self, run_id: str) -> str:
+        """Hash: holder -> fleet.v1.Holdings, for the recovery of one server run; expires."""
+        return f"{self.prefix}recovery:{run_id}"
+
+
+def id_key(tenant: str, request_id: str) -> str:
+    """String: the pool that owns a tenant's request id. Outside pools. Neither part holds a `/`, so no two collide."""
+    return f"id:{tenant}/{request_id}"
+
+
+def gateway_key(address: str) -> str:
+    """String: exists while the gateway at this fleet address beats. Outside pools."""
+    return f"gateway:{address}"

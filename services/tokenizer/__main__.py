@@ -1,0 +1,69 @@
+"""Starts the tokenizer: `python -m services.tokenizer`."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from services.common import log
+from services.common.config import parse
+from services.common.model.errors import ModelFileError
+from services.common.model.gguf import read_gguf
+from services.common.model.location import default_model_path
+from services.common.rpc import Server, announce, termination
+from services.tokenizer.config import TokenizerConfig
+from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
+from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parse the configuration, print it, and serve until SIGTERM."""
+    parsed = parse(TokenizerConfig, "tokenizer")
+    log.configure("tokenizer", parsed.config.log_level)
+    logger.info("configuration", extra={"configuration": parsed.describe()})
+    problems: list[str] = []
+    try:
+        asyncio.run(_serve(parsed.config))
+    except* (ModelFileError, PoolStartError, OSError) as errors:
+        problems = _problems(errors)
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+async def _serve(config: TokenizerConfig) -> None:
+    stop = termination()
+    model_path = Path(config.model_path) if config.model_path else default_model_path()
+    pool = Pool(model_path, _limits(config))
+    service = TokenizerService(pool, describe_model(read_gguf(model_path), config.pool), config.max_input_bytes)
+    server = Server([SERVICE_NAME])
+    server.grpc.add_generic_rpc_handlers((handlers(service),))
+    async with asyncio.TaskGroup() as tasks:
+        running_pool = tasks.create_task(pool.run())
+        await pool.ready.wait()
+        announce("tokenizer", await server.start(config.listen))
+        await stop.wait()
+        await server.stop(config.stop_grace_ms / 1000)
+        running_pool.cancel()
+
+
+def _problems(errors: BaseExceptionGroup[Exception]) -> list[str]:
+    """Each error's own words: groups of tasks nest them."""
+    problems: list[str] = []
+    for error in errors.exceptions:
+        problems += _problems(error) if isinstance(error, BaseExceptionGroup) else [f"tokenizer: {error}"]
+    return problems
+
+
+def _limits(config: TokenizerConfig) -> PoolLimits:
+    return PoolLimits(
+        num_processes=config.num_processes,
+        max_queued_jobs=config.max_queued_inputs,
+        max_queued_bytes=config.max_queued_bytes,
+        job_limit_s=config.input_limit_ms / 1000,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Work that waits for a process: bounded, first come first served, but short inputs need not wait for long ones."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from services.common.errors import Exhausted
+from services.tokenizer.frames import Operation
+
+# Encoding this much takes about 15 ms. At most all processes but one work at longer inputs.
+LONG_INPUT_BYTES = 1 << 16
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call's work. The pool alone changes `attempts` and resolves `answer`; the caller may cancel it."""
+
+    operation: Operation
+    payload: bytes
+    answer: asyncio.Future[bytes]
+    attempts: int = 0
+
+    @property
+    def is_long(self) -> bool:
+        """Whether only some of the processes may work at it."""
+        return len(self.payload) > LONG_INPUT_BYTES
+
+
+class JobQueue:
+    """Jobs in order of arrival. One pool owns it, and all its uses are in one event loop."""
+
+    def __init__(self, max_jobs: int, max_bytes: int) -> None:
+        self._max_jobs = max_jobs
+        self._max_bytes = max_bytes
+        self._jobs: deque[Job] = deque()
+        self._num_bytes = 0
+        self._bells: list[asyncio.Future[None]] = []
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def put(self, job: Job, retry_after_ms: int) -> None:
+        """Add a job at the end. Raises Exhausted, with the given hint, if the queue is full."""
+        if len(self._jobs) >= self._max_jobs or self._num_bytes + len(job.payload) > self._max_bytes:
+            raise Exhausted(
+                f"the tokenizer is busy: {len(self._jobs)} inputs of {self._num_bytes} bytes wait, of at most "
+                f"{self._max_jobs} and {self._max_bytes} bytes; come back in {retry_after_ms} ms",
+                reason="TOKENIZER_FULL",
+                retry_after_ms=retry_after_ms,
+            )
+        self._jobs.append(job)
+        self._added(job)
+
+    def put_back(self, job: Job) -> None:
+        """Add a job that was taken before at the front, beyond the limits: it was within them once."""
+        self._jobs.appendleft(job)
+        self._added(job)
+
+    async def take(self, long_too: bool, gone: asyncio.Future[int]) -> Job | None:
+        """Remove the oldest job, or the oldest that is not long, once there is one. None once `gone` is done."""
+        while not gone.done():
+            for job in self._jobs:
+                if long_too or not job.is_long:
+                    self.forget(job)
+                    return job
+            bell = asyncio.get_running_loop().create_future()
+            self._bells.append(bell)
+            await asyncio.wait({bell, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return None
+
+    def forget(self, job: Job) -> None:
+        """Remove a job if it still waits."""
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self._num_bytes -= len(job.payload)
+
+    def _added(self, job: Job) -> None:
+        self._num_bytes += len(job.payload)
+        bells, self._bells = self._bells, []
+        for bell in bells:
+            if not bell.done():
+                bell.set_result(None)

@@ -1,0 +1,57 @@
+"""One process of the pool: reads the model's file, then answers one frame at a time until the front is gone.
+
+Started by the pool as `python -m services.tokenizer.pool_process <socket's file descriptor> <model's path>`.
+"""
+
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import BinaryIO
+
+from services.common.model.errors import ModelFileError
+from services.common.model.gguf import read_gguf
+from services.tokenizer.encoding import InputError, TextCodec
+from services.tokenizer.frames import HEADER, Answer, Operation, frame
+
+
+def main(arguments: list[str]) -> None:
+    """Serve the front at the other end of the socket. Exits with status 1 if the model cannot be used."""
+    # The front decides when the pool ends: a signal to the whole process group must not cut off its last answers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    descriptor, model_path = arguments
+    with socket.socket(fileno=int(descriptor)) as link, link.makefile("rb") as requests:
+        try:
+            codec = TextCodec(read_gguf(Path(model_path)))
+        except ModelFileError as error:
+            sys.exit(f"tokenizer: {error}")
+        link.sendall(frame(Answer.READY, b""))
+        _serve(link, requests, codec)
+
+
+def _serve(link: socket.socket, requests: BinaryIO, codec: TextCodec) -> None:
+    while len(header := requests.read(HEADER.size)) == HEADER.size:
+        num_bytes, code = HEADER.unpack(header)
+        payload = requests.read(num_bytes)
+        if len(payload) < num_bytes:
+            return
+        try:
+            link.sendall(_answer(codec, Operation(code), payload))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _answer(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
+    try:
+        done = codec.encode(payload) if operation is Operation.ENCODE else codec.decode(payload)
+        return frame(Answer.DONE, done)
+    except InputError as error:
+        return frame(Answer.REFUSED, f"{error.field}\n{error.problem}".encode(errors="replace"))
+    except Exception:  # noqa: BLE001 - the boundary: the front answers INTERNAL and logs it
+        return frame(Answer.FAILED, traceback.format_exc().encode(errors="replace"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,80 @@
+"""TokenizerService: hands each input to the pool, as the bytes it came in.
+
+The front neither parses nor builds what depends on a text's length: that alone would block its event loop for over 5 ms
+at a megabyte. So its handlers are registered on bytes instead of through the generated servicer.
+"""
+
+from dataclasses import dataclass
+
+import grpc
+
+from gen.shoal.fleet.v1 import tokenizer_pb2
+from services.common.errors import InvalidRequest
+from services.common.model.gguf import GgufFile
+from services.common.text.vocabulary import read_vocabulary
+from services.tokenizer.frames import Operation
+from services.tokenizer.pool import Pool
+
+SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerService:
+    """The RPCs of TokenizerService."""
+
+    pool: Pool
+    description: tokenizer_pb2.DescribeResponse
+    max_input_bytes: int
+
+    async def encode(self, payload: bytes, context: Context) -> bytes:
+        """Render and encode one input. Raises InvalidRequest, and what the pool raises."""
+        return await self._submit(Operation.ENCODE, payload)
+
+    async def decode(self, payload: bytes, context: Context) -> bytes:
+        """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""
+        return await self._submit(Operation.DECODE, payload)
+
+    async def describe(
+        self, request: tokenizer_pb2.DescribeRequest, context: Context
+    ) -> tokenizer_pb2.DescribeResponse:
+        """Return the model's facts."""
+        return self.description
+
+    async def _submit(self, operation: Operation, payload: bytes) -> bytes:
+        if len(payload) > self.max_input_bytes:
+            raise InvalidRequest(
+                f"the input has {len(payload)} bytes; the most is {self.max_input_bytes}",
+                reason="INPUT_TOO_LONG",
+                field="input",
+            )
+        return await self.pool.submit(operation, payload)
+
+
+def describe_model(file: GgufFile, name: str) -> tokenizer_pb2.DescribeResponse:
+    """Gather the facts of a model that is served by the given name. Raises ModelFileError if one is missing."""
+    architecture = file.require("general.architecture", str)
+    vocabulary = read_vocabulary(file)
+    return tokenizer_pb2.DescribeResponse(
+        model=name,
+        context_tokens=file.require(f"{architecture}.context_length", int),
+        vocabulary_tokens=vocabulary.num_tokens,
+        end_token_ids=vocabulary.end_token_ids,
+    )
+
+
+def handlers(service: TokenizerService) -> "grpc.GenericRpcHandler[bytes, bytes]":
+    """The service, for `add_generic_rpc_handlers`."""
+    return grpc.method_handlers_generic_handler(
+        SERVICE_NAME,
+        {
+            "Encode": grpc.unary_unary_rpc_method_handler(service.encode),
+            "Decode": grpc.unary_unary_rpc_method_handler(service.decode),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                service.describe,
+                request_deserializer=tokenizer_pb2.DescribeRequest.FromString,
+                response_serializer=tokenizer_pb2.DescribeResponse.SerializeToString,
+            ),
+        },
+    )

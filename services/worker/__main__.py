@@ -1,0 +1,64 @@
+"""Start a worker: its front here, its engine as a child process."""
+
+import asyncio
+import json
+import logging
+
+import uvloop
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.common import log, rpc
+from services.common.config import Parsed, parse
+from services.common.model.gguf import read_gguf
+from services.common.store.connection import connect
+from services.common.text.vocabulary import read_vocabulary
+from services.worker.config import WorkerConfig
+from services.worker.front.engine_client import EngineClient
+from services.worker.front.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(parsed: Parsed[WorkerConfig]) -> None:
+    """Run until SIGTERM, or until the fleet drained this worker."""
+    config = parsed.config
+    logger.info("starting", extra={"config": parsed.describe()})
+    vocabulary = read_vocabulary(read_gguf(config.model_path))
+    redis = await connect(config.redis_url)
+    server = rpc.Server([])
+    address = await server.start(config.listen)
+    tasks: set[asyncio.Task[None]] = set()
+
+    def on_engine(engine: EngineClient | None) -> None:
+        task = asyncio.ensure_future(server.set_serving(engine is not None))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        if engine:
+            rpc.announce("worker", address, engine_pid=engine.pid)
+
+    await server.set_serving(False)
+    worker = asyncio.create_task(Worker(config, redis, vocabulary, address, on_engine, _print_loading).run())
+    stop = asyncio.create_task(rpc.termination().wait())
+    await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
+    # A cancelled session hands over what it holds, and ends its engine.
+    worker.cancel()
+    await asyncio.wait({worker})
+    await server.stop(0)
+    await redis.aclose()
+    if not worker.cancelled():
+        worker.result()
+
+
+def _print_loading(loading: engine_pb2.EngineLoading) -> None:
+    print(json.dumps({"kind": "worker", "loading": loading.stage, "fraction": round(loading.fraction, 2)}), flush=True)
+
+
+def main() -> None:
+    """Read the configuration and run."""
+    parsed = parse(WorkerConfig, "worker")
+    log.configure("worker", parsed.config.log_level)
+    uvloop.run(serve(parsed))
+
+
+if __name__ == "__main__":
+    main()

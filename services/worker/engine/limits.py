@@ -1,0 +1,21 @@
+"""What one engine can hold, fixed at its start."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Capacity of an engine; reported to the front as EngineReady."""
+
+    num_blocks: int
+    block_size_tokens: int
+    max_sequences: int
+    """Most sequences that hold blocks, and so most in a step."""
+    max_prefill_tokens_per_step: int
+    context_tokens: int
+    """Most tokens of prompt and answer together."""
+    vocabulary_size: int
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Return how many blocks hold this many tokens."""
+        return -(-num_tokens // self.block_size_tokens)

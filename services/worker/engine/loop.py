@@ -1,0 +1,108 @@
+"""The engine's loop: take messages, plan, run, deliver."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
+from services.worker.engine.sequence import SequenceId
+from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_time import StepTimeModel
+
+Clock = Callable[[], float]
+"""Milliseconds that never go back."""
+
+
+class FrontChannel(Protocol):
+    """The engine's connection to its front."""
+
+    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
+        """Return all commands that came, waiting for the first one at most `timeout_ms` (None: as long as it takes).
+
+        Raises FrontGoneError if the front has closed its end.
+        """
+        ...
+
+    def send(self, event: engine_pb2.EngineEvent) -> None:
+        """Send an event; blocks while the front does not read. Raises FrontGoneError if it has closed its end."""
+        ...
+
+
+class FrontGoneError(Exception):
+    """The front has closed its end: it died, and nobody is left to compute for."""
+
+
+class EngineLoop:
+    """One engine's steps, until the front says Shutdown or goes."""
+
+    def __init__(self, planner: Planner, runner: Runner, front: FrontChannel, clock: Clock) -> None:
+        self._planner = planner
+        self._runner = runner
+        self._front = front
+        self._clock = clock
+        self._step_time = StepTimeModel()
+
+    def run(self) -> None:
+        """Make steps while there is work, else wait for the front. Returns after Shutdown.
+
+        Raises FrontGoneError; whatever else is raised in a step ends the engine, since the cache's content is unknown
+        after it.
+        """
+        plan: StepPlan | None = None
+        while self._obey(self._front.take(0 if plan else self._idle_ms())):
+            self._planner.expire(self._clock())
+            plan = self._planner.plan()
+            if plan:
+                self._run_step(plan)
+            else:
+                self._deliver_ended()
+
+    def _run_step(self, plan: StepPlan) -> None:
+        begins = engine_pb2.StepBegins(
+            step=plan.step,
+            predicted_ms=max(1, round(self._step_time.predict_ms(plan))),
+            sequence_ids=[chunk.sequence_id for chunk in plan.chunks],
+        )
+        self._front.send(engine_pb2.EngineEvent(begins=begins))
+        began_ms = self._clock()
+        result = self._runner.launch(plan).result()
+        took_ms = self._clock() - began_ms
+        self._step_time.observe(plan, took_ms)
+        outputs = self._planner.take_ended() + self._planner.complete(plan, result)
+        self._deliver(plan.step, took_ms, outputs)
+
+    def _deliver_ended(self) -> None:
+        """Report ends that no step brought under the number of the last step, which took no time this time."""
+        if outputs := self._planner.take_ended():
+            self._deliver(self._planner.num_steps, 0.0, outputs)
+
+    def _deliver(self, step: int, took_ms: float, outputs: list[engine_pb2.SequenceOutput]) -> None:
+        done = engine_pb2.StepDone(
+            step=step,
+            took_us=round(took_ms * 1000),
+            outputs=outputs,
+            free_blocks=self._planner.num_free_blocks,
+            waiting_prefill_tokens=self._planner.waiting_prefill_tokens,
+        )
+        self._front.send(engine_pb2.EngineEvent(done=done))
+
+    def _obey(self, commands: list[engine_pb2.EngineCommand]) -> bool:
+        """Carry out commands in their order. False: the front wants the engine to stop."""
+        for command in commands:
+            match command.WhichOneof("command"):
+                case "add":
+                    self._planner.add(command.add, self._clock())
+                case "abort":
+                    self._planner.abort(SequenceId(command.abort.sequence_id))
+                case "release":
+                    release = command.release
+                    self._planner.release(SequenceId(release.sequence_id), release.forced_token_ids)
+                case "shutdown":
+                    return False
+        return True
+
+    def _idle_ms(self) -> float | None:
+        """How long nothing can happen by itself: until a sequence expires."""
+        deadline_ms = self._planner.next_deadline_ms
+        return None if deadline_ms is None else max(0.0, deadline_ms - self._clock())

@@ -1,0 +1,25 @@
+"""The seam between planning and computing: the loop knows a runner only by this."""
+
+from typing import Protocol
+
+from services.worker.engine.step_plan import StepPlan, StepResult
+
+
+class RunningStep(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled. Called once."""
+        ...
+
+
+class Runner(Protocol):
+    """Computes steps over a paged KV cache: in this process, on a GPU, or on several ranks at once."""
+
+    def launch(self, plan: StepPlan) -> RunningStep:
+        """Begin a step and return, on a GPU before it is done.
+
+        Steps run in order of launch. An exception, here or in `result`, ends the engine: the cache's content is
+        unknown after it.
+        """
+        ...

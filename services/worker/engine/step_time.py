@@ -1,0 +1,76 @@
+"""How long a step will take, learned from the steps before."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from services.worker.engine.step_plan import StepPlan
+
+# A step keeps this share of its weight with each later one: the last hundred or so count.
+MEMORY = 0.99
+
+
+class StepTimeCoefficients(NamedTuple):
+    """A step's ms = fixed_ms + ms_per_token * tokens + ms_per_attended_token * attended tokens."""
+
+    fixed_ms: float = 30.0
+    ms_per_token: float = 1.0
+    ms_per_attended_token: float = 0.0005
+
+
+INITIAL = StepTimeCoefficients()
+
+
+class StepTimeModel:
+    """Predicts a step's time; fitted to the time that steps took.
+
+    Least squares on relative errors with exponentially forgotten steps, held to the coefficients it began with as if
+    those had been measured once: so a thousand equal decode steps do not make it forget what prefill costs. Only its
+    owner, the loop, changes it.
+    """
+
+    def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
+        self._initial = initial
+        # Normal equations in units of the initial coefficients, where every one of them is 1.
+        self._products = [[0.0] * 3 for _ in range(3)]
+        self._targets = [0.0] * 3
+        self.coefficients = initial
+
+    def predict_ms(self, plan: StepPlan) -> float:
+        """Return the expected time of a step, ms."""
+        return sum(
+            feature * coefficient for feature, coefficient in zip(_features(plan), self.coefficients, strict=True)
+        )
+
+    def observe(self, plan: StepPlan, took_ms: float) -> None:
+        """Learn from a step. A few microseconds, whatever the plan's size."""
+        took_ms = max(took_ms, 0.001)
+        row = [f * c / took_ms for f, c in zip(_features(plan), self._initial, strict=True)]
+        for i in range(3):
+            self._targets[i] = MEMORY * self._targets[i] + row[i]
+            for j in range(3):
+                self._products[i][j] = MEMORY * self._products[i][j] + row[i] * row[j]
+        held = [[value + (i == j) for j, value in enumerate(line)] for i, line in enumerate(self._products)]
+        scales = _solve(held, [value + 1 for value in self._targets])
+        # A negative cost is an artefact of noise: it would predict that more work takes less time.
+        self.coefficients = StepTimeCoefficients(
+            *(max(scale, 0.0) * c for scale, c in zip(scales, self._initial, strict=True))
+        )
+
+
+def _features(plan: StepPlan) -> tuple[float, float, float]:
+    return 1.0, float(plan.num_tokens), float(plan.num_attended_tokens)
+
+
+def _solve(matrix: list[list[float]], vector: Sequence[float]) -> list[float]:
+    """Solve a symmetric, positive definite system by elimination (no pivoting is needed for such)."""
+    rows = [[*line, value] for line, value in zip(matrix, vector, strict=True)]
+    for i, pivot in enumerate(rows):
+        for row in rows[i + 1 :]:
+            factor = row[i] / pivot[i]
+            for j in range(i, len(row)):
+                row[j] -= factor * pivot[j]
+    solution = [0.0] * len(rows)
+    for i in reversed(range(len(rows))):
+        known = sum(rows[i][j] * solution[j] for j in range(i + 1, len(rows)))
+        solution[i] = (rows[i][-1] - known) / rows[i][i]
+    return solution

@@ -1,0 +1,54 @@
+"""What a front tells its engine at start."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """An engine's flags: each field is required, under its name."""
+
+    fd: int = field(metadata={"help": "the engine's end of a pair of connected stream sockets"})
+    model: Path = field(metadata={"help": "a GGUF file"})
+    kv_cache_bytes: int = field(metadata={"help": "memory of the KV cache, taken at start"})
+    block_size_tokens: int = field(metadata={"help": "token slots a block"})
+    max_sequences: int = field(metadata={"help": "most sequences in a step"})
+    max_prefill_tokens_per_step: int = field(metadata={"help": "most prompt tokens in a step"})
+    threads: int = field(metadata={"help": "threads that compute"})
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None) -> "EngineConfig":
+        """Read flags (None: the process's own). Exits with status 2 if one is missing, unknown or out of range."""
+        parser = argparse.ArgumentParser(prog="python -m services.worker.engine_process", description=cls.__doc__)
+        for declared in fields(cls):
+            parser.add_argument(
+                _flag(declared.name),
+                type=Path if declared.type is Path else _whole_number if declared.name == "fd" else _positive,
+                required=True,
+                help=declared.metadata["help"],
+            )
+        return cls(**vars(parser.parse_args(arguments)))
+
+    def arguments(self) -> list[str]:
+        """Return the flags that `parse` reads back."""
+        return [text for declared in fields(self) for text in (_flag(declared.name), str(getattr(self, declared.name)))]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _whole_number(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value

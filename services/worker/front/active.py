@@ -1,0 +1,178 @@
+"""A request that this worker holds: one attempt, its sequences in the engine, its text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.record.run import Frame, Run
+from services.common.store.streams import Start
+from services.common.text.stop import StopText, stop_texts
+from services.common.text.text_stream import TextStream
+from services.common.text.vocabulary import Vocabulary
+
+Reason = inference_pb2.FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceEnd:
+    """How a choice ended. `hidden`: its last token ended it by its id, and shows no text."""
+
+    reason: Reason.ValueType
+    hidden: bool
+
+
+class _Choice:
+    """One choice: its text, token by token, so that a stream can go on at any index."""
+
+    __slots__ = ("_stream", "end", "pieces", "sequence_id")
+
+    def __init__(self, sequence_id: int, vocabulary: Vocabulary, stops: tuple[StopText, ...]) -> None:
+        self.sequence_id = sequence_id
+        self.pieces: list[str] = []
+        self.end: ChoiceEnd | None = None
+        self._stream = TextStream(vocabulary, stops)
+
+    def feed(self, token: int) -> bool:
+        """Add one token's text. True: it completed a stop text, which ends the choice."""
+        piece = self._stream.feed((token,))
+        self.pieces.append(piece.text)
+        if piece.stopped_at is None:
+            return False
+        self.end = ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=False)
+        return True
+
+    def finish(self, end: ChoiceEnd) -> None:
+        """No token follows: what was held back belongs to the last token's text."""
+        self.end = end
+        rest = self._stream.end()
+        if self.pieces:
+            self.pieces[-1] += rest
+
+
+class ActiveRequest:
+    """A request on this worker. Changed only by the session, one call at a time."""
+
+    def __init__(self, start: Start, vocabulary: Vocabulary, sequence_ids: Sequence[int], now_s: float) -> None:
+        """`sequence_ids`: one for each choice. `now_s`: the front's monotonic clock."""
+        self.run = Run(start.key, start.attempt, start.gateway, start.reader, start.journal)
+        self.payload = start.payload
+        self.suspect_until = start.suspect_until
+        self.cached_tokens = 0
+        self.ending = False
+        """Its end is being written: nothing more is taken for it."""
+        self.announced = False
+        """The record has been told that it runs here."""
+        self._placed_ms = max(0, start.placed_at_ms - start.accepted_at_ms)
+        self._started_s = now_s
+        self._first_token_s: float | None = None
+        stops = stop_texts(self.payload.stop)
+        self.choices = [_Choice(sequence_id, vocabulary, stops) for sequence_id in sequence_ids]
+        for choice, tokens in enumerate(start.journal):
+            self._take_known(choice, tokens)
+
+    def sequences(self, remaining_ms: int) -> list[engine_pb2.AddSequence]:
+        """What the engine is given: each choice that has not ended."""
+        return [
+            engine_pb2.AddSequence(
+                sequence_id=choice.sequence_id,
+                payload=self.payload,
+                choice=number,
+                known_token_ids=self.run.known[number],
+                held=not self.run.sampling,
+                remaining_ms=remaining_ms,
+                alone_until_tokens=self.suspect_until,
+            )
+            for number, choice in enumerate(self.choices)
+            if choice.end is None
+        ]
+
+    def forced(self, tokens: Sequence[Sequence[int]]) -> None:
+        """The reader holds these beyond what was known (`run.resume` has noted them): their text is taken along."""
+        for choice, forced in enumerate(tokens):
+            self._take_known(choice, forced)
+
+    def sampled(self, choice: int, output: engine_pb2.SequenceOutput, now_s: float) -> bool:
+        """Take an engine's output. True: a stop text ended the choice, and the engine does not know."""
+        state = self.choices[choice]
+        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if output.token_ids and self._first_token_s is None:
+            self._first_token_s = now_s
+        hidden = output.end == engine_pb2.SEQUENCE_END_STOP_TOKEN
+        for position, token in enumerate(output.token_ids):
+            self.run.sampled(choice, (token,))
+            if hidden and position == len(output.token_ids) - 1:
+                state.pieces.append("")
+            elif state.feed(token):
+                return output.end == engine_pb2.SEQUENCE_END_UNSPECIFIED
+        if output.end == engine_pb2.SEQUENCE_END_STOP_TOKEN:
+            state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=True))
+        elif output.end == engine_pb2.SEQUENCE_END_LENGTH:
+            state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_LENGTH, hidden=False))
+        return False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has ended."""
+        return all(choice.end for choice in self.choices)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known of the longest choice."""
+        return max(len(known) for known in self.run.known)
+
+    def token_frames(self) -> list[delivery_pb2.TokenFrame]:
+        """What the reader has not been sent, as messages."""
+        return [self._token_frame(frame) for frame in self.run.frames()]
+
+    def outcome(self, now_s: float) -> request_pb2.Outcome:
+        """The end as the record keeps it, of a request whose every choice has ended or which is cut off now."""
+        cut = ChoiceEnd(inference_pb2.FINISH_REASON_CANCELLED, hidden=False)
+        ends = [choice.end or cut for choice in self.choices]
+        return request_pb2.Outcome(
+            reasons=[end.reason for end in ends],
+            last_token_hidden=[end.hidden for end in ends],
+            usage=inference_pb2.Usage(
+                prompt_tokens=len(self.payload.prompt_token_ids),
+                cached_tokens=self.cached_tokens,
+                completion_tokens=sum(len(known) for known in self.run.known),
+            ),
+            timings=inference_pb2.Timings(
+                placed_ms=self._placed_ms,
+                first_token_ms=self._since_acceptance_ms(self._first_token_s or now_s),
+                finished_ms=self._since_acceptance_ms(now_s),
+            ),
+        )
+
+    def _since_acceptance_ms(self, at_s: float) -> int:
+        return self._placed_ms + round((at_s - self._started_s) * 1000)
+
+    def _take_known(self, choice: int, tokens: Sequence[int]) -> None:
+        """Tokens of earlier attempts: a stop among them means that only the end is missing."""
+        state = self.choices[choice]
+        for token in tokens:
+            if token in self.payload.stop_token_ids:
+                state.pieces.append("")
+                state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=True))
+            elif state.feed(token):
+                pass
+            elif len(state.pieces) == self.payload.max_tokens:
+                state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_LENGTH, hidden=False))
+
+    def _token_frame(self, frame: Frame) -> delivery_pb2.TokenFrame:
+        pieces = self.choices[frame.choice].pieces
+        return delivery_pb2.TokenFrame(
+            key=self.run.key,
+            attempt=attempt_id(self.run),
+            delta=inference_pb2.Delta(
+                choice=frame.choice,
+                index=frame.index,
+                text="".join(pieces[frame.index : frame.index + len(frame.tokens)]),
+                token_ids=frame.tokens,
+            ),
+        )
+
+
+def attempt_id(run: Run) -> delivery_pb2.AttemptId:
+    """A run's attempt, as a message."""
+    return delivery_pb2.AttemptId(number=run.attempt.number, nonce=run.attempt.nonce)

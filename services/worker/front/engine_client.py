@@ -1,0 +1,121 @@
+"""The engine process as its front sees it: started, spoken to, and watched."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.worker import pipe
+from services.worker.config import WorkerConfig
+
+STOP_GRACE_S = 5.0
+
+
+class EngineDiedError(Exception):
+    """The engine is gone. `returncode` as of subprocess: negative for a signal."""
+
+    def __init__(self, returncode: int) -> None:
+        super().__init__(f"the engine ended with {_how(returncode)}")
+        self.returncode = returncode
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it was told to end (SIGTERM, or by itself without error): no request is to blame then."""
+        return self.returncode in (0, -signal.SIGTERM)
+
+
+class EngineClient:
+    """A running engine. Owned by one session."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @property
+    def pid(self) -> int:
+        """The engine's process id."""
+        return self._process.pid
+
+    async def send(self, command: engine_pb2.EngineCommand) -> None:
+        """Give a command; waits while the engine does not read. A command to a dead engine is lost: `events` tells."""
+        try:
+            await pipe.write(self._writer, command)
+        except ConnectionError:
+            # The reading side finds the same end, and reports it once.
+            return
+
+    async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
+        """What the engine says. Ends with EngineDiedError."""
+        while True:
+            event = await pipe.read(self._reader)
+            if event is None:
+                raise EngineDiedError(await self._process.wait())
+            yield event
+
+    async def shut_down(self) -> None:
+        """Let it finish its step; kill it if that takes longer than the grace, or if it is frozen."""
+        await self.send(engine_pb2.EngineCommand(shutdown=engine_pb2.EngineCommand.Shutdown()))
+        self._writer.close()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End it at once."""
+        if self._process.returncode is None:
+            self._process.kill()
+        self._writer.close()
+        await self._process.wait()
+
+
+@asynccontextmanager
+async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
+    """Start an engine process; it is gone when the block ends, however it ends."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "services.worker.engine_process",
+            *_arguments(config, theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            env=_environment(),
+        )
+    reader, writer = await asyncio.open_connection(sock=ours)
+    engine = EngineClient(process, reader, writer)
+    try:
+        yield engine
+    finally:
+        await engine.kill()
+
+
+def _arguments(config: WorkerConfig, fd: int) -> list[str]:
+    values = {
+        "fd": fd,
+        "model-path": config.model_path,
+        "kv-cache-bytes": config.kv_cache_bytes,
+        "block-size-tokens": config.block_size_tokens,
+        "max-sequences": config.max_sequences,
+        "max-prefill-tokens-per-step": config.max_prefill_tokens_per_step,
+        "threads": config.threads or os.cpu_count() or 1,
+    }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def _environment() -> dict[str, str]:
+    # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24. Read at import.
+    return {"GOMP_SPINCOUNT": "3000", **os.environ}
+
+
+def _how(returncode: int) -> str:
+    return f"signal {signal.Signals(-returncode).name}" if returncode < 0 else f"status {returncode}"

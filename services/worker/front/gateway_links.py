@@ -1,0 +1,203 @@
+"""Streams from this worker to gateways: one for each gateway, all requests of a step in one message.
+
+A link sends what its requests have not sent yet, whenever it can: while a gateway reads slowly, tokens wait in their
+requests, and go out together. When a stream breaks, the link dials again and every request opens anew; the gateway
+states what it has, and sending goes on behind it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+
+import grpc
+
+from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc
+from services.common import rpc
+from services.common.ids import RequestKey, WorkerId
+from services.common.record.history import Held
+from services.common.record.record import Attempt
+from services.worker.front.active import ActiveRequest, attempt_id
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.05
+LONGEST_RETRY_S = 1.0
+MAX_REQUESTS_A_MESSAGE = 512
+
+OnResume = Callable[[RequestKey, Attempt, Sequence[Held]], Awaitable[None]]
+OnRefusal = Callable[[RequestKey, Attempt, "delivery_pb2.Refusal"], Awaitable[None]]
+
+
+class GatewayLinks:
+    """All links of a session. Changed only by the session."""
+
+    def __init__(self, worker: WorkerId, tasks: asyncio.TaskGroup, on_resume: OnResume, on_refusal: OnRefusal) -> None:
+        self._worker = worker
+        self._tasks = tasks
+        self._on_resume = on_resume
+        self._on_refusal = on_refusal
+        self._links: dict[str, _Link] = {}
+
+    def open(self, active: ActiveRequest) -> None:
+        """Ask the request's gateway to take its frames."""
+        link = self._links.get(active.run.gateway)
+        if link is None or link.closed:
+            link = _Link(active.run.gateway, self._worker, self._on_resume, self._on_refusal)
+            self._links[active.run.gateway] = link
+            link.task = self._tasks.create_task(link.run(), name=f"link to {active.run.gateway}")
+        link.open(active)
+
+    def tell(self, active: ActiveRequest) -> None:
+        """The request may have new tokens."""
+        link = self._links.get(active.run.gateway)
+        if link and active.run.open:
+            link.tell(active)
+
+    def end(self, active: ActiveRequest, end: delivery_pb2.EndFrame) -> None:
+        """The end is stored: tell it behind the last tokens. A gateway that is away finds it in the record."""
+        link = self._links.get(active.run.gateway)
+        if link and active.run.open:
+            link.end(active, end)
+        self.forget(active)
+
+    def close(self, active: ActiveRequest) -> None:
+        """The reader at the request's gateway was superseded."""
+        link = self._links.get(active.run.gateway)
+        if link:
+            link.close(active)
+
+    def forget(self, active: ActiveRequest) -> None:
+        """The request has left; nothing is sent for it except an end that was given before."""
+        link = self._links.get(active.run.gateway)
+        if link:
+            link.forget(active)
+
+    def stop(self) -> None:
+        """Break all links; the session is over."""
+        for link in self._links.values():
+            if link.task:
+                link.task.cancel()
+
+
+class _Link:
+    def __init__(self, address: str, worker: WorkerId, on_resume: OnResume, on_refusal: OnRefusal) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.closed = False
+        self._address = address
+        self._worker = worker
+        self._on_resume = on_resume
+        self._on_refusal = on_refusal
+        self._requests: dict[RequestKey, ActiveRequest] = {}
+        # What the next message takes along; dicts keep the order and drop repetitions.
+        self._opens: dict[RequestKey, ActiveRequest] = {}
+        self._changed: dict[RequestKey, ActiveRequest] = {}
+        self._last_words: list[tuple[list[delivery_pb2.TokenFrame], delivery_pb2.EndFrame]] = []
+        self._closes: list[delivery_pb2.CloseFrame] = []
+        self._wake = asyncio.Event()
+
+    def open(self, active: ActiveRequest) -> None:
+        self._requests[active.run.key] = active
+        self._opens[active.run.key] = active
+        self._wake.set()
+
+    def tell(self, active: ActiveRequest) -> None:
+        self._changed[active.run.key] = active
+        self._wake.set()
+
+    def end(self, active: ActiveRequest, end: delivery_pb2.EndFrame) -> None:
+        self._last_words.append((active.token_frames(), end))
+        self._wake.set()
+
+    def close(self, active: ActiveRequest) -> None:
+        self._closes.append(delivery_pb2.CloseFrame(key=active.run.key, reader=active.run.reader))
+        self.forget(active)
+        self._wake.set()
+
+    def forget(self, active: ActiveRequest) -> None:
+        if self._requests.get(active.run.key) is active:
+            del self._requests[active.run.key]
+        for waiting in (self._opens, self._changed):
+            if waiting.get(active.run.key) is active:
+                del waiting[active.run.key]
+
+    async def run(self) -> None:
+        """Keep a stream to the gateway while there are requests for it."""
+        retry_s = FIRST_RETRY_S
+        try:
+            while True:
+                opened_at = asyncio.get_running_loop().time()
+                try:
+                    async with rpc.channel(self._address) as channel:
+                        await self._stream(channel)
+                except (grpc.RpcError, asyncio.InvalidStateError) as error:
+                    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else error
+                    logger.warning("link broken", extra={"gateway": self._address, "error": str(code)})
+                self._reset()
+                if not self._requests:
+                    return
+                if asyncio.get_running_loop().time() - opened_at > LONGEST_RETRY_S:
+                    retry_s = FIRST_RETRY_S
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+        finally:
+            self.closed = True
+
+    def _reset(self) -> None:
+        """The stream is gone, and what it carried with it: every request opens anew on the next."""
+        self._changed.clear()
+        self._last_words.clear()
+        self._closes.clear()
+        for active in self._requests.values():
+            active.run.open = False
+        self._opens = dict(self._requests)
+        self._wake.set()
+
+    async def _stream(self, channel: grpc.aio.Channel) -> None:
+        call = delivery_pb2_grpc.DeliveryServiceStub(channel).Deliver(self._messages())
+        try:
+            async for response in call:
+                await self._answer(response)
+        finally:
+            call.cancel()
+            with suppress(asyncio.CancelledError, grpc.RpcError):
+                await call.code()
+
+    async def _messages(self) -> AsyncIterator[delivery_pb2.DeliverRequest]:
+        first = True
+        while True:
+            await self._wake.wait()
+            message = self._next_message()
+            if message is None:
+                self._wake.clear()
+                continue
+            if first:
+                message.worker_id = self._worker
+                first = False
+            yield message
+
+    def _next_message(self) -> delivery_pb2.DeliverRequest | None:
+        message = delivery_pb2.DeliverRequest()
+        for key in list(self._opens)[:MAX_REQUESTS_A_MESSAGE]:
+            run = self._opens.pop(key).run
+            message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader))
+        for key in list(self._changed)[:MAX_REQUESTS_A_MESSAGE]:
+            message.frames.extend(self._changed.pop(key).token_frames())
+        for frames, end in self._last_words[:MAX_REQUESTS_A_MESSAGE]:
+            message.frames.extend(frames)
+            message.ends.append(end)
+        del self._last_words[:MAX_REQUESTS_A_MESSAGE]
+        message.closes.extend(self._closes)
+        self._closes.clear()
+        return message if message.ByteSize() else None
+
+    async def _answer(self, response: delivery_pb2.DeliverResponse) -> None:
+        for resume in response.resumes:
+            held = [Held(choice.count, tuple(choice.token_ids)) for choice in resume.choices]
+            await self._on_resume(RequestKey(resume.key), _attempt(resume.attempt), held)
+        for refusal in response.refusals:
+            await self._on_refusal(RequestKey(refusal.key), _attempt(refusal.attempt), refusal)
+
+
+def _attempt(attempt: delivery_pb2.AttemptId) -> Attempt:
+    return Attempt(attempt.number, attempt.nonce)

@@ -1,0 +1,65 @@
+"""Generated tokens on their way to Redis: off the token path, one script for all requests of the worker."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+from services.common.ids import RequestKey
+from services.common.record import moves
+from services.common.record.transitions import Verdict
+from services.common.store.connection import StoreUnavailable
+from services.common.store.recovery import Recovering
+from services.common.store.requests import RequestStore
+from services.worker.front.active import ActiveRequest
+
+logger = logging.getLogger(__name__)
+
+OnAnswer = Callable[[ActiveRequest, Verdict], Awaitable[None]]
+
+
+class Journal:
+    """Writes what the journals of a session's requests do not have yet, each interval and when it is `due`."""
+
+    def __init__(
+        self, store: RequestStore, active: Mapping[RequestKey, ActiveRequest], interval_ms: int, on_answer: OnAnswer
+    ) -> None:
+        """`on_answer` is called for each request whose append was answered by anything but OK or GAP."""
+        self.due = asyncio.Event()
+        """Set when a request has many tokens to journal, or has just begun."""
+        self._store = store
+        self._active = active
+        self._interval_s = interval_ms / 1000
+        self._on_answer = on_answer
+
+    async def run(self) -> None:
+        """Flush for as long as the session lives."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.due.wait(), self._interval_s)
+            self.due.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what is missing now. While Redis is away nothing is lost: the tokens are written by a later flush."""
+        appends: list[tuple[ActiveRequest, moves.Append]] = []
+        for active in list(self._active.values()):
+            run = active.run
+            frames = [(frame.choice, frame.index, frame.tokens) for frame in run.unjournaled()]
+            if not frames and not active.announced:
+                # No tokens yet: it says that the request runs here, and asks whether it still may.
+                frames = [(0, len(run.known[0]), ())]
+            appends.extend((active, moves.Append(run.key, run.attempt, *frame)) for frame in frames)
+        if not appends:
+            return
+        try:
+            answers = await self._store.append([move for _, move in appends])
+        except (StoreUnavailable, Recovering) as error:
+            logger.warning("journal waits", extra={"error": str(error), "requests": len(appends)})
+            return
+        for (active, move), answer in zip(appends, answers, strict=True):
+            if answer.verdict in (Verdict.OK, Verdict.CANCEL, Verdict.GAP):
+                active.run.journal_is(move.choice, answer.index)
+                active.announced = answer.verdict != Verdict.GAP
+            if answer.verdict not in (Verdict.OK, Verdict.GAP):
+                await self._on_answer(active, answer.verdict)

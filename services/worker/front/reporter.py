@@ -1,0 +1,54 @@
+"""What the leader is told of a worker: that it makes progress, and how much room it has."""
+
+import asyncio
+from contextlib import suppress
+
+from gen.shoal.fleet.v1 import request_pb2
+from services.common.store.connection import StoreUnavailable
+from services.common.store.recovery import Recovering
+from services.common.store.workers import WorkerDirectory
+from services.worker.config import WorkerConfig
+from services.worker.front.session import LostError, Session
+
+LEAST_INTERVAL_S = 0.02
+"""Steps may be shorter than this; the leader need not hear of each."""
+
+
+class Reporter:
+    """Reports for one session: at each change, but not more often than every 20 ms, and at the configured interval."""
+
+    def __init__(self, session: Session, directory: WorkerDirectory, config: WorkerConfig) -> None:
+        self._session = session
+        self._directory = directory
+        self._config = config
+        self._sequence_number = 0
+
+    async def run(self) -> None:
+        """Report for as long as the session lives. Raises LostError when the leader has given the worker up."""
+        progress = self._session.progress
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(progress.wait(), self._config.report_interval_ms / 1000)
+            progress.clear()
+            try:
+                known = await self._directory.report(self._report(), self._config.registration_ttl_ms)
+            except (StoreUnavailable, Recovering):
+                await asyncio.sleep(self._config.report_interval_ms / 1000)
+                continue
+            if not known:
+                raise LostError
+            await asyncio.sleep(LEAST_INTERVAL_S)
+
+    def _report(self) -> request_pb2.WorkerReport:
+        self._sequence_number += 1
+        session = self._session
+        return request_pb2.WorkerReport(
+            worker_id=session.worker,
+            sequence_number=self._sequence_number,
+            steps=session.steps,
+            predicted_step_ms=session.predicted_step_ms,
+            free_blocks=session.free_blocks,
+            sequences=session.num_sequences,
+            waiting_prefill_tokens=session.waiting_prefill_tokens,
+            requests=len(session.active),
+        )

@@ -1,0 +1,397 @@
+"""One life of an engine: from its start, under a worker id of its own, to its death, its loss or its drain.
+
+The session takes requests from its inbox, runs them in the engine, journals and sends their tokens, and writes their
+ends. However it ends, what it still held goes back to the queue under a new attempt; a session that could not even do
+that (its process was killed) is found by the leader.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.ids import RequestKey, new_nonce, new_worker_id
+from services.common.record import moves
+from services.common.record.history import Held
+from services.common.record.record import Attempt
+from services.common.record.run import Diverged, MaySample
+from services.common.record.states import RequestState
+from services.common.record.transitions import Answer, Verdict
+from services.common.store.connection import StoreUnavailable
+from services.common.store.recovery import Recovering
+from services.common.store.requests import RequestStore
+from services.common.store.streams import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
+from services.common.text.vocabulary import Vocabulary
+from services.worker.config import WorkerConfig
+from services.worker.front.active import ActiveRequest, attempt_id
+from services.worker.front.engine_client import EngineClient, EngineDiedError
+from services.worker.front.gateway_links import GatewayLinks
+from services.worker.front.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+INBOX_BLOCK_MS = 1000
+INBOX_BATCH = 64
+RETRY_S = 0.2
+HAND_BACK_TRIES = 5
+END_TRIES = 600
+SUSPECT_MARGIN_TOKENS = 2
+
+Ending = tuple[RequestState, str]
+GONE = frozenset({Verdict.STALE, Verdict.ENDED, Verdict.UNKNOWN})
+"""Answers that say: this attempt is no longer ours."""
+
+
+class LostError(Exception):
+    """The leader no longer knows this worker: it was silent for too long."""
+
+
+class DrainedError(Exception):
+    """The fleet asked this worker to hand over what it has."""
+
+
+class Session:
+    """The state of one engine's life. All of it is changed on the front's event loop."""
+
+    def __init__(
+        self, config: WorkerConfig, engine: EngineClient, ready: engine_pb2.EngineReady, store: RequestStore,
+        inbox: Callable[[str], Inbox], vocabulary: Vocabulary,
+    ) -> None:  # fmt: skip
+        self.worker = new_worker_id()
+        self.ready = ready
+        self.steps = 0
+        self.predicted_step_ms = 0
+        self.free_blocks = ready.num_blocks
+        self.waiting_prefill_tokens = 0
+        self.progress = asyncio.Event()
+        """Set when a report would say something new."""
+        self.active: dict[RequestKey, ActiveRequest] = {}
+        self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled)
+        self._config = config
+        self._engine = engine
+        self._store = store
+        self._inbox = inbox(self.worker)
+        self._vocabulary = vocabulary
+        self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
+        self._sequence_ids = itertools.count(1)
+        self._in_flight: Sequence[int] = ()
+        self._links: GatewayLinks
+        self._tasks: asyncio.TaskGroup
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the engine, waiting or running."""
+        return len(self._sequences)
+
+    async def run(
+        self, others: Sequence[Callable[[], Awaitable[None]]], unregister: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Work until the engine dies (EngineDiedError), the worker is lost (LostError) or drained (DrainedError).
+
+        `others` run beside it, and end with it. At the end the worker is unregistered, so that nothing more is placed
+        here, and then what was still held is handed back.
+        """
+        reason = "worker stops"
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._links = GatewayLinks(self.worker, self._tasks, self._on_resume, self._on_refusal)
+                for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
+                    self._tasks.create_task(_awaited(part))
+        except* EngineDiedError as died:
+            error = died.exceptions[0]
+            reason = str(error)
+            if isinstance(error, EngineDiedError) and error.on_request:
+                self._in_flight = ()
+            raise
+        except* LostError:
+            reason = "worker was lost"
+            raise
+        except* DrainedError:
+            reason = "worker drains"
+            self._in_flight = ()
+            raise
+        finally:
+            await asyncio.shield(self._depart(unregister, reason))
+
+    # What comes in
+
+    async def _read_inbox(self) -> None:
+        after = "0"
+        while True:
+            try:
+                messages = await self._inbox.read(after, INBOX_BLOCK_MS, INBOX_BATCH)
+            except (StoreUnavailable, Recovering):
+                await asyncio.sleep(RETRY_S)
+                continue
+            for entry, message in messages:
+                after = entry
+                await self._take(message)
+
+    async def _take(self, message: InboxMessage) -> None:
+        match message:
+            case Start():
+                await self._start(message)
+            case CancelAttempt():
+                active = self._holding(message.key, message.attempt)
+                if active:
+                    self._finish(active, RequestState.CANCELLED, "")
+            case Redirect():
+                self._redirect(message)
+            case Drain():
+                raise DrainedError
+
+    async def _start(self, start: Start) -> None:
+        older = self.active.get(start.key)
+        if older:
+            await self._drop(older)
+        ids = [next(self._sequence_ids) for _ in range(max(1, start.payload.n))]
+        active = ActiveRequest(start, self._vocabulary, ids, time.monotonic())
+        self.active[start.key] = active
+        logger.info(
+            "started", extra={"request": start.key, "attempt": start.attempt.number, "known": active.num_tokens}
+        )
+        for choice, sequence_id in enumerate(ids):
+            self._sequences[sequence_id] = (active, choice)
+        for add in active.sequences(start.remaining_ms):
+            await self._engine.send(engine_pb2.EngineCommand(add=add))
+        self.journal.due.set()
+        self._links.open(active)
+        if not active.run.sampling:
+            delay_s = self._config.resume_grace_ms / 1000
+            asyncio.get_running_loop().call_later(delay_s, self._grace_over, active)
+        self._end_if_complete(active)
+
+    def _redirect(self, message: Redirect) -> None:
+        active = self._holding(message.key, message.attempt)
+        if not active or message.reader <= active.run.reader:
+            return
+        if active.run.gateway != message.gateway:
+            self._links.close(active)
+        active.run.redirect(message.gateway, message.reader)
+        self._links.open(active)
+
+    # Whose tokens count
+
+    def _grace_over(self, active: ActiveRequest) -> None:
+        if self.active.get(active.run.key) is active and active.run.grace_over():
+            self._tasks.create_task(self._release(active, MaySample(((),) * len(active.choices))))
+
+    async def _on_resume(self, key: RequestKey, attempt: Attempt, held: Sequence[Held]) -> None:
+        active = self._holding(key, attempt)
+        if not active:
+            return
+        # A choice that the gateway does not speak of has nothing.
+        stated = [*held, *[Held(0)] * (len(active.choices) - len(held))][: len(active.choices)]
+        match active.run.resume(stated):
+            case Diverged(histories):
+                await self._rebase(active, histories)
+            case MaySample() as begin:
+                active.forced(begin.forced)
+                await self._release(active, begin)
+                self._links.tell(active)
+            case None:
+                self._links.tell(active)
+
+    async def _on_refusal(self, key: RequestKey, attempt: Attempt, refusal: delivery_pb2.Refusal) -> None:
+        active = self._holding(key, attempt)
+        if active and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
+            # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
+            await self._requeue(active, "its gateway knows a later attempt", floor=refusal.highest_attempt + 1)
+
+    async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
+        for choice, forced in zip(active.choices, begin.forced, strict=True):
+            if choice.end is None:
+                release = engine_pb2.ReleaseSequence(sequence_id=choice.sequence_id, forced_token_ids=forced)
+                await self._engine.send(engine_pb2.EngineCommand(release=release))
+            elif choice.sequence_id in self._sequences:
+                await self._abort(choice.sequence_id)
+        self._end_if_complete(active)
+
+    async def _rebase(self, active: ActiveRequest, histories: tuple[tuple[int, ...], ...]) -> None:
+        logger.warning("the reader holds another history", extra={"request": active.run.key})
+        move = moves.Rebase(active.run.key, active.run.attempt, new_nonce(), histories)
+        await self._drop(active)
+        await self._until_stored(lambda: self._store.rebase(move), END_TRIES)
+
+    # What the engine says
+
+    async def _read_engine(self) -> None:
+        async for event in self._engine.events():
+            match event.WhichOneof("event"):
+                case "begins":
+                    self.predicted_step_ms = event.begins.predicted_ms
+                    self._in_flight = event.begins.sequence_ids
+                    self.progress.set()
+                case "done":
+                    await self._step_done(event.done)
+
+    async def _step_done(self, done: engine_pb2.StepDone) -> None:
+        self.steps = done.step
+        self.predicted_step_ms = 0
+        self.free_blocks = done.free_blocks
+        self.waiting_prefill_tokens = done.waiting_prefill_tokens
+        self._in_flight = ()
+        now_s = time.monotonic()
+        for output in done.outputs:
+            await self._output(output, now_s)
+        self.progress.set()
+
+    async def _output(self, output: engine_pb2.SequenceOutput, now_s: float) -> None:
+        ended = output.end != engine_pb2.SEQUENCE_END_UNSPECIFIED
+        found = self._sequences.pop(output.sequence_id, None) if ended else self._sequences.get(output.sequence_id)
+        if found is None:
+            return
+        active, choice = found
+        if active.ending:
+            return
+        if active.sampled(choice, output, now_s):
+            await self._abort(output.sequence_id)
+        self._links.tell(active)
+        if len(active.run.known[choice]) % self._config.journal_tokens == 0:
+            self.journal.due.set()
+        if output.end == engine_pb2.SEQUENCE_END_EXPIRED:
+            self._finish(active, RequestState.EXPIRED, "")
+        elif output.end == engine_pb2.SEQUENCE_END_FAILED:
+            self._finish(active, RequestState.FAILED, output.error)
+        self._end_if_complete(active)
+
+    # How requests end here
+
+    def _end_if_complete(self, active: ActiveRequest) -> None:
+        # Not before it may sample: a held request's reader may know of more tokens, or of other ones.
+        if active.complete and active.run.sampling:
+            self._finish(active, RequestState.FINISHED, "")
+
+    def _finish(self, active: ActiveRequest, state: RequestState, error: str) -> None:
+        if not active.ending:
+            active.ending = True
+            self._tasks.create_task(self._write_end(active, state, error))
+
+    async def _write_end(self, active: ActiveRequest, state: RequestState, error: str) -> None:
+        """Store the end, and only then tell it."""
+        await self._abort_all(active)
+        outcome = active.outcome(time.monotonic())
+
+        async def finish() -> Answer:
+            run = active.run
+            move = moves.Finish(run.key, run.attempt, state, run.tails(), outcome.SerializeToString(), error)
+            answer = await self._store.finish(move)
+            if answer.verdict == Verdict.GAP:
+                run.journal_is(answer.choice, answer.index)
+            return answer
+
+        answer = await self._until_stored(finish, END_TRIES)
+        if answer and answer.verdict == Verdict.ENDED and await self._ended_by_us(active, state):
+            # The reply of an earlier try was lost.
+            answer = Answer(Verdict.OK)
+        if answer and answer.verdict == Verdict.OK:
+            self._links.end(active, _end_frame(active, state, error, outcome))
+        else:
+            self._links.forget(active)
+        self._forget(active)
+        logger.info("ended", extra={"request": active.run.key, "state": state, "tokens": active.num_tokens})
+
+    async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
+        found = await self._store.read(active.run.key)
+        return found is not None and found[0].attempt == active.run.attempt and found[0].state == state
+
+    async def _journaled(self, active: ActiveRequest, verdict: Verdict) -> None:
+        """Act on what an append was answered: the attempt is over, or somebody asked for its end."""
+        if self._holding(active.run.key, active.run.attempt) is not active:
+            return
+        if verdict == Verdict.CANCEL:
+            self._finish(active, RequestState.CANCELLED, "")
+        elif verdict in GONE:
+            logger.info("attempt is over", extra={"request": active.run.key, "verdict": verdict})
+            await self._drop(active)
+
+    async def _drop(self, active: ActiveRequest) -> None:
+        """Forget a request that is no longer ours."""
+        active.ending = True
+        self._links.forget(active)
+        await self._abort_all(active)
+        self._forget(active)
+
+    def _forget(self, active: ActiveRequest) -> None:
+        if self.active.get(active.run.key) is active:
+            del self.active[active.run.key]
+        self.progress.set()
+
+    async def _requeue(self, active: ActiveRequest, why: str, floor: int = 0, suspect_until: int = 0) -> None:
+        run = active.run
+        await self._drop(active)
+        move = moves.Requeue(run.key, run.attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
+        await self._until_stored(lambda: self._store.requeue(move), HAND_BACK_TRIES)
+
+    async def _depart(self, unregister: Callable[[], Awaitable[None]], why: str) -> None:
+        await unregister()
+        await self._hand_back(why)
+
+    async def _hand_back(self, why: str) -> None:
+        """Everything held goes back to the queue; what was in the step of a dying engine goes as suspect."""
+        suspects = {self._sequences[number][0].run.key for number in self._in_flight if number in self._sequences}
+        await self.journal.flush()
+        # Those whose end was being written too: if it was stored, giving them back changes nothing.
+        for active in list(self.active.values()):
+            known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
+            await self._requeue(active, why, suspect_until=known)
+
+    # Small parts
+
+    def _holding(self, key: RequestKey, attempt: Attempt) -> ActiveRequest | None:
+        active = self.active.get(key)
+        return active if active and active.run.attempt == attempt and not active.ending else None
+
+    async def _abort_all(self, active: ActiveRequest) -> None:
+        for choice in active.choices:
+            if choice.sequence_id in self._sequences:
+                await self._abort(choice.sequence_id)
+
+    async def _abort(self, sequence_id: int) -> None:
+        del self._sequences[sequence_id]
+        abort = engine_pb2.AbortSequence(sequence_id=sequence_id)
+        await self._engine.send(engine_pb2.EngineCommand(abort=abort))
+
+    async def _until_stored(self, move: Callable[[], Awaitable[Answer]], tries: int) -> Answer | None:
+        """Make a move, waiting while Redis is away. None: given up; the leader finds the request then."""
+        for _ in range(tries):
+            try:
+                answer = await move()
+            except (StoreUnavailable, Recovering):
+                await asyncio.sleep(RETRY_S)
+                continue
+            if answer.verdict != Verdict.GAP:
+                return answer
+        return None
+
+
+def _end_frame(
+    active: ActiveRequest, state: RequestState, error: str, outcome: request_pb2.Outcome
+) -> delivery_pb2.EndFrame:
+    return delivery_pb2.EndFrame(
+        key=active.run.key,
+        attempt=attempt_id(active.run),
+        state=STATES[state],
+        finished=inference_pb2.Finished(
+            reason=outcome.reasons[0],
+            further_reasons=outcome.reasons[1:],
+            usage=outcome.usage,
+            timings=outcome.timings,
+        ),
+        error=error,
+    )
+
+
+STATES = {
+    RequestState.FINISHED: inference_pb2.REQUEST_STATE_FINISHED,
+    RequestState.CANCELLED: inference_pb2.REQUEST_STATE_CANCELLED,
+    RequestState.EXPIRED: inference_pb2.REQUEST_STATE_EXPIRED,
+    RequestState.FAILED: inference_pb2.REQUEST_STATE_FAILED,
+}
+
+
+async def _awaited(part: Callable[[], Awaitable[None]]) -> None:
+    await part()

@@ -1,0 +1,131 @@
+"""A worker: one session after another, each with an engine and a worker id of its own."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+
+from gen.shoal.fleet.v1 import engine_pb2, request_pb2
+from services.common.store.connection import StoreUnavailable
+from services.common.store.recovery import Recovering, Recovery
+from services.common.store.requests import RequestStore
+from services.common.store.streams import Inbox
+from services.common.store.workers import WorkerDirectory
+from services.common.text.vocabulary import Vocabulary
+from services.worker.config import WorkerConfig
+from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
+from services.worker.front.holdings import HoldingsPoster
+from services.worker.front.reporter import Reporter
+from services.worker.front.session import DrainedError, LostError, Session
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+HEALTHY_S = 30.0
+LOAD_FAILURES = 5
+REGISTER_TRIES = 100
+RETRY_S = 0.2
+
+OnEngine = Callable[[EngineClient | None], None]
+OnLoading = Callable[[engine_pb2.EngineLoading], None]
+
+
+class EngineStartError(Exception):
+    """The engine could not be started, repeatedly; its log says why."""
+
+
+class Worker:
+    """Runs sessions until it is stopped or drained."""
+
+    def __init__(
+        self, config: WorkerConfig, redis: Redis, vocabulary: Vocabulary, address: str, on_engine: OnEngine,
+        on_loading: OnLoading,
+    ) -> None:  # fmt: skip
+        """`on_engine` hears of each engine that is ready, and of its loss (None)."""
+        self._config = config
+        self._redis = redis
+        self._vocabulary = vocabulary
+        self._address = address
+        self._on_engine = on_engine
+        self._on_loading = on_loading
+        self._directory = WorkerDirectory(redis, config.pool)
+
+    async def run(self) -> None:
+        """Return when the fleet drained this worker. Raises EngineStartError when no engine can be had."""
+        pause_s, failures = FIRST_PAUSE_S, 0
+        while True:
+            started_s = time.monotonic()
+            served = False
+            try:
+                async with start_engine(self._config) as engine:
+                    ready = await self._loaded(engine)
+                    served = True
+                    self._on_engine(engine)
+                    await self._serve(engine, ready)
+            except* DrainedError:
+                return
+            except* (EngineDiedError, LostError) as ended:
+                logger.warning("session over", extra={"error": str(ended.exceptions[0])})
+            finally:
+                self._on_engine(None)
+            failures = 0 if served else failures + 1
+            if failures == LOAD_FAILURES:
+                raise EngineStartError(f"the engine failed to start {failures} times in a row")
+            if time.monotonic() - started_s > HEALTHY_S:
+                pause_s = FIRST_PAUSE_S
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _loaded(self, engine: EngineClient) -> engine_pb2.EngineReady:
+        async for event in engine.events():
+            if event.HasField("loading"):
+                self._on_loading(event.loading)
+            if event.HasField("ready"):
+                return event.ready
+        raise AssertionError("events end only by an exception")
+
+    async def _serve(self, engine: EngineClient, ready: engine_pb2.EngineReady) -> None:
+        config = self._config
+        store = RequestStore(self._redis, config.pool, config.retention_ms)
+        session = Session(
+            config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary
+        )
+        info = self._info(session, ready)
+        await self._register(info)
+        logger.info("serving", extra={"worker": session.worker, "engine_pid": engine.pid, "blocks": ready.num_blocks})
+        reporter = Reporter(session, self._directory, config)
+        recovery = Recovery(self._redis, config.pool)
+        holdings = HoldingsPoster(session, info, recovery, self._directory, config)
+        await session.run((reporter.run, holdings.run), lambda: self._unregister(session))
+
+    async def _register(self, info: request_pb2.WorkerInfo) -> None:
+        for attempt in range(REGISTER_TRIES):
+            try:
+                await self._directory.register(info, self._config.registration_ttl_ms)
+                return
+            except (StoreUnavailable, Recovering):
+                if attempt == REGISTER_TRIES - 1:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
+    async def _unregister(self, session: Session) -> None:
+        try:
+            await self._directory.unregister(session.worker)
+        except (StoreUnavailable, Recovering) as error:
+            # The registration expires by itself.
+            logger.warning("could not unregister", extra={"error": str(error)})
+
+    def _info(self, session: Session, ready: engine_pb2.EngineReady) -> request_pb2.WorkerInfo:
+        return request_pb2.WorkerInfo(
+            worker_id=session.worker,
+            address=self._address,
+            num_blocks=ready.num_blocks,
+            block_size_tokens=ready.block_size_tokens,
+            max_sequences=ready.max_sequences,
+            max_prefill_tokens_per_step=ready.max_prefill_tokens_per_step,
+            context_tokens=ready.context_tokens,
+            model=self._config.pool,
+        )

@@ -1,0 +1,76 @@
+"""Chooses tokens from logits.
+
+With noise g of the standard Gumbel distribution, argmax(logits / temperature + g) is a sample of the softmax. The noise
+of a candidate is a hash of (seed, choice, index of the token to choose, candidate) and of nothing else: a sequence that
+is continued elsewhere, or in other company, meets the same noise.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.worker.engine.sequence import SamplingParameters
+from services.worker.runner.noise import gumbel_noise
+
+# Sorting a whole vocabulary costs some ms; most nuclei are among so many of the best.
+_LIKELY_NUCLEUS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to choose."""
+
+    parameters: SamplingParameters
+    index: int
+    """The token's index in its choice."""
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Choose a token for each row. logits: [num_draws, vocabulary_size] float32.
+
+    One row after the other: so a row cannot depend on the others, not even by rounding.
+    """
+    return [_sample_row(row, draw) for row, draw in zip(logits.unbind(), draws, strict=True)]
+
+
+def _sample_row(logits: Tensor, draw: Draw) -> int:
+    parameters = draw.parameters
+    if parameters.temperature == 0:
+        return int(logits.argmax())
+    # Less the largest first: however low the temperature, the best token has 0 and nothing overflows to +inf.
+    scores = (logits - logits.max()) / parameters.temperature
+    scores, token_ids = _candidates(scores, parameters)
+    noise = gumbel_noise(parameters.seed, parameters.choice, draw.index, token_ids)
+    return int(token_ids[(scores + noise).argmax()])
+
+
+def _candidates(scores: Tensor, parameters: SamplingParameters) -> tuple[Tensor, Tensor]:
+    """Keep the tokens that top_k, then top_p, then min_p leave. scores: [vocabulary_size], the largest is 0.
+
+    Returns scores and token ids, [num_candidates]; at least one.
+    """
+    token_ids = torch.arange(scores.shape[0])
+    if 0 < parameters.top_k < scores.shape[0]:
+        scores, token_ids = scores.topk(parameters.top_k)
+    if parameters.top_p < 1:
+        scores, order = _nucleus(scores, parameters.top_p)
+        token_ids = token_ids[order]
+    if parameters.min_p > 0:
+        is_kept = scores >= math.log(parameters.min_p)
+        scores, token_ids = scores[is_kept], token_ids[is_kept]
+    return scores, token_ids
+
+
+def _nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the fewest of the best scores whose probability reaches `top_p`, best first, and their places."""
+    log_total = scores.double().logsumexp(dim=0)
+    best, order = scores.topk(min(_LIKELY_NUCLEUS, scores.shape[0]))
+    if (best.double() - log_total).exp().sum() < top_p:
+        best, order = scores.sort(descending=True)
+    probabilities = (best.double() - log_total).exp()
+    # A token stays if those before it do not reach top_p.
+    num_kept = int((probabilities.cumsum(dim=0) - probabilities < top_p).sum())
+    return best[:num_kept], order[:num_kept]

@@ -1,0 +1,82 @@
+"""The tensors of a GGUF file as float32."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.model.errors import ModelFileError
+from services.common.model.ggml_types import GGML_TYPES
+from services.common.model.gguf import GgufFile, TensorInfo
+from services.worker.weights.dequantize import SUPPORTED_TYPES, dequantize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Rows of a matrix under one name in the file."""
+
+    name: str
+    num_rows: int
+    num_rotary_heads: int = 0
+    """Set for the query and key projections, whose rows GGUF stores for a rotary embedding of neighbouring pairs: they
+    are put back into the order for halves."""
+
+
+class GgufTensors:
+    """Reads tensors out of a mapped file, and keeps count of those read."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Map the file. Raises ModelFileError if it cannot be."""
+        self._file = file
+        try:
+            num_bytes = file.path.stat().st_size
+            self._data = torch.from_file(str(file.path), shared=False, size=num_bytes, dtype=torch.uint8)
+        except (OSError, RuntimeError) as cause:
+            raise ModelFileError(file.path, f"cannot be read: {cause}") from cause
+        self._read: set[str] = set()
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """Return a tensor of one dimension: [length]. Raises ModelFileError."""
+        out = torch.empty(length)
+        dequantize(self._stored(name, (length,)), self._file.tensors[name].ggml_type, out)
+        return out
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
+        """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+        out = torch.empty((sum(part.num_rows for part in parts), num_columns))
+        first_row = 0
+        for part in parts:
+            rows = out[first_row : first_row + part.num_rows]
+            first_row += part.num_rows
+            stored = self._stored(part.name, (num_columns, part.num_rows))
+            if part.num_rotary_heads:
+                # Whole rows are moved, so it can be done before they are decoded, when they are small.
+                pairs = stored.view(part.num_rotary_heads, part.num_rows // part.num_rotary_heads // 2, 2, -1)
+                stored = pairs.transpose(1, 2).flatten()
+            dequantize(stored, self._file.tensors[part.name].ggml_type, rows)
+        return out
+
+    def check_all_read(self) -> None:
+        """Raise ModelFileError if the file has a tensor that was never read: the model is not what it was taken for."""
+        for name in self._file.tensors:
+            if name not in self._read:
+                raise ModelFileError(self._file.path, f"tensor {name!r} has no place in this architecture")
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor's bytes in the file, after a look at its shape (innermost first) and type."""
+        info = self._file.tensor(name)
+        if info.shape != shape:
+            raise ModelFileError(self._file.path, f"tensor {name!r} has shape {info.shape}; expected {shape}")
+        if info.ggml_type not in SUPPORTED_TYPES:
+            raise ModelFileError(self._file.path, f"tensor {name!r} is {_type_name(info)}; {_SUPPORTED} can be read")
+        self._read.add(name)
+        return self._data[info.offset : info.offset + info.num_bytes]
+
+
+_SUPPORTED = ", ".join(GGML_TYPES[ggml_type].name for ggml_type in SUPPORTED_TYPES)
+
+
+def _type_name(info: TensorInfo) -> str:
+    known = GGML_TYPES.get(info.ggml_type)
+    return f"stored as {known.name}" if known else f"of the unknown type {info.ggml_type}"
