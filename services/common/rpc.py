@@ -11,11 +11,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from services.common.errors import Internal, ShoalError, to_status
+from services.common.errors import Internal, InvalidRequest, ShoalError, to_status
 
 logger = logging.getLogger(__name__)
 
@@ -46,31 +47,51 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        if handler.request_streaming:
+            if handler.response_streaming:
+                wrapped, factory = _streaming(handler.stream_stream, _as_is), grpc.stream_stream_rpc_method_handler
+            else:
+                wrapped, factory = _unary(handler.stream_unary, _as_is), grpc.stream_unary_rpc_method_handler
+            return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+        # One request is decoded in here: bytes that are no message get a status of ours, not UNKNOWN and a traceback.
+        decode = _decoding(handler.request_deserializer)
         if handler.response_streaming:
-            wrapped = _streaming(handler.stream_stream if handler.request_streaming else handler.unary_stream)
-            kind = grpc.stream_stream_rpc_method_handler if handler.request_streaming else None
-            factory = kind or grpc.unary_stream_rpc_method_handler
+            wrapped, factory = _streaming(handler.unary_stream, decode), grpc.unary_stream_rpc_method_handler
         else:
-            wrapped = _unary(handler.stream_unary if handler.request_streaming else handler.unary_unary)
-            kind = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
-            factory = kind or grpc.unary_unary_rpc_method_handler
-        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+            wrapped, factory = _unary(handler.unary_unary, decode), grpc.unary_unary_rpc_method_handler
+        return factory(wrapped, None, handler.response_serializer)
 
 
-def _unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _as_is(request: Any) -> Any:
+    return request
+
+
+def _decoding(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def decode(payload: bytes) -> Any:
+        try:
+            return deserializer(payload) if deserializer else payload
+        except DecodeError as error:
+            raise InvalidRequest(
+                f"{len(payload)} bytes are no message of this method: {error}", reason="MALFORMED_MESSAGE"
+            ) from error
+
+    return decode
+
+
+def _unary(method: Callable[..., Awaitable[Any]], decode: Callable[[Any], Any]) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
         try:
-            return await method(request, context)
+            return await method(decode(request), context)
         except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
             await _abort(error, context)
 
     return call
 
 
-def _streaming(method: Callable[..., Any]) -> Callable[..., Any]:
+def _streaming(method: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for response in method(request, context):
+            async for response in method(decode(request), context):
                 yield response
         except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
             await _abort(error, context)

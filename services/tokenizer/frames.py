@@ -31,6 +31,11 @@ class Answer(IntEnum):
     """A defect. The payload is a traceback. UTF-8."""
 
 
+def header(code: Operation | Answer, payload: bytes) -> bytes:
+    """Build the part of a frame before its payload."""
+    return HEADER.pack(len(payload), code)
+
+
 def frame(code: Operation | Answer, payload: bytes) -> bytes:
     """Build one frame."""
-    return HEADER.pack(len(payload), code) + payload
+    return header(code, payload) + payload

@@ -13,7 +13,10 @@ LONG_INPUT_BYTES = 1 << 16
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One call's work. The pool alone changes `attempts` and resolves `answer`; the caller may cancel it."""
+    """One call's work. The pool alone resolves `answer`, and counts in `attempts` the processes lost at work on it.
+
+    The caller may cancel `answer`.
+    """
 
     operation: Operation
     payload: bytes

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator
 
 PIECE_CHARS = 1 << 14
-# GPT-2's pattern ends a pre-token after a run of letters, and begins the next with the space before more letters,
-# whatever is around them: so the encoding of the whole is that of the parts. ASCII only, to be beyond doubt.
-_CUT = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+# GPT-2's pattern ends a pre-token after a run of letters; the white space before more letters begins the next. And it
+# ends one after a run of punctuation, where letters begin the next. Whatever is around them: so the tokens of the whole
+# are those of the parts. Only letters that every version of Unicode calls so; no apostrophe: "'s" is one pre-token.
+_LETTERS = "A-Za-zА-яぁ-ゖァ-ヺ一-龥가-힣"
+_CUT = re.compile(f"(?<=[{_LETTERS}])(?=[ \n][{_LETTERS}])|(?<=[.,;!?。、，！？])(?=[{_LETTERS}])")
 
 
 def is_cut_by(token: str) -> bool:

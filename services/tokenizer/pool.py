@@ -15,7 +15,7 @@ from pathlib import Path
 
 import services
 from services.common.errors import DeadlineExceeded, Internal, InvalidRequest, ShoalError, Unavailable
-from services.tokenizer.frames import HEADER, Answer, Operation, frame
+from services.tokenizer.frames import HEADER, Answer, Operation, frame, header
 from services.tokenizer.job_queue import Job, JobQueue
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 2
 START_LIMIT_S = 60.0
 MAX_RESTART_DELAY_S = 5.0
+LEAVE_S = 0.2
 READ_BUFFER_BYTES = 1 << 20
+# Copying more at once would block the event loop for milliseconds.
+CHUNK_BYTES = 1 << 18
 MIN_RETRY_MS, MAX_RETRY_MS = 50, 5_000
 
 
@@ -33,6 +36,10 @@ class PoolStartError(Exception):
 
 class _ProcessLostError(Exception):
     """A process ended, or did not answer in time and has to be ended."""
+
+
+class _NotBegunError(_ProcessLostError):
+    """A process ended before it had read the job: the job had no part in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,6 @@ class Pool:
             return
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        job.attempts += 1
         try:
             async with asyncio.timeout(self._limits.job_limit_s):
                 answer, payload = await link.ask(job.operation, job.payload)
@@ -111,6 +117,9 @@ class Pool:
             limit_ms = round(self._limits.job_limit_s * 1000)
             _fail(job, DeadlineExceeded(f"the input took over {limit_ms} ms of work; send a shorter one"))
             raise _ProcessLostError(f"no answer within {limit_ms} ms") from error
+        except _NotBegunError:
+            self._queue.put_back(job)
+            raise
         except _ProcessLostError:
             self._give_another_chance(job)
             raise
@@ -118,6 +127,7 @@ class Pool:
         _resolve(job, answer, payload)
 
     def _give_another_chance(self, job: Job) -> None:
+        job.attempts += 1
         if job.attempts < MAX_ATTEMPTS:
             self._queue.put_back(job)
             return
@@ -140,20 +150,35 @@ class _Link:
     """Done once the process has ended."""
 
     async def ask(self, operation: Operation, payload: bytes) -> tuple[Answer, bytes]:
-        """Send a frame and wait for the one that answers it. Raises _ProcessLostError."""
+        """Send a frame and wait for the one that answers it. Raises _ProcessLostError, or _NotBegunError.
+
+        A Unix socket whose other end is closed says whether everything sent was read there: if so, it ends; if not, it
+        reports an error, on reading (ECONNRESET) as on writing (EPIPE).
+        """
+        if self.reader.at_eof():
+            raise _NotBegunError("it had hung up")
         try:
-            self.writer.write(frame(operation, payload))
-            await self.writer.drain()
+            await self._send(operation, payload)
             return await self.receive()
         except ConnectionError as error:
-            raise _ProcessLostError("it hung up") from error
+            raise _NotBegunError("it hung up without reading") from error
+
+    async def _send(self, operation: Operation, payload: bytes) -> None:
+        if len(payload) <= CHUNK_BYTES:
+            self.writer.write(frame(operation, payload))
+            await self.writer.drain()
+            return
+        self.writer.write(header(operation, payload))
+        for start in range(0, len(payload), CHUNK_BYTES):
+            self.writer.write(payload[start : start + CHUNK_BYTES])
+            await self.writer.drain()
 
     async def receive(self) -> tuple[Answer, bytes]:
-        """Wait for a frame. Raises _ProcessLostError if the process is gone."""
+        """Wait for a frame. Raises _ProcessLostError if the process is gone, or ConnectionError."""
         try:
             num_bytes, code = HEADER.unpack(await self.reader.readexactly(HEADER.size))
             return Answer(code), await self.reader.readexactly(num_bytes)
-        except (asyncio.IncompleteReadError, ConnectionError) as error:
+        except asyncio.IncompleteReadError as error:
             raise _ProcessLostError("it hung up") from error
 
 
@@ -177,13 +202,15 @@ async def _started_process(model_path: Path) -> AsyncIterator[_Link]:
         try:
             async with asyncio.timeout(START_LIMIT_S):
                 await link.receive()
-        except (_ProcessLostError, TimeoutError) as error:
+        except (_ProcessLostError, ConnectionError, TimeoutError) as error:
             raise PoolStartError(f"pool process {process.pid} ended, or was not ready in {START_LIMIT_S} s") from error
         logger.info("a pool process is ready", extra={"pool_pid": process.pid})
         yield link
     finally:
         writer.close()
-        if process.returncode is None:
+        # An idle process ends by itself when its link is closed. One at work would go on for nobody.
+        await asyncio.wait({gone}, timeout=LEAVE_S)
+        if not gone.done():
             process.kill()
         await gone
 

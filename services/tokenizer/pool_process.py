@@ -22,11 +22,12 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     descriptor, model_path = arguments
+    try:
+        codec = TextCodec(read_gguf(Path(model_path)))
+    except ModelFileError as error:
+        # The socket stays open until the message is out: the front kills a process that hangs up.
+        sys.exit(f"tokenizer: {error}")
     with socket.socket(fileno=int(descriptor)) as link, link.makefile("rb") as requests:
-        try:
-            codec = TextCodec(read_gguf(Path(model_path)))
-        except ModelFileError as error:
-            sys.exit(f"tokenizer: {error}")
         link.sendall(frame(Answer.READY, b""))
         _serve(link, requests, codec)
 

@@ -1,6 +1,6 @@
 """The engine's process: owns the model and the KV cache, and talks to its front over an inherited socket.
 
-    python -m services.worker.engine_process --fd 5 --model model.gguf --kv-cache-bytes 1073741824 ...
+    python -m services.worker.engine_process --fd 5 --model-path model.gguf --kv-cache-bytes 1073741824 ...
 
 It ends with status 0 after Shutdown, with 1 when the front is gone or the model cannot be loaded, and with a traceback
 after an exception in a step. Interrupts (SIGINT) are the front's to answer: a terminal sends them to both.
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
     """Load the model and allocate the KV cache, telling the front how far it is.
 
-    Raises ConfigError, ModelFileError and FrontGoneError.
+    Raises ConfigError and ModelFileError.
     """
 
     def report(stage: str, fraction: float) -> None:
@@ -59,7 +59,7 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
     # Imported here, as it takes longer than all the rest and the front should not hear nothing until then.
     from services.worker.runner.start import start_cpu_runner
 
-    return start_cpu_runner(read_gguf(config.model), config, lambda share: report("loading weights", share))
+    return start_cpu_runner(read_gguf(config.model_path), config, lambda share: report("loading weights", share))
 
 
 def ready(limits: EngineLimits) -> engine_pb2.EngineReady:

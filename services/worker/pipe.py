@@ -75,11 +75,10 @@ class EnginePipe:
         return commands
 
     def send(self, event: engine_pb2.EngineEvent) -> None:
-        """Send an event; blocks while the front does not read. Raises FrontGoneError."""
-        try:
+        """Send an event; blocks while the front does not read. One to a front that is gone is lost: `take` tells."""
+        # Not raised here: the front may have said Shutdown before it closed its end, and that is still to be read.
+        with suppress(ConnectionError):
             self._connection.sendall(_frame(event))
-        except ConnectionError as cause:
-            raise FrontGoneError from cause
 
     def close(self) -> None:
         """Close this end; the front then reads the end of the stream."""

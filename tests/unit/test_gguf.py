@@ -119,8 +119,8 @@ def test_an_impossible_value_is_named(scratch: Path, metadata: dict[str, Value],
 
 
 def test_an_array_longer_than_the_file_is_refused_without_memory_for_it(scratch: Path) -> None:
-    raw = gguf_bytes({"numbers": (ARRAY, (I32, [1]))}, {})
-    assert "'numbers' is given as" in problem_of(scratch, raw.replace(struct.pack("<Q", 1), struct.pack("<Q", 1 << 50)))
+    raw = gguf_bytes({"numbers": (ARRAY, (I32, [1, 2, 3, 4, 5]))}, {})
+    assert "'numbers' is given as" in problem_of(scratch, raw.replace(struct.pack("<Q", 5), struct.pack("<Q", 1 << 50)))
 
 
 def test_text_that_is_not_utf8_is_named(scratch: Path) -> None:
@@ -186,8 +186,8 @@ def test_noise_after_a_right_beginning_is_never_another_exception(scratch: Path,
 
 def test_a_missing_key_or_tensor_is_named(scratch: Path) -> None:
     file = read_bytes(scratch, SMALL)
-    with pytest.raises(ModelFileError, match="'llama.block_count' is missing"):
-        file.require("llama.block_count", int)
+    with pytest.raises(ModelFileError, match="'block_count' is missing"):
+        file.require("block_count", int)
     with pytest.raises(ModelFileError, match="'name' should be of type int, but is a str"):
         file.require("name", int)
     with pytest.raises(ModelFileError, match="'flag' should be of type int, but is a bool"):

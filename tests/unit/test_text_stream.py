@@ -58,7 +58,7 @@ def test_half_a_character_is_held_back_until_it_is_whole() -> None:
 
 def test_half_a_character_at_the_end_is_shown_as_a_replacement() -> None:
     stream = TextStream(VOCABULARY)
-    assert stream.feed(tokens_of("a") + [0xE2, 0x82]).text == "a"
+    assert stream.feed([*tokens_of("a"), 0xE2, 0x82]).text == "a"
     assert stream.end() == "\ufffd"
     assert stream.end() == ""
 

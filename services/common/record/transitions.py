@@ -306,7 +306,9 @@ def _recover(record: Record, move: moves.Recover, pool: Pool) -> Transition:
     # Its placement may be among the lost writes: a worker may run it under the number that the record still has.
     number = max(record.attempt.number + 1, move.floor)
     raised = replace(record, attempt=Attempt(number, move.nonce))
-    return Transition(_decided(raised, pool, "recovered", ""), Answer(Verdict.OK, index=number))
+    # An entry of the intake carries the attempt that it can be placed under.
+    effects = (LeaveIntake(record.key), EnterIntake(record.key))
+    return Transition(_decided(raised, pool, "recovered", ""), Answer(Verdict.OK, index=number), effects)
 
 
 def _rebase(record: Record, move: moves.Rebase, pool: Pool) -> Transition:

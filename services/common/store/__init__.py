@@ -7,7 +7,11 @@
 `clock`        the time that all of them share
 `requests`     the request record's moves (services.common.record), each atomic in Redis
 `ids`          which pool owns a request id
-`streams`      blocking reads of intake, inboxes and events
+`streams`      blocking reads of streams
+`intake`       requests that wait for a place
+`inbox`        what a worker is told
+`events`       workers' reports and freed reservations
+`leader_feed`  intake and events in one read
 `leadership`   the leader's lease and epoch
 `workers`      registration and reports of workers
 `gateways`     leases of gateways

@@ -56,6 +56,8 @@ class StoreUnfit(StoreError):
 @contextmanager
 def translated() -> Iterator[None]:
     """Raise this module's errors in place of redis-py's. Other replies of error are defects and pass unchanged."""
+    task = asyncio.current_task()
+    num_cancellations = task.cancelling() if task else 0
     try:
         yield
     except exceptions.OutOfMemoryError as error:
@@ -73,6 +75,10 @@ def translated() -> Iterator[None]:
         if text.startswith(_NOT_SERVING):
             raise StoreUnavailable(f"Redis does not serve now: {text}") from error
         raise
+    finally:
+        # redis-py sends by asyncio.wait_for, which in Python 3.11 loses a cancellation that comes as the write is done.
+        if task and task.cancelling() > num_cancellations:
+            raise asyncio.CancelledError
 
 
 async def command(redis: Redis, *arguments: Argument) -> Any:

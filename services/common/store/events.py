@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from gen.shoal.fleet.v1.request_pb2 import WorkerReport
 from services.common.ids import RequestKey, WorkerId
 from services.common.store.keys import Keys
-from services.common.store.streams import Entry, read_many
+from services.common.store.streams import Entry, read_many, read_newest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ class Events:
         """Events behind `after`, with their ids; see `streams`."""
         entries = await read_many(self._redis, {self.stream: after}, block_ms, count)
         return self.parse(entries.get(self.stream, []))
+
+    async def newest(self, count: int) -> list[tuple[str, Event]]:
+        """The last `count` events, oldest first."""
+        return self.parse(await read_newest(self._redis, self.stream, count))
 
     @staticmethod
     def parse(entries: Sequence[Entry]) -> list[tuple[str, Event]]:

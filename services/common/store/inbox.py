@@ -1,6 +1,6 @@
 """A worker's inbox: what it is given to do, as its front reads it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -12,7 +12,7 @@ from services.common.store.codec import pairs, unpack_tokens
 from services.common.store.connection import command
 from services.common.store.keys import Keys
 from services.common.store.scripts import Script
-from services.common.store.streams import read_with_time
+from services.common.store.streams import Entry, read_with_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,14 @@ class Inbox:
         """
         await self._delete_notices()
         entries, now_ms = await read_with_time(self._redis, self._stream, after, block_ms, count)
-        messages = [(entry.id, _PARSERS[entry.fields[b"type"]](entry.fields, now_ms)) for entry in entries]
+        messages = self.parse(entries, now_ms)
         self._notices = [entry_id for entry_id, message in messages if not isinstance(message, Start)]
         return messages
+
+    @staticmethod
+    def parse(entries: Sequence[Entry], now_ms: int) -> list[tuple[str, InboxMessage]]:
+        """Entries of an inbox's stream, read at this time by Redis' clock."""
+        return [(entry.id, _PARSERS[entry.fields[b"type"]](entry.fields, now_ms)) for entry in entries]
 
     async def outstanding(self) -> list[Outstanding]:
         """What this worker has, oldest first. Raises StoreUnavailable."""

@@ -5,7 +5,7 @@ then collects what workers and gateways hold, raises the attempts of live reques
 ones back (`restore`), and calls `complete`. A pool's very first start goes the same way, and finds nothing.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -38,14 +38,18 @@ class Recovery:
 
     async def needed(self) -> str | None:
         """The server's run id if this pool is not recovered in it, as on the pool's very first start; else None."""
-        run_id = await self._call(self._needed)
+        run_id = await self._call(self._needed, ())
+        return run_id.decode() if run_id else None
+
+    async def generation(self) -> str | None:
+        """Run id of the server that was recovered last, as stored; None: this Redis never had one."""
+        run_id = await command(self._redis, "GET", self._keys.generation)
         return run_id.decode() if run_id else None
 
     async def post(self, holdings: Holdings, run_id: str) -> None:
         """State what a process holds, once for each run id; the last statement of a holder counts."""
-        await self._call(
-            self._post, self._keys.recovery(run_id), holdings.holder, holdings.SerializeToString(), HOLDINGS_LIFETIME_MS
-        )
+        stated = (holdings.holder, holdings.SerializeToString(), HOLDINGS_LIFETIME_MS)
+        await self._call(self._post, (self._keys.recovery(run_id),), *stated)
 
     async def posted(self, run_id: str) -> list[Holdings]:
         """What was stated so far for this run id."""
@@ -67,16 +71,14 @@ class Recovery:
 
     async def complete(self, run_id: str, fence: str) -> bool:
         """Moves are possible again. False: `fence` is not the leader's, or the server has restarted once more."""
-        return bool(await self._call(self._complete, run_id, fence))
+        return bool(await self._call(self._complete, (self._keys.leader,), run_id, fence))
 
     async def _live_record(self, key: RequestKey) -> Record | None:
         state = await command(self._redis, "HGET", self._keys.request(key), "state")
         if state is None or state.decode() in ENDED:
             return None
-        _, fields, journal = await self._call(self._read, key, 0)
+        _, fields, journal = await self._call(self._read, (), key, 0)
         return unpack_record(key, pairs(fields), journal) if fields else None
 
-    async def _call(self, script: Script, *arguments: Argument) -> Any:
-        return await script.call(
-            self._redis, (self._keys.generation, self._keys.leader), (self._keys.prefix, "", 0, *arguments)
-        )
+    async def _call(self, script: Script, keys: Sequence[str], *arguments: Argument) -> Any:
+        return await script.call(self._redis, (self._keys.generation, *keys), (self._keys.prefix, "", 0, *arguments))

@@ -59,6 +59,10 @@ class Peek:
     reader: int
     attempt: Attempt
     worker: WorkerId
+    gateway: str
+    reader_left_at_ms: int
+    """0: it is there."""
+    resume_ms: int
 
 
 class RequestStore:
@@ -290,7 +294,13 @@ def _whole(key: RequestKey, reply: Sequence[Any]) -> tuple[int, Record | None]:
 def _peek(reply: Sequence[Any]) -> Peek | None:
     if not reply:
         return None
-    state, reader, attempt, nonce, worker = reply
+    state, reader, attempt, nonce, worker, gateway, reader_left_at_ms, resume_ms = reply
     return Peek(
-        RequestState(state.decode()), int(reader), Attempt(int(attempt), nonce.decode()), WorkerId(worker.decode())
+        state=RequestState(state.decode()),
+        reader=int(reader),
+        attempt=Attempt(int(attempt), nonce.decode()),
+        worker=WorkerId(worker.decode()),
+        gateway=gateway.decode(),
+        reader_left_at_ms=int(reader_left_at_ms),
+        resume_ms=int(resume_ms),
     )

@@ -45,8 +45,13 @@ async def read_with_time(redis: Redis, stream: str, after: str, block_ms: int, c
 
 async def last_id(redis: Redis, stream: str) -> str:
     """Id of the last entry that a stream has now; FIRST if it has none."""
-    newest = await command(redis, "XREVRANGE", stream, "+", "-", "COUNT", 1)
-    return newest[0][0].decode() if newest else FIRST
+    newest = await read_newest(redis, stream, 1)
+    return newest[0].id if newest else FIRST
+
+
+async def read_newest(redis: Redis, stream: str, count: int) -> list[Entry]:
+    """The last `count` entries, oldest first; without waiting."""
+    return _parsed((await command(redis, "XREVRANGE", stream, "+", "-", "COUNT", count))[::-1])
 
 
 def _xread(after: Mapping[str, str], block_ms: int, count: int) -> tuple[str | int, ...]:

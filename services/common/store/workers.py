@@ -41,6 +41,10 @@ class WorkerDirectory:
         """
         return bool(await self._call(self._retire, worker, "leader", fence))
 
+    async def close(self, worker: WorkerId) -> None:
+        """Take nothing more before leaving: not registered, but its inbox stays until `unregister`. Repeated: same."""
+        await command(self._redis, "DEL", self._keys.worker(worker))
+
     async def unregister(self, worker: WorkerId) -> bool:
         """A worker removes itself, having handed everything over. Repeated: True. False: it still has requests."""
         return bool(await self._call(self._retire, worker, "self", ""))

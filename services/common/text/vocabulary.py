@@ -41,7 +41,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     kinds = file.require_tuple("tokenizer.ggml.token_type", int)
     if len(texts) != len(kinds):
         raise ModelFileError(file.path, f"it has {len(texts)} tokens, but types for {len(kinds)}")
-    alphabet = {ord(character): byte for byte, character in byte_level_alphabet().items()}
+    alphabet = {character: byte for byte, character in byte_level_alphabet().items()}
     token_bytes = tuple(
         _token_bytes(file, token_id, text, kind, alphabet)
         for token_id, (text, kind) in enumerate(zip(texts, kinds, strict=True))
@@ -59,14 +59,14 @@ def byte_level_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
-def _token_bytes(file: GgufFile, token_id: int, text: str, kind: int, alphabet: Mapping[int, int]) -> bytes:
+def _token_bytes(file: GgufFile, token_id: int, text: str, kind: int, alphabet: Mapping[str, int]) -> bytes:
     if kind == USER_DEFINED:  # An added token that is shown is stored as it reads.
         return text.encode()
     if kind != NORMAL:
         return b""
     try:
-        return text.translate(alphabet).encode("latin-1")
-    except UnicodeEncodeError as error:
+        return bytes([alphabet[character] for character in text])
+    except KeyError as error:
         raise ModelFileError(
             file.path, f"token {token_id}, {text!r}, is not written in the byte-level alphabet"
         ) from error

@@ -25,7 +25,7 @@ class FrontChannel(Protocol):
         ...
 
     def send(self, event: engine_pb2.EngineEvent) -> None:
-        """Send an event; blocks while the front does not read. Raises FrontGoneError if it has closed its end."""
+        """Send an event; blocks while the front does not read. One to a front that is gone is lost."""
         ...
 
 

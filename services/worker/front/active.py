@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.record.run import Frame, Run
-from services.common.store.streams import Start
+from services.common.store.inbox import Start
 from services.common.text.stop import StopText, stop_texts
 from services.common.text.text_stream import TextStream
 from services.common.text.vocabulary import Vocabulary
-
-Reason = inference_pb2.FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
     """How a choice ended. `hidden`: its last token ended it by its id, and shows no text."""
 
-    reason: Reason.ValueType
+    reason: inference_pb2.FinishReason.ValueType
     hidden: bool
 
 
@@ -81,7 +79,7 @@ class ActiveRequest:
                 known_token_ids=self.run.known[number],
                 held=not self.run.sampling,
                 remaining_ms=remaining_ms,
-                alone_until_tokens=self.suspect_until,
+                alone=self.suspect_until > 0,
             )
             for number, choice in enumerate(self.choices)
             if choice.end is None

@@ -64,7 +64,8 @@ class EngineClient:
         await self.send(engine_pb2.EngineCommand(shutdown=engine_pb2.EngineCommand.Shutdown()))
         self._writer.close()
         try:
-            await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+            async with asyncio.timeout(STOP_GRACE_S):
+                await self._process.wait()
         except TimeoutError:
             await self.kill()
 

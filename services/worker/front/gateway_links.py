@@ -25,8 +25,8 @@ FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 MAX_REQUESTS_A_MESSAGE = 512
 
-OnResume = Callable[[RequestKey, Attempt, Sequence[Held]], Awaitable[None]]
-OnRefusal = Callable[[RequestKey, Attempt, "delivery_pb2.Refusal"], Awaitable[None]]
+OnResume = Callable[[ActiveRequest, Sequence[Held]], Awaitable[None]]
+OnRefusal = Callable[[ActiveRequest, delivery_pb2.Refusal], Awaitable[None]]
 
 
 class GatewayLinks:
@@ -55,11 +55,13 @@ class GatewayLinks:
             link.tell(active)
 
     def end(self, active: ActiveRequest, end: delivery_pb2.EndFrame) -> None:
-        """The end is stored: tell it behind the last tokens. A gateway that is away finds it in the record."""
+        """The end is stored: tell it behind the last tokens, once the gateway takes them.
+
+        A gateway that cannot be reached finds the end in the record.
+        """
         link = self._links.get(active.run.gateway)
-        if link and active.run.open:
+        if link:
             link.end(active, end)
-        self.forget(active)
 
     def close(self, active: ActiveRequest) -> None:
         """The reader at the request's gateway was superseded."""
@@ -68,7 +70,7 @@ class GatewayLinks:
             link.close(active)
 
     def forget(self, active: ActiveRequest) -> None:
-        """The request has left; nothing is sent for it except an end that was given before."""
+        """The request has left; nothing more is sent for it."""
         link = self._links.get(active.run.gateway)
         if link:
             link.forget(active)
@@ -92,7 +94,7 @@ class _Link:
         # What the next message takes along; dicts keep the order and drop repetitions.
         self._opens: dict[RequestKey, ActiveRequest] = {}
         self._changed: dict[RequestKey, ActiveRequest] = {}
-        self._last_words: list[tuple[list[delivery_pb2.TokenFrame], delivery_pb2.EndFrame]] = []
+        self._ends: dict[RequestKey, delivery_pb2.EndFrame] = {}
         self._closes: list[delivery_pb2.CloseFrame] = []
         self._wake = asyncio.Event()
 
@@ -106,8 +108,9 @@ class _Link:
         self._wake.set()
 
     def end(self, active: ActiveRequest, end: delivery_pb2.EndFrame) -> None:
-        self._last_words.append((active.token_frames(), end))
-        self._wake.set()
+        if self._requests.get(active.run.key) is active:
+            self._ends[active.run.key] = end
+            self.tell(active)
 
     def close(self, active: ActiveRequest) -> None:
         self._closes.append(delivery_pb2.CloseFrame(key=active.run.key, reader=active.run.reader))
@@ -117,9 +120,9 @@ class _Link:
     def forget(self, active: ActiveRequest) -> None:
         if self._requests.get(active.run.key) is active:
             del self._requests[active.run.key]
-        for waiting in (self._opens, self._changed):
-            if waiting.get(active.run.key) is active:
-                del waiting[active.run.key]
+            self._opens.pop(active.run.key, None)
+            self._changed.pop(active.run.key, None)
+            self._ends.pop(active.run.key, None)
 
     async def run(self) -> None:
         """Keep a stream to the gateway while there are requests for it."""
@@ -144,10 +147,14 @@ class _Link:
             self.closed = True
 
     def _reset(self) -> None:
-        """The stream is gone, and what it carried with it: every request opens anew on the next."""
+        """The stream is gone, and what it carried with it: every request opens anew on the next, but those that ended:
+        the gateway finds their ends.
+        """
         self._changed.clear()
-        self._last_words.clear()
         self._closes.clear()
+        for key in self._ends:
+            del self._requests[key]
+        self._ends.clear()
         for active in self._requests.values():
             active.run.open = False
         self._opens = dict(self._requests)
@@ -182,22 +189,26 @@ class _Link:
             run = self._opens.pop(key).run
             message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader))
         for key in list(self._changed)[:MAX_REQUESTS_A_MESSAGE]:
-            message.frames.extend(self._changed.pop(key).token_frames())
-        for frames, end in self._last_words[:MAX_REQUESTS_A_MESSAGE]:
-            message.frames.extend(frames)
-            message.ends.append(end)
-        del self._last_words[:MAX_REQUESTS_A_MESSAGE]
+            active = self._changed.pop(key)
+            message.frames.extend(active.token_frames())
+            if key in self._ends and active.run.open:
+                message.ends.append(self._ends[key])
+                self.forget(active)
         message.closes.extend(self._closes)
         self._closes.clear()
         return message if message.ByteSize() else None
 
     async def _answer(self, response: delivery_pb2.DeliverResponse) -> None:
         for resume in response.resumes:
-            held = [Held(choice.count, tuple(choice.token_ids)) for choice in resume.choices]
-            await self._on_resume(RequestKey(resume.key), _attempt(resume.attempt), held)
+            active = self._sender(resume.key, resume.attempt)
+            if active:
+                await self._on_resume(active, [Held(known.count, tuple(known.token_ids)) for known in resume.choices])
+                self.tell(active)
         for refusal in response.refusals:
-            await self._on_refusal(RequestKey(refusal.key), _attempt(refusal.attempt), refusal)
+            active = self._sender(refusal.key, refusal.attempt)
+            if active:
+                await self._on_refusal(active, refusal)
 
-
-def _attempt(attempt: delivery_pb2.AttemptId) -> Attempt:
-    return Attempt(attempt.number, attempt.nonce)
+    def _sender(self, key: str, attempt: delivery_pb2.AttemptId) -> ActiveRequest | None:
+        active = self._requests.get(RequestKey(key))
+        return active if active and active.run.attempt == Attempt(attempt.number, attempt.nonce) else None

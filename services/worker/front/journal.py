@@ -8,8 +8,7 @@ from contextlib import suppress
 from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.transitions import Verdict
-from services.common.store.connection import StoreUnavailable
-from services.common.store.recovery import Recovering
+from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.requests import RequestStore
 from services.worker.front.active import ActiveRequest
 
@@ -36,7 +35,8 @@ class Journal:
         """Flush for as long as the session lives."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.due.wait(), self._interval_s)
+                async with asyncio.timeout(self._interval_s):
+                    await self.due.wait()
             self.due.clear()
             await self.flush()
 

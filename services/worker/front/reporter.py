@@ -4,8 +4,7 @@ import asyncio
 from contextlib import suppress
 
 from gen.shoal.fleet.v1 import request_pb2
-from services.common.store.connection import StoreUnavailable
-from services.common.store.recovery import Recovering
+from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.workers import WorkerDirectory
 from services.worker.config import WorkerConfig
 from services.worker.front.session import LostError, Session
@@ -28,7 +27,8 @@ class Reporter:
         progress = self._session.progress
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(progress.wait(), self._config.report_interval_ms / 1000)
+                async with asyncio.timeout(self._config.report_interval_ms / 1000):
+                    await progress.wait()
             progress.clear()
             try:
                 known = await self._directory.report(self._report(), self._config.registration_ttl_ms)

@@ -13,17 +13,17 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.ids import RequestKey, new_nonce, new_worker_id
+from services.common.ids import RequestKey, WorkerId, new_nonce, new_worker_id
 from services.common.record import moves
 from services.common.record.history import Held
 from services.common.record.record import Attempt
 from services.common.record.run import Diverged, MaySample
 from services.common.record.states import RequestState
 from services.common.record.transitions import Answer, Verdict
-from services.common.store.connection import StoreUnavailable
-from services.common.store.recovery import Recovering
+from services.common.store.connection import Recovering, StoreUnavailable
+from services.common.store.inbox import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
 from services.common.store.requests import RequestStore
-from services.common.store.streams import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
+from services.common.store.streams import FIRST
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.active import ActiveRequest, attempt_id
@@ -58,7 +58,7 @@ class Session:
 
     def __init__(
         self, config: WorkerConfig, engine: EngineClient, ready: engine_pb2.EngineReady, store: RequestStore,
-        inbox: Callable[[str], Inbox], vocabulary: Vocabulary,
+        inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary,
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
         self.ready = ready
@@ -86,13 +86,11 @@ class Session:
         """Sequences in the engine, waiting or running."""
         return len(self._sequences)
 
-    async def run(
-        self, others: Sequence[Callable[[], Awaitable[None]]], unregister: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def run(self, others: Sequence[Callable[[], Awaitable[None]]], close: Callable[[], Awaitable[None]]) -> None:
         """Work until the engine dies (EngineDiedError), the worker is lost (LostError) or drained (DrainedError).
 
-        `others` run beside it, and end with it. At the end the worker is unregistered, so that nothing more is placed
-        here, and then what was still held is handed back.
+        `others` run beside it, and end with it. At the end `close` sees to it that nothing more is placed here; then
+        what was still held, or lies unread in the inbox, is handed back.
         """
         reason = "worker stops"
         try:
@@ -114,12 +112,12 @@ class Session:
             self._in_flight = ()
             raise
         finally:
-            await asyncio.shield(self._depart(unregister, reason))
+            await asyncio.shield(self._depart(close, reason))
 
     # What comes in
 
     async def _read_inbox(self) -> None:
-        after = "0"
+        after = FIRST
         while True:
             try:
                 messages = await self._inbox.read(after, INBOX_BLOCK_MS, INBOX_BATCH)
@@ -179,27 +177,27 @@ class Session:
         if self.active.get(active.run.key) is active and active.run.grace_over():
             self._tasks.create_task(self._release(active, MaySample(((),) * len(active.choices))))
 
-    async def _on_resume(self, key: RequestKey, attempt: Attempt, held: Sequence[Held]) -> None:
-        active = self._holding(key, attempt)
-        if not active:
-            return
+    async def _on_resume(self, active: ActiveRequest, held: Sequence[Held]) -> None:
         # A choice that the gateway does not speak of has nothing.
         stated = [*held, *[Held(0)] * (len(active.choices) - len(held))][: len(active.choices)]
-        match active.run.resume(stated):
+        answer = active.run.resume(stated)
+        if active.ending:
+            return
+        match answer:
             case Diverged(histories):
                 await self._rebase(active, histories)
             case MaySample() as begin:
                 active.forced(begin.forced)
                 await self._release(active, begin)
-                self._links.tell(active)
-            case None:
-                self._links.tell(active)
 
-    async def _on_refusal(self, key: RequestKey, attempt: Attempt, refusal: delivery_pb2.Refusal) -> None:
-        active = self._holding(key, attempt)
-        if active and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
+    async def _on_refusal(self, active: ActiveRequest, refusal: delivery_pb2.Refusal) -> None:
+        if not active.ending and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
             # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
-            await self._requeue(active, "its gateway knows a later attempt", floor=refusal.highest_attempt + 1)
+            run = active.run
+            await self._drop(active)
+            await self._give_back(
+                run.key, run.attempt, "its gateway knows a later attempt", refusal.highest_attempt + 1
+            )
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
         for choice, forced in zip(active.choices, begin.forced, strict=True):
@@ -320,15 +318,14 @@ class Session:
             del self.active[active.run.key]
         self.progress.set()
 
-    async def _requeue(self, active: ActiveRequest, why: str, floor: int = 0, suspect_until: int = 0) -> None:
-        run = active.run
-        await self._drop(active)
-        move = moves.Requeue(run.key, run.attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
-        await self._until_stored(lambda: self._store.requeue(move), HAND_BACK_TRIES)
-
-    async def _depart(self, unregister: Callable[[], Awaitable[None]], why: str) -> None:
-        await unregister()
+    async def _depart(self, close: Callable[[], Awaitable[None]], why: str) -> None:
+        await close()
         await self._hand_back(why)
+        try:
+            for unread in await self._inbox.outstanding():
+                await self._give_back(unread.key, unread.attempt, why)
+        except StoreUnavailable as error:
+            logger.warning("left requests to the leader", extra={"error": str(error)})
 
     async def _hand_back(self, why: str) -> None:
         """Everything held goes back to the queue; what was in the step of a dying engine goes as suspect."""
@@ -337,7 +334,14 @@ class Session:
         # Those whose end was being written too: if it was stored, giving them back changes nothing.
         for active in list(self.active.values()):
             known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
-            await self._requeue(active, why, suspect_until=known)
+            await self._drop(active)
+            await self._give_back(active.run.key, active.run.attempt, why, suspect_until=known)
+
+    async def _give_back(
+        self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0
+    ) -> None:
+        move = moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
+        await self._until_stored(lambda: self._store.requeue(move), HAND_BACK_TRIES)
 
     # Small parts
 

@@ -9,9 +9,9 @@ from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import engine_pb2, request_pb2
 from services.common.store.connection import StoreUnavailable
-from services.common.store.recovery import Recovering, Recovery
+from services.common.store.inbox import Inbox
+from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
-from services.common.store.streams import Inbox
 from services.common.store.workers import WorkerDirectory
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
@@ -56,6 +56,7 @@ class Worker:
     async def run(self) -> None:
         """Return when the fleet drained this worker. Raises EngineStartError when no engine can be had."""
         pause_s, failures = FIRST_PAUSE_S, 0
+        drained = False
         while True:
             started_s = time.monotonic()
             served = False
@@ -66,11 +67,13 @@ class Worker:
                     self._on_engine(engine)
                     await self._serve(engine, ready)
             except* DrainedError:
-                return
+                drained = True
             except* (EngineDiedError, LostError) as ended:
                 logger.warning("session over", extra={"error": str(ended.exceptions[0])})
             finally:
                 self._on_engine(None)
+            if drained:
+                return
             failures = 0 if served else failures + 1
             if failures == LOAD_FAILURES:
                 raise EngineStartError(f"the engine failed to start {failures} times in a row")
@@ -99,23 +102,33 @@ class Worker:
         reporter = Reporter(session, self._directory, config)
         recovery = Recovery(self._redis, config.pool)
         holdings = HoldingsPoster(session, info, recovery, self._directory, config)
-        await session.run((reporter.run, holdings.run), lambda: self._unregister(session))
+        try:
+            await session.run((reporter.run, holdings.run), lambda: self._close(session))
+        finally:
+            await asyncio.shield(self._unregister(session))
 
     async def _register(self, info: request_pb2.WorkerInfo) -> None:
         for attempt in range(REGISTER_TRIES):
             try:
                 await self._directory.register(info, self._config.registration_ttl_ms)
                 return
-            except (StoreUnavailable, Recovering):
+            except StoreUnavailable:
                 if attempt == REGISTER_TRIES - 1:
                     raise
                 await asyncio.sleep(RETRY_S)
 
+    async def _close(self, session: Session) -> None:
+        try:
+            await self._directory.close(session.worker)
+        except StoreUnavailable as error:
+            logger.warning("could not close the inbox", extra={"error": str(error)})
+
     async def _unregister(self, session: Session) -> None:
         try:
-            await self._directory.unregister(session.worker)
-        except (StoreUnavailable, Recovering) as error:
-            # The registration expires by itself.
+            if not await self._directory.unregister(session.worker):
+                logger.warning("left requests to the leader", extra={"worker": session.worker})
+        except StoreUnavailable as error:
+            # The registration expires by itself, and the leader finds what is left.
             logger.warning("could not unregister", extra={"error": str(error)})
 
     def _info(self, session: Session, ready: engine_pb2.EngineReady) -> request_pb2.WorkerInfo:

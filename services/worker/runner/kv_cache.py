@@ -1,5 +1,6 @@
 """The paged KV cache: allocated once, addressed by block tables."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,9 @@ class PagedKvCache:
     def __init__(self, config: LlamaConfig, num_blocks: int, block_size_tokens: int) -> None:
         self.block_size_tokens = block_size_tokens
         shape = (num_blocks, block_size_tokens, 2, config.num_kv_heads, config.head_dim)
-        # Zeros, since what lies behind a sequence's end is multiplied by a weight of 0, and 0 * NaN would be NaN.
-        self._layers = [torch.zeros(shape) for _ in range(config.num_layers)]
+        # Zeros, since what lies behind a sequence's end is multiplied by a weight of 0, and 0 * NaN would be NaN. From
+        # numpy, whose zeros are pages that the system clears at their first use: torch clears all at once, 1 s a GiB.
+        self._layers = [torch.from_numpy(np.zeros(shape, dtype=np.float32)) for _ in range(config.num_layers)]
 
     def write(self, layer: int, slot_mapping: Tensor, kv: Tensor) -> None:
         """Store tokens. slot_mapping: [num_tokens] int64; kv: [num_tokens, 2, num_kv_heads, head_dim]."""

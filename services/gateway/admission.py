@@ -1,0 +1,132 @@
+"""How many streams and waiting requests this gateway takes: refused at once, before any work is done.
+
+The script that accepts a request is what enforces the backlog's limit. This is a cheap bound in front of it, so that a
+flood costs neither tokenizers nor Redis anything.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from services.common.errors import Exhausted, Unavailable
+from services.common.store.connection import StoreError
+
+REFRESH_S = 0.2
+FRESH_S = 0.02
+LONGEST_WAIT_S = 0.05
+RETRY_AFTER_MS = 1_000
+
+
+class OpenCalls:
+    """Counts calls that stream; refuses more than `limit`, and all while the gateway stops."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_open = 0
+        self._none_open = asyncio.Event()
+        self._none_open.set()
+        self.draining = False
+
+    def enter(self, context: Any) -> None:
+        """Count a call until it is done. Raises Exhausted, Unavailable."""
+        if self.draining:
+            raise draining()
+        if self._num_open >= self._limit:
+            raise Exhausted(
+                f"this gateway has {self._num_open} open streams, the most is {self._limit}; use another, or wait",
+                reason="TOO_MANY_STREAMS",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._num_open += 1
+        self._none_open.clear()
+        context.add_done_callback(self._leave)
+
+    async def all_done(self, within_s: float) -> bool:
+        """Wait until no call is open. False: some still were after `within_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._none_open.wait()
+        return self._none_open.is_set()
+
+    def _leave(self, _: object) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            self._none_open.set()
+
+
+class Backlog:
+    """Requests that wait for a worker: the intake's length as last read, and what this gateway does meanwhile."""
+
+    def __init__(self, length: Callable[[], Awaitable[int]], limit: int, clock: Callable[[], float]) -> None:
+        """`length`: reads the intake's length from Redis. `clock`: the loop's, in s."""
+        self._read_length = length
+        self._limit = limit
+        self._clock = clock
+        self._length = 0
+        self._read_at_s = -REFRESH_S
+        self._in_flight = 0
+        self._wanted = asyncio.Event()
+        self._reading_done: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Keep the length known, until cancelled."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFRESH_S):
+                    await self._wanted.wait()
+            self._wanted.clear()
+            with suppress(StoreError, TimeoutError):
+                async with asyncio.timeout(REFRESH_S):
+                    self._length = await self._read_length()
+            self._read_at_s = self._clock()
+            if self._reading_done is not None:
+                self._reading_done.set_result(None)
+                self._reading_done = None
+
+    async def check(self) -> None:
+        """Raise Exhausted if the backlog is full, by a length read within the last FRESH_S if possible."""
+        if self._full and self._clock() - self._read_at_s > FRESH_S:
+            await self._refresh()
+        if self._full:
+            raise backlog_full(self._length + self._in_flight, self._limit)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """A request is on its way to the intake; it is there when the block ends without an error."""
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+        self._length += 1
+
+    @property
+    def _full(self) -> bool:
+        return self._length + self._in_flight >= self._limit
+
+    async def _refresh(self) -> None:
+        if self._reading_done is None:
+            self._reading_done = asyncio.get_running_loop().create_future()
+            self._wanted.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_WAIT_S):
+                await asyncio.shield(self._reading_done)
+
+
+def backlog_full(length: int, limit: int) -> Exhausted:
+    """What a caller is told when too many requests wait."""
+    return Exhausted(
+        f"{length} requests wait for a worker, and at most {limit} may; come back later",
+        reason="BACKLOG_FULL",
+        retry_after_ms=RETRY_AFTER_MS,
+    )
+
+
+def draining() -> Unavailable:
+    """What a caller is told while the gateway stops."""
+    return Unavailable(
+        "this gateway stops; the request goes on: Attach at another gateway",
+        reason="DRAINING",
+        retry_after_ms=RETRY_AFTER_MS // 10,
+    )

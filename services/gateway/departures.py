@@ -1,0 +1,63 @@
+"""Readers that went away, told to Redis: from then on their requests live for their resume time only.
+
+One task writes them, so that no call waits for Redis on its way out, and none is forgotten while Redis is away.
+"""
+
+import asyncio
+import logging
+
+from services.common.ids import RequestKey
+from services.common.record import moves
+from services.common.store.connection import StoreError
+from services.common.store.requests import RequestStore
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING = 100_000
+RETRY_S = 0.5
+
+
+class Departures:
+    """Leaves to be written: at most MAX_WAITING; beyond, the oldest is dropped, and its request runs to its end."""
+
+    def __init__(self, store: RequestStore) -> None:
+        self._store = store
+        self._waiting: dict[tuple[RequestKey, int], None] = {}
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, key: RequestKey, reader: int) -> None:
+        """A reader of a request went away, or was never there. If another reads meanwhile, nothing happens."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._waiting.pop(next(iter(self._waiting)))
+        self._waiting[(key, reader)] = None
+        self._idle.clear()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                key, reader = departure = next(iter(self._waiting))
+                try:
+                    await self._store.leave(moves.Leave(key, reader))
+                except StoreError as error:
+                    logger.warning(
+                        "departures wait for Redis", extra={"waiting": len(self._waiting), "error": str(error)}
+                    )
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    self._waiting.pop(departure, None)
+            self._idle.set()
+
+    async def flush(self, within_s: float) -> bool:
+        """Wait until all are written. False: it took too long, and those that are left are lost."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True

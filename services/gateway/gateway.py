@@ -1,0 +1,140 @@
+"""The gateway's parts, put together, run, and stopped."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+from redis.asyncio import Redis
+
+from gen.shoal.fleet.v1 import delivery_pb2_grpc
+from gen.shoal.inference.v1 import inference_pb2_grpc
+from services.common import rpc
+from services.common.errors import ShoalError
+from services.common.store.connection import StoreUnavailable, connect
+from services.common.store.gateways import GatewayLease
+from services.common.store.intake import Intake
+from services.common.store.recovery import Recovery
+from services.common.store.requests import RequestStore
+from services.common.store.workers import WorkerDirectory
+from services.gateway import delivery, server
+from services.gateway.admission import Backlog, OpenCalls, draining
+from services.gateway.capacity import Capacity
+from services.gateway.config import GatewayConfig
+from services.gateway.delivery import DeliveryService
+from services.gateway.departures import Departures
+from services.gateway.generation import Generation, Limits
+from services.gateway.holdings import HoldingsPoster
+from services.gateway.lease import Lease
+from services.gateway.model import Model
+from services.gateway.open_streams import OpenStreams
+from services.gateway.readiness import Readiness
+from services.gateway.replay import Replay
+from services.gateway.requests import Requests
+from services.gateway.server import InferenceService
+from services.gateway.tokenizer_client import TokenizerClient
+from services.gateway.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+MAX_METADATA_BYTES = 16 * 1024
+SERVER_OPTIONS = (
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+)
+START_RETRY_S = 0.5
+LAST_WORDS_S = 2.0
+"""How long clients have to take the end of their streams when the gateway stops."""
+FLUSH_S = 2.0
+
+Ready = Callable[[str, str], None]
+R = TypeVar("R")
+
+
+async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
+    """Serve until `stop`; then drain and return, within drain_ms and about 5 s.
+
+    `ready` is called with the address for clients and the one for workers. Raises OSError if a port is taken,
+    ConfigError, StoreError if Redis is away or unfit, and Unavailable if no tokenizer answers at the start.
+    """
+    addresses = config.tokenizer_addresses()
+    config.advertised(config.fleet_listen)  # refused before anything starts
+    async with AsyncExitStack() as resources:
+        redis = await _until_there(lambda: connect(config.redis_url), config, stop)
+        resources.push_async_callback(redis.aclose)
+        channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
+        tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
+        model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
+        await _serve(config, redis, tokenizer, model, stop, ready)
+
+
+async def _serve(
+    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, stop: asyncio.Event, ready: Ready
+) -> None:
+    clock = asyncio.get_running_loop().time
+    store = RequestStore(redis, config.pool, config.retention_ms)
+    streams = OpenStreams()
+    departures = Departures(store)
+    replay = Replay(tokenizer)
+    calls = OpenCalls(config.max_streams)
+    backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
+    capacity = Capacity(WorkerDirectory(redis, config.pool), clock)
+    requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
+    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
+    fleet = rpc.Server([delivery.SERVICE_NAME])
+    readiness = Readiness(public)
+    async with asyncio.TaskGroup() as tasks:
+        links = DeliveryService(streams, departures, tasks, clock)
+        delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
+        fleet_address = config.advertised(await fleet.start(config.fleet_listen))
+        limits = Limits(fleet_address, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
+        generation = Generation(model, tokenizer, capacity, backlog, requests, limits)
+        service = InferenceService(model, fleet_address, calls, generation, requests, tokenizer)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
+        background = [
+            tasks.create_task(part.run())
+            for part in (
+                departures,
+                backlog,
+                Lease(GatewayLease(redis), fleet_address, streams, readiness, clock),
+                HoldingsPoster(Recovery(redis, config.pool), streams, fleet_address, readiness, clock),
+                Watch(streams, store, requests, replay, fleet_address, clock),
+            )
+        ]
+        ready(await public.start(config.listen), fleet_address)
+        await stop.wait()
+        await _drain(config, public, readiness, calls, streams)
+        if not await departures.flush(FLUSH_S):
+            logger.warning("some readers' departures were not written; the leader finds them by this gateway's lease")
+        await fleet.stop(0)
+        for task in background:
+            task.cancel()
+
+
+async def _drain(
+    config: GatewayConfig, public: rpc.Server, readiness: Readiness, calls: OpenCalls, streams: OpenStreams
+) -> None:
+    """Take nothing new, let open streams end by themselves for a while, and then end them: their requests go on."""
+    calls.draining = True
+    await readiness.unready("the gateway stops")
+    logger.info("draining", extra={"streams": len(streams)})
+    await calls.all_done(config.drain_ms / 1000)
+    for stream in streams:
+        stream.finish(draining())
+    await calls.all_done(LAST_WORDS_S)
+    await public.stop(0)
+
+
+async def _until_there(call: Callable[[], Awaitable[R]], config: GatewayConfig, stop: asyncio.Event) -> R:
+    """Repeat a call at the start while what it needs is away, for start_limit_ms."""
+    clock = asyncio.get_running_loop().time
+    until_s = clock() + config.start_limit_ms / 1000
+    while True:
+        try:
+            return await call()
+        except (StoreUnavailable, ShoalError) as error:
+            if stop.is_set() or clock() >= until_s:
+                raise
+            logger.info("waiting at the start", extra={"error": str(error)})
+        await asyncio.sleep(START_RETRY_S)

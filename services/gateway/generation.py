@@ -1,0 +1,122 @@
+"""The way of a new request through the gateway: checked, admitted, encoded, fitted, accepted."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gen.shoal.fleet.v1 import request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.errors import DeadlineExceeded, Exhausted
+from services.common.ids import TenantId, new_nonce, new_request_id, request_key
+from services.common.record import moves
+from services.gateway.admission import Backlog
+from services.gateway.capacity import Capacity
+from services.gateway.identity import cache_salt
+from services.gateway.model import Model
+from services.gateway.requests import Requests
+from services.gateway.streams import Stream
+from services.gateway.tokenizer_client import TokenizerClient
+from services.gateway.validation import ValidRequest, fitted_max_tokens, validate
+
+MAX_DEADLINE_MS = 30 * 24 * 3_600_000
+"""A gRPC deadline farther away than this is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, and how long it waits. `time_left_s`: None: as long as it takes."""
+
+    tenant: TenantId
+    traceparent: str
+    time_left_s: Callable[[], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is written with each request."""
+
+    gateway: str
+    """This gateway's fleet address."""
+    backlog_limit: int
+    resume_ms: int
+    anonymous_resume_ms: int
+
+
+class Generation:
+    """Turns calls of Generate into streams."""
+
+    def __init__(
+        self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, requests: Requests,
+        limits: Limits,
+    ) -> None:  # fmt: skip
+        self._model = model
+        self._tokenizer = tokenizer
+        self._capacity = capacity
+        self._backlog = backlog
+        self._requests = requests
+        self._limits = limits
+
+    async def start(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
+        """The stream of an accepted request; whatever is raised before that has stored nothing.
+
+        Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
+        """
+        valid = validate(request, self._model)
+        try:
+            await self._backlog.check()
+        except Exhausted:
+            # A known request waits already, or has ended: reading it on adds nothing.
+            if not valid.request_id or not await self._requests.knows(request_key(caller.tenant, valid.request_id)):
+                raise
+        with self._backlog.taking():
+            prompt = valid.token_ids
+            if valid.text is not None:
+                prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+            max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
+            return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+
+    def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
+        request_id = valid.request_id or new_request_id()
+        return moves.Submit(
+            key=request_key(caller.tenant, request_id),
+            digest=valid.digest,
+            payload=self._payload(valid, request_id, prompt, max_tokens, caller).SerializeToString(),
+            num_choices=valid.n,
+            nonce=new_nonce(),
+            gateway=self._limits.gateway,
+            resume_ms=self._limits.resume_ms if valid.request_id else self._limits.anonymous_resume_ms,
+            deadline_ms=_earlier_deadline_ms(valid.deadline_ms, caller.time_left_s()),
+            backlog_limit=self._limits.backlog_limit,
+        )
+
+    def _payload(
+        self, valid: ValidRequest, request_id: str, prompt: tuple[int, ...], max_tokens: int, caller: Caller
+    ) -> request_pb2.RequestPayload:
+        payload = request_pb2.RequestPayload(
+            request_id=request_id,
+            tenant=caller.tenant,
+            model=self._model.name,
+            prompt_token_ids=prompt,
+            sampling=valid.sampling,
+            max_tokens=max_tokens,
+            stop=valid.stop,
+            stop_token_ids=valid.stop_token_ids,
+            n=valid.n,
+            priority=valid.priority,
+            time_to_first_token_ms=valid.time_to_first_token_ms,
+            cache_salt=cache_salt(caller.tenant),
+            traceparent=caller.traceparent,
+        )
+        if not payload.sampling.HasField("seed"):
+            payload.sampling.seed = secrets.randbits(64)
+        return payload
+
+
+def _earlier_deadline_ms(asked_ms: int, time_left_s: float | None) -> int:
+    """The earlier of both deadlines, in ms from now; 0: none. Raises DeadlineExceeded if the call's own has passed."""
+    if time_left_s is None or time_left_s * 1000 > MAX_DEADLINE_MS:
+        return asked_ms
+    left_ms = int(time_left_s * 1000)
+    if left_ms <= 0:
+        raise DeadlineExceeded("the deadline passed before the request was accepted: nothing was stored")
+    return min(asked_ms, left_ms) if asked_ms else left_ms

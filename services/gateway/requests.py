@@ -1,0 +1,193 @@
+"""Requests as their records know them: accepted, read on, cancelled, looked up. Every move goes through the store."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from redis.asyncio import Redis
+
+from gen.shoal.fleet.v1 import request_pb2
+from services.common.errors import AlreadyExists, Internal, NotFound
+from services.common.ids import RequestKey
+from services.common.record import moves
+from services.common.record.history import NOTHING, Held, rebased
+from services.common.record.reader import Reader
+from services.common.record.record import Record
+from services.common.record.transitions import Verdict
+from services.common.store.ids import claim_id, pool_of
+from services.common.store.requests import Peek, RequestStore
+from services.gateway.admission import backlog_full
+from services.gateway.departures import Departures
+from services.gateway.open_streams import OpenStreams
+from services.gateway.replay import Replay, diverged
+from services.gateway.store_retry import retried
+from services.gateway.streams import Accepted, Stream
+
+logger = logging.getLogger(__name__)
+
+
+class Requests:
+    """The pool's requests, for this gateway's clients. All methods raise Unavailable while Redis is away."""
+
+    def __init__(
+        self, redis: Redis, pool: str, store: RequestStore, streams: OpenStreams, departures: Departures,
+        replay: Replay, clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        """`clock`: the loop's, in s."""
+        self._redis = redis
+        self._pool = pool
+        self._store = store
+        self._streams = streams
+        self._departures = departures
+        self._replay = replay
+        self._clock = clock
+
+    async def submit(self, move: moves.Submit, num_prompt_tokens: int) -> Stream:
+        """Accept a request, and open its stream. A known one is read from its first token.
+
+        Raises Exhausted if the backlog is full, AlreadyExists for an id that is taken.
+        """
+        tenant, _, request_id = move.key.partition("/")
+        owner = await retried(lambda: claim_id(self._redis, tenant, request_id, self._pool))
+        if owner != self._pool:
+            raise _taken(request_id, f"by a request of model {owner}")
+        with self._streams.arriving(move.key):
+            try:
+                submitted = await retried(lambda: self._store.submit(move))
+            except BaseException:
+                # Whether it was stored is unknown, but nobody here will read it.
+                self._departures.add(move.key, 1)
+                raise
+            match submitted.answer.verdict:
+                case Verdict.OK:
+                    accepted = Accepted(
+                        move.key, move.payload, num_prompt_tokens, move.digest,
+                        submitted.accepted_at_ms, submitted.deadline_at_ms, move.resume_ms,
+                    )  # fmt: skip
+                    stream = Stream(accepted, Reader(1, move.num_choices), self._clock())
+                    self._streams.install(stream)
+                    logger.info("accepted", extra={"request": move.key})
+                    return stream
+                case Verdict.KNOWN:
+                    # Also when the reply to a first try was lost: then this reads what that one stored.
+                    return await self._attach(move.key, (), move.gateway)
+                case Verdict.FULL:
+                    raise backlog_full(submitted.answer.index, move.backlog_limit)
+                case Verdict.CONFLICT:
+                    raise _taken(request_id, "with another payload")
+                case verdict:
+                    raise Internal(f"a submit was answered {verdict}")
+
+    async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str) -> Stream:
+        """Read a request on for a client, behind what it holds. The stream of an ended one has all that is left.
+
+        Raises NotFound; Aborted if it has ended, and differs from what is held.
+        """
+        await self._check_owned(key)
+        with self._streams.arriving(key):
+            return await self._attach(key, held, gateway)
+
+    async def _attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str) -> Stream:
+        attached = await retried(lambda: self._store.attach(moves.Attach(key, gateway, held)))
+        record, answer = attached.record, attached.answer
+        if record is None:
+            raise unknown(key)
+        match answer.verdict:
+            case Verdict.DIVERGED:
+                raise diverged(answer.choice, answer.index)
+            case Verdict.ENDED:
+                stream = self._stream(record, held)
+                stream.freeze()
+                await self._replay.end(stream, record)
+                return stream
+            case Verdict.OK:
+                stream = self._stream(record, held)
+                self._streams.install(stream)
+                logger.info("attached", extra={"request": key, "reader": record.reader})
+                return stream
+            case verdict:
+                raise Internal(f"an attach was answered {verdict}")
+
+    async def return_to(self, stream: Stream, gateway: str) -> None:
+        """Become the reader again: the leader took this gateway for dead, but the client is still here."""
+        with self._streams.arriving(stream.key):
+            attached = await self._store.attach(moves.Attach(stream.key, gateway, stream.delivered()))
+            if attached.answer.verdict != Verdict.OK:
+                return
+            if self._streams.get(stream.key) is not stream:
+                # Its client went meanwhile.
+                self._departures.add(stream.key, attached.answer.index)
+            else:
+                stream.reader.number = attached.answer.index
+                logger.warning("returned to a request that was taken for left", extra={"request": stream.key})
+
+    async def cancel(self, key: RequestKey) -> Peek:
+        """Ask for the end, and tell where the request stands just after. Raises NotFound."""
+        await self._check_owned(key)
+        answer = await retried(lambda: self._store.cancel(moves.Cancel(key, "asked by a client")))
+        peek = (await retried(lambda: self._store.peek([key])))[0]
+        if answer.verdict == Verdict.UNKNOWN or peek is None:
+            raise unknown(key)
+        stream = self._streams.get(key)
+        if stream is not None:
+            # If it ended in the queue, no worker will say so: the watch looks sooner.
+            stream.doubted = True
+        logger.info("cancel asked", extra={"request": key, "state": peek.state})
+        return peek
+
+    async def read(self, key: RequestKey) -> Record:
+        """The whole record. Raises NotFound."""
+        await self._check_owned(key)
+        found = await retried(lambda: self._store.read(key))
+        if found is None:
+            raise unknown(key)
+        return found[0]
+
+    def close(self, stream: Stream) -> None:
+        """The stream's client is gone, or has its end. May be called again."""
+        if self._streams.get(stream.key) is stream:
+            self._streams.remove(stream)
+            # An end that the record knows needs no word; neither does a reader that another has replaced.
+            if not stream.settled:
+                self._departures.add(stream.key, stream.reader.number)
+                logger.info("left", extra={"request": stream.key, "reader": stream.reader.number})
+
+    async def knows(self, key: RequestKey) -> bool:
+        """Whether the id is taken by a request of this pool."""
+        tenant, _, request_id = key.partition("/")
+        return await retried(lambda: pool_of(self._redis, tenant, request_id)) == self._pool
+
+    async def _check_owned(self, key: RequestKey) -> None:
+        if not await self.knows(key):
+            raise unknown(key)
+
+    def _stream(self, record: Record, held: tuple[Held, ...]) -> Stream:
+        payload = request_pb2.RequestPayload.FromString(record.payload)
+        accepted = Accepted(
+            record.key, record.payload, len(payload.prompt_token_ids), record.digest,
+            record.accepted_at_ms, record.deadline_at_ms, record.resume_ms,
+        )  # fmt: skip
+        claims = [held[choice] if choice < len(held) else NOTHING for choice in range(record.num_choices)]
+        whole = [_completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
+        return Stream(accepted, Reader(record.reader, record.num_choices, whole), self._clock())
+
+
+def _completed(claim: Held, journal: tuple[int, ...]) -> Held:
+    """A claim that states all its tokens, those that the client leaves out as the journal has them; if it has them."""
+    return replace(claim, tokens=rebased(journal, claim)) if claim.start <= len(journal) else claim
+
+
+def unknown(key: RequestKey) -> NotFound:
+    """No such request of this tenant."""
+    request_id = key.partition("/")[2]
+    return NotFound(
+        f"request {request_id!r} is unknown: it never was, has expired, or belongs to another tenant",
+        reason="REQUEST_UNKNOWN",
+        field="request_id",
+    )
+
+
+def _taken(request_id: str, how: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"request id {request_id!r} is in use {how}; choose another", reason="ID_TAKEN", field="request_id"
+    )

@@ -1,0 +1,104 @@
+"""InferenceService: the RPCs, thin. Errors become statuses in services.common.rpc."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gen.shoal.inference.v1 import inference_pb2, inference_pb2_grpc
+from services.common.ids import RequestKey, request_key
+from services.gateway.admission import OpenCalls
+from services.gateway.endings import STATES
+from services.gateway.generation import Caller, Generation
+from services.gateway.identity import tenant_of, traceparent_of
+from services.gateway.lookup import described
+from services.gateway.model import Model
+from services.gateway.requests import Requests
+from services.gateway.streams import Stream
+from services.gateway.tokenizer_client import TokenizerClient
+from services.gateway.validation import check_model, check_request_id, encodable, held_by_client
+
+SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+Context = Any
+"""A grpc.aio.ServicerContext; its stubs know no callback that could be given to it."""
+Responses = AsyncIterator[inference_pb2.GenerateResponse]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """The RPCs of InferenceService."""
+
+    def __init__(
+        self, model: Model, gateway: str, calls: OpenCalls, generation: Generation, requests: Requests,
+        tokenizer: TokenizerClient,
+    ) -> None:  # fmt: skip
+        """`gateway`: this one's fleet address."""
+        self._model = model
+        self._gateway = gateway
+        self._calls = calls
+        self._generation = generation
+        self._requests = requests
+        self._tokenizer = tokenizer
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> Responses:
+        """Accept a request and stream it."""
+        self._calls.enter(context)
+        stream = await self._generation.start(request, _caller(context))
+        async for response in self._responses(stream, context):
+            yield response
+
+    async def Attach(  # noqa: N802
+        self, request: inference_pb2.AttachRequest, context: Context
+    ) -> Responses:
+        """Read a request on."""
+        self._calls.enter(context)
+        key = _key(request.request_id, context)
+        stream = await self._requests.attach(key, held_by_client(request, self._model), self._gateway)
+        async for response in self._responses(stream, context):
+            yield response
+
+    async def Cancel(  # noqa: N802
+        self, request: inference_pb2.CancelRequest, context: Context
+    ) -> inference_pb2.CancelResponse:
+        """Ask for a request's end."""
+        peek = await self._requests.cancel(_key(request.request_id, context))
+        return inference_pb2.CancelResponse(state=STATES[peek.state])
+
+    async def GetRequest(  # noqa: N802
+        self, request: inference_pb2.GetRequestRequest, context: Context
+    ) -> inference_pb2.GetRequestResponse:
+        """Tell what the record says."""
+        return described(await self._requests.read(_key(request.request_id, context)))
+
+    async def CountTokens(  # noqa: N802
+        self, request: inference_pb2.CountTokensRequest, context: Context
+    ) -> inference_pb2.CountTokensResponse:
+        """Encode and count."""
+        check_model(request.model, self._model)
+        tokens = await self._tokenizer.encode(encodable(request), context.time_remaining())
+        return inference_pb2.CountTokensResponse(prompt_tokens=len(tokens))
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """Name the pool's model."""
+        return inference_pb2.ListModelsResponse(models=[self._model.to_proto()])
+
+    async def _responses(self, stream: Stream, context: Context) -> Responses:
+        # Called however the call ends, also while a response waits for a client that reads nothing; a generator's
+        # `finally` may come late then, when it is collected.
+        context.add_done_callback(lambda _: self._requests.close(stream))
+        try:
+            async for response in stream.responses():
+                yield response
+        finally:
+            self._requests.close(stream)
+
+
+def _caller(context: Context) -> Caller:
+    metadata = context.invocation_metadata() or ()
+    return Caller(tenant_of(metadata), traceparent_of(metadata), context.time_remaining)
+
+
+def _key(request_id: str, context: Context) -> RequestKey:
+    return request_key(tenant_of(context.invocation_metadata() or ()), check_request_id(request_id))

@@ -1,0 +1,58 @@
+"""Starts a scheduler: `python -m services.scheduler`."""
+
+import asyncio
+import logging
+import secrets
+import sys
+
+import uvloop
+
+from services.common import log
+from services.common.config import parse
+from services.common.rpc import announce, termination
+from services.common.store.connection import StoreError, connect
+from services.scheduler.clock import monotonic_ms
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.election import Candidate
+from services.scheduler.leader import Reign
+from services.scheduler.lease_keeper import Held
+from services.scheduler.pool_store import PoolStore
+from services.scheduler.server import make_server
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 0.2
+"""Given to open calls at the end: only health checks and reflection."""
+
+
+def main() -> None:
+    """Parse the configuration, print it, and schedule until SIGTERM."""
+    parsed = parse(SchedulerConfig, "scheduler")
+    log.configure("scheduler", parsed.config.log_level)
+    logger.info("configuration", extra={"configuration": parsed.describe()})
+    try:
+        uvloop.run(_serve(parsed.config))
+    except (StoreError, OSError, ValueError) as error:
+        sys.exit(f"scheduler: {error}")
+
+
+async def _serve(config: SchedulerConfig) -> None:
+    stop = termination()
+    redis = await connect(config.redis_url)
+    store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
+
+    async def reign(held: Held, seen_life: bool) -> None:
+        await Reign(store, held, config, monotonic_ms).run(seen_life)
+
+    server = make_server()
+    announce("scheduler", await server.start(config.listen))
+    async with asyncio.TaskGroup() as tasks:
+        candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
+        await stop.wait()
+        candidate.cancel()
+        await server.stop(STOP_GRACE_S)
+    await redis.aclose()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What a leader does in its reign, top to bottom: recover, rebuild, then follow intake and events, and place.
+
+Nothing survives a reign but Redis. Whatever goes wrong ends it, and the next one, perhaps by the same process, begins
+from Redis again. Every write carries the fence of this reign, so an old leader that is late writes nothing.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import NoReturn
+
+from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from services.common.ids import WorkerId, new_nonce
+from services.common.record import moves
+from services.common.record.transitions import Verdict
+from services.common.store.connection import MAX_BLOCK_MS, StoreError
+from services.common.store.inbox import Outstanding
+from services.common.store.leader_feed import read_leader
+from services.common.store.streams import FIRST
+from services.scheduler import lease_keeper
+from services.scheduler.clock import Clock
+from services.scheduler.config import SchedulerConfig
+from services.scheduler.deposed import Deposed
+from services.scheduler.ledger import Reservation
+from services.scheduler.placement import Placement
+from services.scheduler.pool_store import PoolStore
+from services.scheduler.recovery import recover
+from services.scheduler.sweeper import Sweeper
+from services.scheduler.view import View
+
+logger = logging.getLogger(__name__)
+
+READ_COUNT = 500
+"""Most entries of each stream in one read."""
+PLACE_COUNT = 100
+"""Most placements between two reads, so that the order of the queue and the workers' room stay fresh."""
+NEWEST_EVENTS = 500
+"""Of these, a new leader takes each worker's last report."""
+STRIKES = 2
+"""Looks in a row at which a registration is found expired, before its worker is lost."""
+
+
+@dataclass(slots=True)
+class _Position:
+    """Ids of the last entries read."""
+
+    intake: str = FIRST
+    events: str = FIRST
+
+
+class Reign:
+    """One reign. Its task alone changes the view, but for the sweeper's corrections."""
+
+    def __init__(self, store: PoolStore, held: lease_keeper.Held, config: SchedulerConfig, clock: Clock) -> None:
+        self._store = store
+        self._held = held
+        self._fence = held.lease.fence
+        self._config = config
+        self._clock = clock
+        self.view = View(config.patience)
+        """What this leader knows; for reading only."""
+        self._sweeper = Sweeper(store, self._fence, self.view, clock, config.rhythm)
+        self._position = _Position()
+        self._next_check_ms = 0.0
+        self._expired: dict[WorkerId, int] = {}
+
+    async def run(self, seen_life: bool) -> None:
+        """Lead until deposed. `seen_life`: this process has met a leader before. Raises Deposed, StoreError."""
+        end: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(lease_keeper.keep(self._store.leadership, self._held, self._config.term, self._clock))
+                tasks.create_task(self._lead(seen_life))
+        except* (Deposed, StoreError) as group:
+            end = _first(group)
+        if end is not None:
+            raise end
+
+    async def _lead(self, seen_life: bool) -> None:
+        await recover(self._store, self._fence, self._config.window, self._clock, seen_life)
+        await self._rebuild()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sweeper.run())
+            tasks.create_task(self._follow())
+
+    async def _rebuild(self) -> None:
+        """Learn all that Redis knows. What is placed is read behind the events, so that no release is missed."""
+        newest = await self._store.events.newest(NEWEST_EVENTS)
+        if newest:
+            self._position.events = newest[-1][0]
+        await self._check_registrations()
+        for _, event in newest:
+            if isinstance(event, WorkerReport):
+                self.view.take_event(event, self._clock())
+        while not await self._read(block_ms=0):
+            pass
+        logger.info(
+            "rebuilt",
+            extra={
+                "queued": len(self.view.queue),
+                "placed": sum(1 for _ in self.view.ledger.holdings()),
+                "workers": len(self.view.ledger.accounts),
+            },
+        )
+        await self._place()
+
+    async def _follow(self) -> NoReturn:
+        """Wait for something to happen, take it all in, and act on it."""
+        liveness = self.view.liveness
+        more = False
+        while True:
+            block_ms = 0 if more else self._idle_ms()
+            expected_at_ms = self._clock() + block_ms
+            caught_up = await self._read(block_ms)
+            liveness.woke(self._clock(), expected_at_ms)
+            more = not caught_up
+            if caught_up:
+                liveness.caught_up(self._clock())
+                read_at_ms = self._clock()
+                await self._lose_silent()
+                more = await self._place()
+                if self._clock() >= self._next_check_ms:
+                    await self._check_registrations()
+                    more = True
+                liveness.woke(self._clock(), read_at_ms)
+
+    async def _read(self, block_ms: int) -> bool:
+        """Take in new entries, waiting for the first. False: there may be more already."""
+        batch = await read_leader(
+            self._store.redis,
+            self._store.pool,
+            self._position.intake,
+            self._position.events,
+            block_ms,
+            READ_COUNT,
+        )
+        for entry_id, event in batch.events:
+            self._position.events = entry_id
+            if self.view.take_event(event, self._clock()) is not None:
+                self._next_check_ms = 0.0  # somebody new
+        for queued in batch.intake:
+            self._position.intake = queued.entry_id
+            self.view.take_queued(queued)
+        return len(batch.intake) < READ_COUNT and len(batch.events) < READ_COUNT
+
+    async def _place(self) -> bool:
+        """Place as many as there is room for. True: there may be room for more."""
+        for _ in range(PLACE_COUNT):
+            placement = self.view.next_placement()
+            if placement is None:
+                return False
+            await self._place_one(placement)
+        return True
+
+    async def _place_one(self, placement: Placement) -> None:
+        queued, worker = placement.queued, placement.worker
+        answer = await self._store.requests.place(moves.Place(queued.key, self._fence, queued.attempt, worker))
+        fields = {"request": queued.key, "attempt": queued.attempt.number, "worker": worker}
+        match answer.verdict:
+            case Verdict.OK:
+                self.view.placed(placement, self._clock())
+                logger.info("placed", extra=fields)
+            case Verdict.NOT_LEADER:
+                raise Deposed("a placement was refused")
+            case Verdict.NO_WORKER:
+                # What it has is found by the next looks at registrations: it left, or it will be lost.
+                self.view.forget_worker(worker)
+                logger.info("worker is gone", extra=fields)
+            case _:
+                self.view.queue.drop(queued.key, queued.attempt)
+                logger.info("not placed", extra={**fields, "verdict": answer.verdict})
+
+    async def _check_registrations(self) -> None:
+        """Learn who came, who drains, who left, and whose registration expired."""
+        self._next_check_ms = self._clock() + self._config.registration_check_ms
+        registrations = dict(await self._store.workers.all())
+        for worker in [worker for worker in self.view.ledger.accounts if worker not in registrations]:
+            self.view.forget_worker(worker)
+            logger.info("worker left", extra={"worker": worker})
+        self._expired = {
+            worker: self._expired.get(worker, 0) + 1 for worker, info in registrations.items() if info is None
+        }
+        for worker, info in registrations.items():
+            if info is not None:
+                await self._know(worker, info)
+            elif self._expired[worker] >= STRIKES:
+                await self._lose(worker, "worker lost: its registration expired")
+
+    async def _know(self, worker: WorkerId, info: WorkerInfo) -> None:
+        outstanding: list[Outstanding] = []
+        if not self.view.knows(worker):
+            outstanding = await self._store.inbox(worker).outstanding()
+            logger.info("worker joins", extra={"worker": worker, "requests": len(outstanding)})
+        self.view.add_worker(info, [_reservation(start) for start in outstanding], self._clock())
+
+    async def _lose_silent(self) -> None:
+        """Take their requests from workers that make no progress."""
+        for loss in self.view.liveness.lost(self._clock()):
+            await self._lose(loss.worker, f"worker lost: no progress for {loss.silent_ms:.0f} ms")
+
+    async def _lose(self, worker: WorkerId, why: str) -> None:
+        """Requeue all that a worker has, and retire it. If it lives, it comes back under a new id."""
+        self.view.forget_worker(worker)
+        logger.warning("lost", extra={"worker": worker, "why": why})
+        for start in await self._store.inbox(worker).outstanding():
+            requeue = moves.Requeue(start.key, start.attempt, new_nonce(), why, self._fence)
+            answer = await self._store.requests.requeue(requeue)
+            if answer.verdict == Verdict.NOT_LEADER:
+                raise Deposed("a requeue was refused")
+            logger.info(
+                "requeued",
+                extra={"request": start.key, "worker": worker, "attempt": answer.index, "verdict": answer.verdict},
+            )
+        if not await self._store.workers.retire(worker, self._fence):
+            raise Deposed(f"worker {worker} could not be retired")
+
+    def _idle_ms(self) -> int:
+        """How long nothing is to be done by itself, rounded up; at least 1: in Redis, 0 would be for ever."""
+        due_ms = self._next_check_ms
+        lost_ms = self.view.liveness.next_due_ms()
+        if lost_ms is not None:
+            due_ms = min(due_ms, lost_ms)
+        return max(1, min(MAX_BLOCK_MS, int(due_ms - self._clock()) + 1))
+
+
+def _reservation(start: Outstanding) -> Reservation:
+    return Reservation(
+        key=start.key,
+        attempt=start.attempt,
+        prompt_tokens=start.prompt_tokens,
+        generated_tokens=start.generated_tokens,
+        max_tokens=start.max_tokens,
+        num_choices=start.num_choices,
+    )
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One error of nested groups: whichever it is, the reign has ended."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

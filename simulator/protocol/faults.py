@@ -1,0 +1,200 @@
+"""What goes wrong in a schedule, drawn from its seed before it begins."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from simulator.protocol.client import Client
+from simulator.protocol.gateway import Gateway
+from simulator.protocol.leader import Leader
+from simulator.protocol.links import Network
+from simulator.protocol.redis_model import RedisModel
+from simulator.protocol.worker import Worker
+from simulator.protocol.world import Process, World
+
+FAULTS_MS = (30.0, 1900.0)
+"""When faults begin."""
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All processes of a schedule."""
+
+    world: World
+    redis: RedisModel
+    network: Network
+    gateways: list[Gateway]
+    leaders: list[Leader]
+    workers: list[Worker]
+    clients: list[Client]
+
+
+@dataclass(slots=True)
+class Plan:
+    """The faults of one schedule; `over_at` is when the last has passed."""
+
+    fleet: Fleet
+    rng: Random
+    world_process: Process
+    over_at: float = 0.0
+    num_faults: int = 0
+    """0: nothing goes wrong."""
+
+    def draw(self) -> None:
+        """Choose and schedule the faults."""
+        rng = self.rng
+        self.num_faults = rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))
+        kinds: list[Callable[[float], None]] = [
+            self._crash_worker,
+            self._crash_worker,
+            self._crash_gateway,
+            self._crash_gateway,
+            self._crash_leader,
+            self._kill_engine,
+            self._kill_engine,
+            self._freeze_worker,
+            self._freeze_worker,
+            self._freeze_gateway,
+            self._freeze_leader,
+            self._stall_engine,
+            self._partition,
+            self._partition,
+            self._slow_link,
+            self._slow_link,
+            self._redis_trouble,
+            self._redis_trouble,
+            self._cut_from_redis,
+            self._restart_redis,
+            self._restart_redis_unheard,
+            self._lose_an_attempt,
+            self._zombie,
+            self._zombie,
+        ]
+        for _ in range(self.num_faults):
+            rng.choice(kinds)(rng.uniform(*FAULTS_MS))
+
+    def _at(self, at_ms: float, act: Callable[[], None]) -> None:
+        self.over_at = max(self.over_at, at_ms)
+        self.fleet.world.after(at_ms, self.world_process, act)
+
+    def _crash(self, process: Process, at_ms: float, back_after_ms: float) -> None:
+        def crash() -> None:
+            if process.up:
+                process.crash()
+                self.fleet.network.crashed(process)
+
+        def back() -> None:
+            if not process.up:
+                self.fleet.world.log(process.name, "starts again")
+                process.start()
+
+        self._at(at_ms, crash)
+        self._at(at_ms + back_after_ms, back)
+
+    def _freeze(self, process: Process, at_ms: float, for_ms: float) -> None:
+        self._at(at_ms, process.freeze)
+        self._at(at_ms + for_ms, process.thaw)
+
+    def _crash_worker(self, at_ms: float) -> None:
+        self._crash(self.rng.choice(self.fleet.workers), at_ms, self.rng.uniform(50, 3000))
+
+    def _crash_gateway(self, at_ms: float) -> None:
+        self._crash(self.rng.choice(self.fleet.gateways), at_ms, self.rng.uniform(20, 3500))
+
+    def _crash_leader(self, at_ms: float) -> None:
+        self._crash(self.rng.choice(self.fleet.leaders), at_ms, self.rng.uniform(20, 2000))
+
+    def _kill_engine(self, at_ms: float) -> None:
+        worker = self.rng.choice(self.fleet.workers)
+        self._at(at_ms, lambda: worker.engine.die() if worker.up and not worker.frozen else None)
+
+    def _stall_engine(self, at_ms: float) -> None:
+        worker = self.rng.choice(self.fleet.workers)
+        for_ms = self.rng.uniform(200, 4000)
+
+        def stall() -> None:
+            worker.engine.stalled_until = at_ms + for_ms
+
+        self._at(at_ms, stall)
+        self._at(at_ms + for_ms, lambda: None)
+
+    def _freeze_worker(self, at_ms: float) -> None:
+        self._freeze(self.rng.choice(self.fleet.workers), at_ms, self.rng.uniform(100, 5000))
+
+    def _freeze_gateway(self, at_ms: float) -> None:
+        self._freeze(self.rng.choice(self.fleet.gateways), at_ms, self.rng.uniform(100, 5000))
+
+    def _freeze_leader(self, at_ms: float) -> None:
+        self._freeze(self.rng.choice(self.fleet.leaders), at_ms, self.rng.uniform(100, 4000))
+
+    def _partition(self, at_ms: float) -> None:
+        worker, gateway = self.rng.choice(self.fleet.workers).name, self.rng.choice(self.fleet.gateways).name
+        self._at(at_ms, lambda: self.fleet.network.partition(worker, gateway))
+        self._at(at_ms + self.rng.uniform(30, 3000), lambda: self.fleet.network.heal(worker, gateway))
+
+    def _slow_link(self, at_ms: float) -> None:
+        pair = (self.rng.choice(self.fleet.workers).name, self.rng.choice(self.fleet.gateways).name)
+        extra_ms = self.rng.choice((20.0, 150.0, 800.0))
+
+        def slow() -> None:
+            self.fleet.network.slow[pair] = extra_ms
+
+        def fast() -> None:
+            self.fleet.network.slow.pop(pair, None)
+
+        self._at(at_ms, slow)
+        self._at(at_ms + self.rng.uniform(100, 2500), fast)
+
+    def _redis_trouble(self, at_ms: float) -> None:
+        redis, share = self.fleet.redis, self.rng.choice((0.1, 0.3, 0.6))
+
+        def trouble(share: float) -> None:
+            redis.trouble = share
+
+        self._at(at_ms, lambda: trouble(share))
+        self._at(at_ms + self.rng.uniform(100, 2500), lambda: trouble(0.0))
+
+    def _cut_from_redis(self, at_ms: float) -> None:
+        fleet = self.fleet
+        processes: list[Process] = [*fleet.workers, *fleet.gateways, *fleet.leaders]
+        process, for_ms = self.rng.choice(processes), self.rng.uniform(100, 4000)
+
+        def cut() -> None:
+            fleet.redis.cut[process.name] = at_ms + for_ms
+
+        self._at(at_ms, cut)
+        self._at(at_ms + for_ms, lambda: None)
+
+    def _zombie(self, at_ms: float) -> None:
+        """A worker that is declared lost goes on, and still reaches its gateways."""
+        worker, for_ms = self.rng.choice(self.fleet.workers), self.rng.uniform(1300, 3500)
+
+        def cut() -> None:
+            self.fleet.redis.cut[worker.name] = at_ms + for_ms
+
+        self._at(at_ms, cut)
+        self._at(at_ms + for_ms, lambda: None)
+
+    def _restart_redis(self, at_ms: float) -> None:
+        lost_ms = self.rng.choice((0.0, self.rng.uniform(0, 300), self.rng.uniform(0, 1000)))
+        if lost_ms:
+            self._at(max(0.0, at_ms - lost_ms), self.fleet.redis.snapshot)
+        self._at(at_ms, lambda: self.fleet.redis.restart(self.rng.uniform(5, 600)))
+
+    def _restart_redis_unheard(self, at_ms: float) -> None:
+        """A process does not hear of the restart before recovery is over: what it holds is not posted."""
+        self._restart_redis(at_ms)
+        holders: list[Process] = [*self.fleet.workers, *self.fleet.gateways]
+        self._freeze(self.rng.choice(holders), max(0.0, at_ms - self.rng.uniform(0, 700)), self.rng.uniform(1500, 5000))
+
+    def _lose_an_attempt(self, at_ms: float) -> None:
+        """Redis loses that a request was requeued; whoever runs its new attempt sleeps through the recovery."""
+        self._at(at_ms - 1, self.fleet.redis.snapshot)
+        unlucky = self.rng.choice(self.fleet.workers)
+        self._at(at_ms, lambda: unlucky.engine.die() if unlucky.up and not unlucky.frozen else None)
+        asleep_ms = self.rng.uniform(1500, 4000)
+        asleep_at = at_ms + self.rng.uniform(1, 60)
+        for worker in self.fleet.workers:
+            if worker is not unlucky:
+                self._freeze(worker, asleep_at, asleep_ms)
+        self._at(at_ms + self.rng.uniform(20, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 400)))

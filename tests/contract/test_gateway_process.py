@@ -1,0 +1,91 @@
+"""The gateway as a process: it says where it is, stays small, and stops within its bound when told to."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+import services
+from services.common import rpc
+from tests.conftest import RedisServer
+from tests.contract.gateway_fleet import Fleet, RunningGateway, a_fleet
+
+REPOSITORY = Path(services.__path__[0]).parent
+MOST_BYTES = 150 * 1024 * 1024
+
+
+@pytest.fixture
+async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
+    async for fleet in a_fleet(redis, redis_server.url, pool):
+        yield fleet
+
+
+async def started_gateway(fleet: Fleet, *flags: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
+    arguments = ("-m", "services.gateway", "--redis-url", fleet.url, "--pool", fleet.pool)
+    tokenizers = ("--tokenizers", fleet.tokenizer_address)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        *tokenizers,
+        *flags,
+        cwd=REPOSITORY,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout
+    async with asyncio.timeout(30):
+        return process, json.loads(await process.stdout.readline())
+
+
+async def test_a_terminated_gateway_ends_its_streams_writes_that_they_left_and_exits_well(fleet: Fleet) -> None:
+    process, announced = await started_gateway(fleet, "--drain-ms", "100")
+    assert announced["kind"] == "gateway"
+    assert int(announced["pid"]) == process.pid
+    async with rpc.channel(announced["address"]) as channel:
+        gateway = RunningGateway(
+            announced["address"],
+            announced["fleet_address"],
+            asyncio.Event(),
+            asyncio.ensure_future(_nothing()),
+            channel,
+        )
+        started = await fleet.started(gateway)
+        await started.send(0, "ab")
+        await started.answer.until_text("ab")
+        assert psutil.Process(process.pid).memory_info().rss < MOST_BYTES
+        process.send_signal(signal.SIGTERM)
+        assert (await started.answer.error()).reason == "DRAINING"
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
+    assert (await fleet.record(started.key)).reader_left_at_ms
+
+
+async def _nothing() -> None:
+    pass
+
+
+async def test_the_gateway_imports_no_torch() -> None:
+    code = "import sys, services.gateway.__main__; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=REPOSITORY)
+    assert await process.wait() == 0
+
+
+async def test_a_gateway_that_cannot_start_says_why_and_what_to_do() -> None:
+    for flags, words in (
+        ((), "--tokenizers"),
+        (("--tokenizers", " , "), "--tokenizers"),
+        (("--tokenizers", "127.0.0.1:1", "--backlog-limit", "0"), "--backlog-limit"),
+        (("--tokenizers", "127.0.0.1:1", "--redis-url", "redis://127.0.0.1:1", "--start-limit-ms", "0"), "Redis"),
+    ):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.gateway", *flags, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE
+        )
+        _, errors = await process.communicate()
+        assert process.returncode
+        assert words in errors.decode().splitlines()[-1]

@@ -1,0 +1,205 @@
+"""A worker's front keeps its side of the protocol (DESIGN 4.3, 4.4, 4.5, 4.8)."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from services.common.record import moves
+from services.common.record.history import Held
+from services.common.record.record import Attempt, Record
+from services.common.record.states import RequestState
+from services.worker.front.engine_client import EngineDiedError
+from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
+
+
+@pytest.fixture
+async def bench(redis: Redis, pool: str) -> AsyncIterator[Bench]:
+    made = Bench(redis, pool)
+    server, made.gateway_address = await serve_gateway(made.gateway)
+    await made.lead()
+    await made.start_session()
+    yield made
+    made.ended.cancel()
+    await asyncio.wait({made.ended})
+    await server.stop(0)
+
+
+async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_it_is_stored(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=3)
+    seen = bench.gateway.expect(key)
+    told: list[asyncio.Task[Record]] = []
+    bench.gateway.on_end = lambda end: told.append(asyncio.ensure_future(bench.record(key)))
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    for _ in range(3):
+        bench.engine.step()
+    await bench.gateway.until(lambda: seen.end is not None)
+    assert (seen.tokens, seen.text) == ([10, 11, 12], "klm")
+    record = await told[0]
+    assert record.state == RequestState.FINISHED
+    assert record.journal == ((10, 11, 12),)
+
+
+async def test_a_second_attempt_samples_nothing_until_the_gateway_said_what_it_delivered(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=5)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    await bench.requeue(key)
+    seen = bench.gateway.expect(key, held=(Held(2, (70, 71)),))
+    await bench.place(key)
+    await bench.engine.until(lambda: "release" in bench.engine.commands)
+    (sequence,) = bench.engine.sequences
+    assert bench.engine.sequences[sequence].held
+    assert bench.engine.generated[sequence] == [70, 71], "what the client holds is forced"
+    for _ in range(3):
+        bench.engine.step()
+    await bench.gateway.until(lambda: seen.end is not None)
+    assert seen.tokens == [12, 13, 14], "only what the client does not hold is sent"
+    assert (await bench.record(key)).journal == ((70, 71, 12, 13, 14),)
+
+
+async def test_a_second_attempt_waits_for_a_gateway_that_is_not_there(bench: Bench) -> None:
+    key = await bench.submit("a", gateway="127.0.0.1:1")
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    await bench.requeue(key)
+    await bench.place(key)
+    await bench.record_until(key, lambda record: record.state == RequestState.RUNNING)
+    await bench.engine.until(lambda: bool(bench.engine.held))
+    assert "release" not in bench.engine.commands
+
+
+async def test_after_the_grace_it_samples_without_a_reader(bench: Bench) -> None:
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    await bench.start_session(resume_grace_ms=1)
+    key = await bench.submit("a", max_tokens=1, gateway="127.0.0.1:1")
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    await bench.requeue(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: "release" in bench.engine.commands)
+    bench.engine.step()
+    record = await bench.record_until(key, lambda record: record.ended)
+    assert record.state == RequestState.FINISHED
+
+
+async def test_a_reader_with_another_history_continues_from_its_own_under_a_new_attempt(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=9)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.step()
+    bench.engine.step()
+    await bench.record_until(key, lambda record: record.journal == ((10, 11),))
+    other = FakeGateway()
+    server, address = await serve_gateway(other)
+    other.expect(key, reader=2, held=(Held(2, (10, 55)),))
+    await bench.store.attach(moves.Attach(key, address, (Held(2, (10, 55)),)))
+    record = await bench.record_until(key, lambda record: record.state == RequestState.QUEUED)
+    assert (record.attempt.number, record.journal) == (2, ((10, 55),))
+    await server.stop(0)
+
+
+async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=3)
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.tokens == [10])
+    other = FakeGateway()
+    server, address = await serve_gateway(other)
+    there = other.expect(key, reader=2, held=(Held(1, (10,)),))
+    await bench.store.attach(moves.Attach(key, address, (Held(1, (10,)),)))
+    await bench.gateway.until(lambda: seen.closed)
+    bench.engine.step()
+    bench.engine.step()
+    await other.until(lambda: there.end is not None)
+    assert (there.tokens, there.text) == ([11, 12], "lm")
+    assert seen.tokens == [10]
+    await server.stop(0)
+
+
+async def test_a_stop_text_ends_the_answer_before_it(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50, stop="mn")
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    for _ in range(6):
+        bench.engine.step()
+    await bench.gateway.until(lambda: seen.end is not None)
+    assert seen.text == "kl"
+    assert seen.tokens == [10, 11, 12, 13]
+    assert not bench.engine.sequences, "its blocks are free"
+
+
+async def test_a_cancelled_request_leaves_the_engine_and_ends(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    await bench.store.cancel(moves.Cancel(key, "client"))
+    record = await bench.record_until(key, lambda record: record.ended)
+    assert record.state == RequestState.CANCELLED
+    assert not bench.engine.sequences
+
+
+async def test_only_what_was_in_the_step_of_a_dying_engine_is_suspect(bench: Bench) -> None:
+    first = await bench.submit("a", max_tokens=50)
+    second = await bench.submit("b", max_tokens=50)
+    for key in (first, second):
+        bench.gateway.expect(key)
+    await bench.place(first)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == 1)
+    bench.engine.begin_step()
+    await bench.place(second)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == 2)
+    bench.engine.die()
+    with pytest.raises(ExceptionGroup) as died:
+        await bench.ended
+    assert died.group_contains(EngineDiedError)
+    suspect, bystander = await bench.record(first), await bench.record(second)
+    assert (suspect.state, suspect.attempt.number) == (RequestState.QUEUED, 2)
+    assert (bystander.state, bystander.attempt.number) == (RequestState.QUEUED, 2)
+    assert suspect.suspect_until > 0
+    assert bystander.suspect_until == 0
+
+
+async def test_an_engine_told_to_end_blames_nobody(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.begin_step()
+    bench.engine.die(returncode=-15)
+    with pytest.raises(ExceptionGroup):
+        await bench.ended
+    assert (await bench.record(key)).suspect_until == 0
+
+
+async def test_a_stopped_worker_hands_over_with_every_token_journaled(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    for _ in range(7):
+        bench.engine.step()
+    await bench.gateway.until(lambda: len(seen.tokens) == 7)
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    record = await bench.record(key)
+    assert record.state == RequestState.QUEUED
+    assert record.journal == ((10, 11, 12, 13, 14, 15, 16),)
+
+
+async def test_a_gateway_that_knows_a_later_attempt_makes_the_worker_go_above_it(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    seen = bench.gateway.expect(key)
+    seen.reader.open(Attempt(7, "lost with Redis"), 1)
+    await bench.place(key)
+    record = await bench.record_until(key, lambda record: record.state == RequestState.QUEUED)
+    assert record.attempt.number == 8
+    assert seen.tokens == []

@@ -1,0 +1,262 @@
+"""A worker's front among real neighbours, but for the engine (stepped by the test) and the gateway (this file's)."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc, engine_pb2, request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common import rpc
+from services.common.ids import RequestKey, WorkerId, new_nonce, request_key
+from services.common.record import moves
+from services.common.record.history import Held
+from services.common.record.reader import Acceptance, Reader, Refused
+from services.common.record.record import Attempt, Record
+from services.common.record.transitions import Verdict
+from services.common.store.inbox import Inbox
+from services.common.store.leadership import Leadership
+from services.common.store.recovery import Recovery
+from services.common.store.requests import RequestStore
+from services.common.store.workers import WorkerDirectory
+from services.common.text.vocabulary import Vocabulary
+from services.worker.config import WorkerConfig
+from services.worker.front.engine_client import EngineDiedError
+from services.worker.front.reporter import Reporter
+from services.worker.front.session import Session
+
+VOCABULARY = Vocabulary(tuple(bytes([97 + token % 26]) for token in range(100)), end_token_ids=(99,))
+"""Token n reads as the n-th letter; token 99 ends."""
+READY = engine_pb2.EngineReady(
+    num_blocks=64, block_size_tokens=16, max_sequences=8, max_prefill_tokens_per_step=64, context_tokens=512, pid=1
+)
+
+
+class SteppedEngine:
+    """Stands for the engine process: makes a step when the test says so. Token n of a sequence is (10 + n) % 90."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.sequences: dict[int, engine_pb2.AddSequence] = {}
+        self.generated: dict[int, list[int]] = {}
+        self.held: set[int] = set()
+        self.commands: list[str] = []
+        self.changed = asyncio.Condition()
+        self._events: asyncio.Queue[engine_pb2.EngineEvent | EngineDiedError] = asyncio.Queue(1000)
+        self._steps = itertools.count(1)
+
+    async def send(self, command: engine_pb2.EngineCommand) -> None:
+        kind = command.WhichOneof("command")
+        assert kind
+        async with self.changed:
+            self.commands.append(kind)
+            if kind == "add":
+                add = command.add
+                self.sequences[add.sequence_id] = add
+                self.generated[add.sequence_id] = list(add.known_token_ids)
+                if add.held:
+                    self.held.add(add.sequence_id)
+            elif kind == "abort":
+                self.sequences.pop(command.abort.sequence_id, None)
+            elif kind == "release":
+                self.held.discard(command.release.sequence_id)
+                self.generated[command.release.sequence_id].extend(command.release.forced_token_ids)
+            self.changed.notify_all()
+
+    async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, EngineDiedError):
+                raise event
+            yield event
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(condition)
+
+    def step(self, end: "engine_pb2.SequenceEnd.ValueType" = engine_pb2.SEQUENCE_END_UNSPECIFIED) -> None:
+        """One token for every sequence that may sample."""
+        self.begin_step()
+        outputs = []
+        for number in [number for number in self.sequences if number not in self.held]:
+            tokens = self.generated[number]
+            token = (10 + len(tokens)) % 90
+            tokens.append(token)
+            last = end
+            if len(tokens) >= self.sequences[number].payload.max_tokens:
+                last = engine_pb2.SEQUENCE_END_LENGTH
+            outputs.append(engine_pb2.SequenceOutput(sequence_id=number, token_ids=[token], end=last))
+            if last:
+                del self.sequences[number]
+        done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60)
+        self._events.put_nowait(engine_pb2.EngineEvent(done=done))
+
+    def begin_step(self) -> None:
+        running = [number for number in self.sequences if number not in self.held]
+        begins = engine_pb2.StepBegins(step=1, predicted_ms=5, sequence_ids=running)
+        self._events.put_nowait(engine_pb2.EngineEvent(begins=begins))
+
+    def die(self, returncode: int = -9) -> None:
+        self._events.put_nowait(EngineDiedError(returncode))
+
+
+@dataclass
+class Seen:
+    """What a gateway was given for one request."""
+
+    reader: Reader
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    end: delivery_pb2.EndFrame | None = None
+    closed: bool = False
+    opened: list[Attempt] = field(default_factory=list)
+
+
+class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
+    """Takes frames as a gateway does. `on_end` is called at each end, before anything else happens."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+        self.changed = asyncio.Condition()
+        self.on_end: Callable[[delivery_pb2.EndFrame], object] | None = None
+
+    def expect(self, key: RequestKey, reader: int = 1, held: tuple[Held, ...] = ()) -> Seen:
+        self.seen[key] = Seen(Reader(reader, 1, held))
+        return self.seen[key]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(condition)
+
+    async def Deliver(  # noqa: N802
+        self, request_iterator: AsyncIterator[delivery_pb2.DeliverRequest], context: object
+    ) -> AsyncIterator[delivery_pb2.DeliverResponse]:
+        async for message in request_iterator:
+            response = delivery_pb2.DeliverResponse()
+            for open_ in message.opens:
+                self._open(open_, response)
+            for frame in message.frames:
+                self._frame(frame)
+            for end in message.ends:
+                if self.on_end:
+                    self.on_end(end)
+                self.seen[end.key].end = end
+            for close in message.closes:
+                self.seen[close.key].closed = True
+            async with self.changed:
+                self.changed.notify_all()
+            if response.ByteSize():
+                yield response
+
+    def _open(self, open_: delivery_pb2.Open, response: delivery_pb2.DeliverResponse) -> None:
+        seen = self.seen.get(open_.key)
+        attempt = Attempt(open_.attempt.number, open_.attempt.nonce)
+        refused = seen.reader.open(attempt, open_.reader) if seen else Refused.NO_READER
+        if seen and refused is None:
+            seen.opened.append(attempt)
+            choices = [
+                delivery_pb2.Delivered(count=held.count, token_ids=held.tokens) for held in seen.reader.delivered()
+            ]
+            response.resumes.append(delivery_pb2.Resume(key=open_.key, attempt=open_.attempt, choices=choices))
+            return
+        stale = refused == Refused.STALE_ATTEMPT
+        highest = seen.reader.opened.number if seen and seen.reader.opened else 0
+        reason = delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT if stale else delivery_pb2.REFUSAL_REASON_NO_READER
+        response.refusals.append(
+            delivery_pb2.Refusal(key=open_.key, attempt=open_.attempt, reason=reason, highest_attempt=highest)
+        )
+
+    def _frame(self, frame: delivery_pb2.TokenFrame) -> None:
+        seen = self.seen[frame.key]
+        attempt = Attempt(frame.attempt.number, frame.attempt.nonce)
+        delta = frame.delta
+        if seen.reader.accept(attempt, delta.choice, delta.index, len(delta.token_ids)) == Acceptance.NEW:
+            seen.reader.deliver(delta.choice, delta.token_ids)
+            seen.text += delta.text
+            seen.tokens.extend(delta.token_ids)
+
+
+class Bench:
+    """One session on a real Redis, with a leader's moves at hand."""
+
+    def __init__(self, redis: Redis, pool: str) -> None:
+        self.redis = redis
+        self.pool = pool
+        self.store = RequestStore(redis, pool, retention_ms=60_000)
+        self.directory = WorkerDirectory(redis, pool)
+        self.engine = SteppedEngine()
+        self.gateway = FakeGateway()
+        self.gateway_address = ""
+        self.fence = ""
+        self.session: Session
+        self.ended: asyncio.Task[None]
+
+    async def lead(self) -> None:
+        lease = await Leadership(self.redis, self.pool, "test").acquire(60_000)
+        assert lease
+        self.fence = lease.fence
+        run_id = await Recovery(self.redis, self.pool).needed()
+        if run_id:
+            assert await Recovery(self.redis, self.pool).complete(run_id, self.fence)
+
+    async def start_session(self, resume_grace_ms: int = 60_000) -> None:
+        config = WorkerConfig(
+            pool=self.pool, model_path=Path("unused"), resume_grace_ms=resume_grace_ms, journal_interval_ms=5,
+            report_interval_ms=50,
+        )  # fmt: skip
+
+        def inbox(worker: WorkerId) -> Inbox:
+            return Inbox(self.redis, self.pool, worker)
+
+        self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY)  # type: ignore[arg-type]
+        info = request_pb2.WorkerInfo(worker_id=self.session.worker, num_blocks=64, block_size_tokens=16)
+        await self.directory.register(info, 60_000)
+        reporter = Reporter(self.session, self.directory, config)
+        self.ended = asyncio.create_task(
+            self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
+        )
+
+    async def submit(self, name: str, max_tokens: int = 4, gateway: str | None = None, stop: str = "") -> RequestKey:
+        key = request_key("default", name)
+        payload = request_pb2.RequestPayload(
+            request_id=name, tenant="default", model=self.pool, prompt_token_ids=[1, 2, 3], max_tokens=max_tokens, n=1,
+            sampling=inference_pb2.Sampling(temperature=0), stop=[stop] if stop else [], stop_token_ids=[99],
+        )  # fmt: skip
+        move = moves.Submit(
+            key, "digest", payload.SerializeToString(), 1, new_nonce(), gateway or self.gateway_address, 60_000, 0, 100
+        )
+        assert (await self.store.submit(move)).answer.verdict == Verdict.OK
+        return key
+
+    async def place(self, key: RequestKey) -> None:
+        record = await self.record(key)
+        answer = await self.store.place(moves.Place(key, self.fence, record.attempt, self.session.worker))
+        assert answer.verdict == Verdict.OK
+
+    async def requeue(self, key: RequestKey) -> None:
+        record = await self.record(key)
+        move = moves.Requeue(key, record.attempt, new_nonce(), "test", self.fence)
+        assert (await self.store.requeue(move)).verdict == Verdict.OK
+
+    async def record(self, key: RequestKey) -> Record:
+        found = await self.store.read(key)
+        assert found
+        return found[0]
+
+    async def record_until(self, key: RequestKey, condition: Callable[[Record], bool]) -> Record:
+        """The record once the condition holds of it."""
+        async with asyncio.timeout(10):
+            while not condition(record := await self.record(key)):
+                await asyncio.sleep(0.005)
+        return record
+
+
+async def serve_gateway(gateway: FakeGateway) -> tuple[rpc.Server, str]:
+    """Start a fake gateway; returns its server and its address."""
+    server = rpc.Server([])
+    delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(gateway, server.grpc)
+    return server, await server.start("127.0.0.1:0")

@@ -1,0 +1,182 @@
+"""The pool answers whatever happens to its processes, and never blocks the event loop that asks it."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gen.shoal.fleet.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
+from services.common.errors import DeadlineExceeded, Exhausted, InvalidRequest, Unavailable
+from services.common.model.location import default_model_path
+from services.tokenizer.frames import Operation
+from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
+from tests.unit.eventually import eventually
+
+SHORT = EncodeRequest(prompt="The quick brown fox").SerializeToString()
+SHORT_TOKENS = [504, 2365, 6354, 16438]
+# About a second of work: letters without a space are one long word.
+LONG = EncodeRequest(prompt="abcdefgh" * (1 << 17)).SerializeToString()
+
+
+@asynccontextmanager
+async def a_pool(
+    num_processes: int = 2, max_queued_jobs: int = 100, max_queued_bytes: int = 1 << 26, job_limit_s: float = 60.0
+) -> AsyncIterator[Pool]:
+    pool = Pool(default_model_path(), PoolLimits(num_processes, max_queued_jobs, max_queued_bytes, job_limit_s))
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(pool.run())
+        await pool.ready.wait()
+        yield pool
+        running.cancel()
+
+
+async def encode(pool: Pool, payload: bytes) -> list[int]:
+    return list(EncodeResponse.FromString(await pool.submit(Operation.ENCODE, payload)).token_ids)
+
+
+def pool_pids() -> set[int]:
+    return {
+        child.pid
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and "services.tokenizer.pool_process" in child.cmdline()
+    }
+
+
+async def until_processes(num_processes: int, besides: AbstractSet[int] = frozenset()) -> set[int]:
+    await eventually(lambda: len(pool_pids() - besides) >= num_processes)
+    return pool_pids() - besides
+
+
+async def until_working() -> None:
+    """Until some process has been handed a job: jobs are handed over as soon as the loop turns."""
+    await asyncio.sleep(0.1)
+
+
+async def test_many_callers_are_answered_at_once() -> None:
+    async with a_pool() as pool:
+        answers = await asyncio.gather(*(encode(pool, SHORT) for _ in range(50)))
+    assert answers == [SHORT_TOKENS] * 50
+
+
+async def test_all_processes_end_with_the_pool() -> None:
+    async with a_pool():
+        assert await until_processes(2)
+    assert pool_pids() == set()
+
+
+async def test_a_process_killed_at_work_is_replaced_and_its_work_done() -> None:
+    async with a_pool(num_processes=1) as pool:
+        (pid,) = pool_pids()
+        answer = asyncio.create_task(encode(pool, LONG))
+        await until_working()
+        os.kill(pid, signal.SIGKILL)
+        assert len(await answer) > 100_000
+        assert await until_processes(1) != {pid}
+
+
+async def test_a_process_killed_while_idle_costs_no_call_its_answer() -> None:
+    async with a_pool() as pool:
+        killed = await until_processes(2)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        answers = await asyncio.gather(*(encode(pool, SHORT) for _ in range(5)))
+        assert answers == [SHORT_TOKENS] * 5
+        await until_processes(2, besides=killed)
+
+
+async def test_work_that_loses_two_processes_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    async with a_pool(num_processes=1) as pool:
+        (first,) = pool_pids()
+        answer = asyncio.create_task(encode(pool, LONG))
+        await until_working()
+        os.kill(first, signal.SIGKILL)
+        (second,) = await until_processes(1, besides={first})
+        await eventually(lambda: caplog.messages.count("a pool process is ready") == 2)
+        await until_working()
+        os.kill(second, signal.SIGKILL)
+        with pytest.raises(Unavailable) as caught:
+            await answer
+        assert caught.value.retry_after_ms > 0
+        assert await encode(pool, SHORT) == SHORT_TOKENS
+
+
+async def test_short_inputs_do_not_wait_for_long_ones() -> None:
+    async with a_pool() as pool:
+        await until_processes(2)
+        long_answers = [asyncio.create_task(encode(pool, LONG)) for _ in range(3)]
+        await until_working()
+        assert await encode(pool, SHORT) == SHORT_TOKENS
+        assert not any(answer.done() for answer in long_answers[1:])
+        await asyncio.gather(*long_answers)
+
+
+async def test_a_full_queue_refuses_with_a_hint() -> None:
+    async with a_pool(num_processes=1, max_queued_jobs=1) as pool:
+        working = asyncio.create_task(encode(pool, LONG))
+        await until_working()
+        waiting = asyncio.create_task(encode(pool, SHORT))
+        await asyncio.sleep(0)
+        with pytest.raises(Exhausted, match="1 inputs of") as caught:
+            await encode(pool, SHORT)
+        assert caught.value.retry_after_ms >= 50
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert await encode(pool, SHORT) == SHORT_TOKENS  # A call that was given up holds no place.
+        await working
+
+
+async def test_a_queue_is_also_full_by_bytes() -> None:
+    async with a_pool(max_queued_bytes=len(LONG) - 1) as pool:
+        with pytest.raises(Exhausted):
+            await encode(pool, LONG)
+
+
+async def test_an_input_that_takes_too_long_is_ended() -> None:
+    async with a_pool(num_processes=1, job_limit_s=0.1) as pool:
+        with pytest.raises(DeadlineExceeded, match="100 ms"):
+            await encode(pool, LONG)
+        assert await encode(pool, SHORT) == SHORT_TOKENS
+
+
+async def test_a_refused_input_names_its_field() -> None:
+    async with a_pool(num_processes=1) as pool:
+        with pytest.raises(InvalidRequest) as caught:
+            await encode(pool, b"")
+        assert caught.value.field == "input"
+
+
+async def test_the_event_loop_is_not_blocked_by_megabytes() -> None:
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while True:  # CPU time of this thread: that other processes run meanwhile says nothing.
+            before_s = time.thread_time()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.thread_time() - before_s)
+
+    payload = EncodeRequest(prompt="The quick brown fox. " * 190_000).SerializeToString()
+    async with a_pool(num_processes=1) as pool, asyncio.TaskGroup() as tasks:
+        watcher = tasks.create_task(watch())
+        raw = await pool.submit(Operation.ENCODE, payload)
+        watcher.cancel()
+    assert len(raw) > 1_000_000
+    assert longest_s < 0.01  # 2 ms
+
+
+async def test_a_pool_whose_model_cannot_be_read_does_not_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.RaisesGroup(PoolStartError):
+        await Pool(path, PoolLimits(1, 1, 1, 1.0)).run()
+    assert "not a GGUF file" in capfd.readouterr().err

@@ -1,0 +1,201 @@
+"""The tokenizer as other services see it: over gRPC, as a process of its own."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from gen.shoal.fleet.v1 import tokenizer_pb2_grpc
+from gen.shoal.fleet.v1.tokenizer_pb2 import DecodeRequest, DescribeRequest, EncodeRequest
+from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage
+from services.common import rpc
+from services.common.errors import InvalidRequest, from_rpc
+from tests.unit.eventually import eventually
+
+NAME = "shoal.fleet.v1.TokenizerService"
+REFERENCE = Path(__file__).parents[1] / "reference" / "smollm2_greedy.jsonl"
+
+if TYPE_CHECKING:
+    Stub = tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+    Call = grpc.aio.UnaryUnaryCall[Any, Any]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running tokenizer."""
+
+    process: "subprocess.Popen[str]"
+    address: str
+
+    def pool_pids(self) -> set[int]:
+        children = psutil.Process(self.process.pid).children()
+        return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def start(*flags: str) -> Service:
+    command = [sys.executable, "-m", "services.tokenizer", "--log-level", "ERROR", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    ready = json.loads(process.stdout.readline())
+    assert ready == {"kind": "tokenizer", "address": ready["address"], "pid": process.pid}
+    return Service(process, ready["address"])
+
+
+def stop(service: Service) -> int:
+    service.process.send_signal(signal.SIGTERM)
+    status = service.process.wait(60)
+    assert service.process.stdout is not None
+    service.process.stdout.close()
+    return status
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    started = start("--max-input-bytes", "100000")
+    yield started
+    assert stop(started) == 0
+
+
+@pytest.fixture
+async def channel(service: Service) -> AsyncIterator[grpc.aio.Channel]:
+    async with rpc.channel(service.address) as opened:
+        yield opened
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> "Stub":
+    return tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+
+
+async def refusal(call: "Call") -> InvalidRequest:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = from_rpc(caught.value)
+    assert isinstance(error, InvalidRequest), error
+    return error
+
+
+async def test_the_reference_chats_and_prompts_are_encoded_and_decoded(stub: "Stub") -> None:
+    for line in REFERENCE.read_text().splitlines():
+        case = json.loads(line)
+        if case["kind"] == "chat":
+            request = EncodeRequest(chat=Chat(messages=[ChatMessage(**message) for message in case["messages"]]))
+        else:
+            request = EncodeRequest(prompt=case["prompt"])
+        assert list((await stub.Encode(request)).token_ids) == case["prompt_token_ids"], case["name"]
+        decoded = await stub.Decode(DecodeRequest(token_ids=case["output_token_ids"], ended=True))
+        assert decoded.text == case["text"], case["name"]
+
+
+async def test_the_models_facts_are_described(stub: "Stub") -> None:
+    facts = await stub.Describe(DescribeRequest())
+    assert (facts.model, facts.context_tokens, facts.vocabulary_tokens) == ("smollm2-135m-instruct", 8192, 49152)
+    assert list(facts.end_token_ids) == [2]
+
+
+async def test_an_empty_prompt_is_no_error(stub: "Stub") -> None:
+    assert not (await stub.Encode(EncodeRequest(prompt=""))).token_ids
+
+
+async def test_invalid_inputs_are_refused_with_the_field(stub: "Stub") -> None:
+    assert (await refusal(stub.Encode(EncodeRequest()))).field == "input"
+    assert (await refusal(stub.Encode(EncodeRequest(chat=Chat())))).field == "chat.messages"
+    assert (await refusal(stub.Decode(DecodeRequest(token_ids=[1], from_index=2)))).field == "from_index"
+    assert (await refusal(stub.Decode(DecodeRequest(token_ids=[1 << 31])))).field == "token_ids"
+
+
+async def test_an_input_over_the_limit_is_refused_with_the_limit(stub: "Stub") -> None:
+    error = await refusal(stub.Encode(EncodeRequest(prompt="a" * 100_001)))
+    assert error.reason == "INPUT_TOO_LONG"
+    assert "100000" in error.message
+
+
+async def test_an_unknown_role_does_not_crash_the_template(stub: "Stub") -> None:
+    request = EncodeRequest(chat=Chat(messages=[ChatMessage(role="\x00{{ 1/0 }}", content="{% endfor %}")]))
+    assert (await stub.Encode(request)).token_ids
+
+
+async def test_bytes_that_are_no_message_are_refused(channel: grpc.aio.Channel) -> None:
+    call: Any = channel.unary_unary(f"/{NAME}/Encode", bytes, bytes)
+    await refusal(call(b"\xff\xff"))
+
+
+async def test_a_killed_pool_process_is_replaced_and_no_call_fails(service: Service, stub: "Stub") -> None:
+    before = service.pool_pids()
+    calls = [asyncio.ensure_future(stub.Encode(EncodeRequest(prompt=f"{n} {'x ' * 20000}"))) for n in range(20)]
+    await asyncio.sleep(0.05)
+    os.kill(min(before), signal.SIGKILL)
+    assert all(len(answer.token_ids) > 20000 for answer in await asyncio.gather(*calls))
+    await eventually(lambda: len(service.pool_pids()) == len(before))
+    assert min(before) not in service.pool_pids()
+
+
+async def test_health_and_reflection_are_served(channel: grpc.aio.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", NAME):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+    async for response in reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(requests)):
+        assert NAME in {service.name for service in response.list_services_response.service}
+
+
+async def test_the_front_stays_small(service: Service, stub: "Stub") -> None:
+    await stub.Encode(EncodeRequest(prompt="The quick brown fox. " * 4000))
+    assert psutil.Process(service.process.pid).memory_info().rss < 150 << 20
+
+
+async def test_sigterm_lets_open_calls_end_and_leaves_no_process() -> None:
+    service = start("--stop-grace-ms", "60000")
+    pool_pids = service.pool_pids()
+    async with rpc.channel(service.address) as channel:
+        stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        call = asyncio.ensure_future(stub.Encode(EncodeRequest(prompt="abcdefgh" * (1 << 18))))
+        await asyncio.sleep(0.2)
+        status = await asyncio.to_thread(stop, service)
+        assert len((await call).token_ids) > 100_000
+    assert status == 0
+    assert not any(is_alive(pid) for pid in pool_pids)
+
+
+async def test_killing_the_front_leaves_no_process() -> None:
+    service = start()
+    pool_pids = service.pool_pids()
+    service.process.kill()
+    service.process.wait(60)
+    assert service.process.stdout is not None
+    service.process.stdout.close()
+    await eventually(lambda: not any(is_alive(pid) for pid in pool_pids))
+
+
+def test_a_model_that_cannot_be_read_ends_the_service_with_a_line_that_says_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "services.tokenizer", "--model-path", str(tmp_path / "absent.gguf")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout == ""
+    assert "absent.gguf: cannot be read" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("flags", [["--processes", "-1"], ["--max-input-bytes", "many"]])
+def test_a_wrong_option_is_named(flags: list[str]) -> None:
+    command = [sys.executable, "-m", "services.tokenizer", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert ended.returncode == 2
+    assert flags[0] in ended.stderr
