@@ -39,9 +39,13 @@ from services.gateway.watch import Watch
 logger = logging.getLogger(__name__)
 
 MAX_METADATA_BYTES = 16 * 1024
+MAX_UNSEEN_CALLS = 100_000
 SERVER_OPTIONS = (
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    # From 1,000 calls on that wait for the event loop, gRPC would reset some at random, without a status or RetryInfo.
+    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
 )
 START_RETRY_S = 0.5
 LAST_WORDS_S = 2.0

@@ -44,7 +44,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Accept a request and stream it."""
         self._calls.enter(context)
         stream = await self._generation.start(request, _caller(context))
-        async for response in self._responses(stream, context):
+        self._close_with(stream, context)
+        async for response in stream.responses():
             yield response
 
     async def Attach(  # noqa: N802
@@ -54,7 +55,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._calls.enter(context)
         key = _key(request.request_id, context)
         stream = await self._requests.attach(key, held_by_client(request, self._model), self._gateway)
-        async for response in self._responses(stream, context):
+        self._close_with(stream, context)
+        async for response in stream.responses():
             yield response
 
     async def Cancel(  # noqa: N802
@@ -84,15 +86,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Name the pool's model."""
         return inference_pb2.ListModelsResponse(models=[self._model.to_proto()])
 
-    async def _responses(self, stream: Stream, context: Context) -> Responses:
-        # Called however the call ends, also while a response waits for a client that reads nothing; a generator's
-        # `finally` may come late then, when it is collected.
-        context.add_done_callback(lambda _: self._requests.close(stream))
-        try:
-            async for response in stream.responses():
-                yield response
-        finally:
+    def _close_with(self, stream: Stream, context: Context) -> None:
+        # A callback, for it is called however the call ends, also while a response waits for a client that reads
+        # nothing; a generator's `finally` would come late then, when it is collected.
+        if context.done():
             self._requests.close(stream)
+        else:
+            context.add_done_callback(lambda _: self._requests.close(stream))
 
 
 def _caller(context: Context) -> Caller:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.fleet.detach import start_detached
+from shoal.fleet.model_file import find_model
 from shoal.fleet.options import FleetOptions
 from shoal.fleet.plan import FleetPlan, plan_fleet
-from shoal.fleet.preflight import check_redis, find_model
 from shoal.fleet.progress import Progress
 from shoal.fleet.state_dir import StateDir, find_state_dir
 from shoal.fleet.supervisor import Supervisor
@@ -59,6 +59,9 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         port=arguments.port,
     )
     if options.redis_url:
+        # Imported here only: the client of Redis would take a fifth of the time until anything is started.
+        from shoal.fleet.foreign_redis import check_redis
+
         check_redis(options.redis_url)
     with state.lock():
         plan = plan_fleet(options, state, random.Random())

@@ -5,5 +5,6 @@
 `kept`        one process, kept running        `supervisor` all of them, in order
 `state_dir`   files of a fleet                 `running`    the fleet of a state directory, seen from outside
 `detach`      a fleet in the background        `progress`   what a person sees while it starts
-`preflight`   what can be known to be wrong before anything starts
+`model_file`  the model, looked into first      `foreign_redis` a Redis of the user's own, tried first
+`kind`        what a process can be            `errors`     why something could not be done
 """

@@ -12,7 +12,8 @@ from typing import IO, Any
 
 from shoal.fleet.command import kill_session, start
 from shoal.fleet.errors import FleetError
-from shoal.fleet.plan import Kind, ProcessPlan
+from shoal.fleet.kind import Kind
+from shoal.fleet.plan import ProcessPlan
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0

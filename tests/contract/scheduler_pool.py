@@ -45,10 +45,17 @@ QUICK = SchedulerConfig(
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float = WITHIN_S) -> None:
-    """Return once the condition holds. Raises TimeoutError if it does not in time."""
+    """Return once the condition holds; while Redis is away it does not. Raises TimeoutError if it does not in time."""
     async with asyncio.timeout(within_s):
-        while not await condition():
+        while not await _holds(condition):
             await asyncio.sleep(0.01)
+
+
+async def _holds(condition: Callable[[], Awaitable[bool]]) -> bool:
+    try:
+        return await condition()
+    except StoreError:
+        return False
 
 
 class SkewedClock:
@@ -236,7 +243,11 @@ class SchedulerPool:
 
     async def beat(self) -> None:
         """GATEWAY lives, for longer than any test."""
+        await until(self._beats)
+
+    async def _beats(self) -> bool:
         await GatewayLease(self._redis).beat(GATEWAY, RETENTION_MS)
+        return True
 
     async def given(self, worker: FakeWorker, name: str) -> Start:
         """Accept a request, and wait until this worker has it."""
@@ -260,17 +271,11 @@ class SchedulerPool:
             task.cancel()
 
     async def _is_in(self, key: RequestKey, state: RequestState) -> bool:
-        try:
-            found = await self.store.requests.read(key)
-        except StoreError:
-            return False
+        found = await self.store.requests.read(key)
         return found is not None and found[0].state == state
 
     async def _is_recovered(self) -> bool:
-        try:
-            return await self.store.recovery.needed() is None
-        except StoreError:
-            return False
+        return await self.store.recovery.needed() is None
 
     def _spawn(self, work: Awaitable[None]) -> "asyncio.Task[None]":
         async def run() -> None:

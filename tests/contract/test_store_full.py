@@ -9,7 +9,7 @@ from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
-from services.common.store.connection import StoreFull, StoreUnfit, connect
+from services.common.store.connection import StoreFull, StoreUnfit, command, connect
 from services.common.store.ids import claim_id
 from services.common.store.recovery import Recovery
 from tests.conftest import RedisServer
@@ -49,7 +49,7 @@ async def test_a_full_redis_refuses_new_requests_and_lets_accepted_ones_end(own_
 
 
 async def keys_of(redis: Redis) -> set[bytes]:
-    return set(await redis.keys("*"))
+    return set(await command(redis, "KEYS", "*"))
 
 
 async def test_a_redis_that_may_evict_requests_is_refused(own_redis_server: RedisServer, own_redis: Redis) -> None:

@@ -9,10 +9,10 @@ from services.common.record import moves
 from services.common.record.record import Attempt
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
-from services.common.store.connection import Recovering, StoreUnavailable, connect
+from services.common.store.connection import Recovering, StoreUnavailable, command, connect
 from services.common.store.inbox import Inbox
 from services.common.store.intake import Intake
-from services.common.store.leadership import Leadership
+from services.common.store.leadership import Leadership, Lease
 from services.common.store.recovery import Recovery
 from services.common.store.streams import FIRST
 from tests.conftest import RedisServer
@@ -80,7 +80,7 @@ async def test_a_restarted_redis_is_recovered_and_its_requests_go_on(own_redis_s
     await store.submit(a_submit(ENDED_KEY))
     await store.cancel(moves.Cancel(ENDED_KEY, "enough"))
     recovered_before = await Recovery(redis, pool).generation()
-    await redis.execute_command("WAITAOF", 1, 0, 5000)
+    await command(redis, "WAITAOF", 1, 0, 5000)
 
     own_redis_server.kill()
     with pytest.raises(StoreUnavailable):
@@ -127,7 +127,7 @@ async def test_a_restarted_redis_is_recovered_and_its_requests_go_on(own_redis_s
     await redis.aclose()
 
 
-async def a_leader_in_recovery(redis: Redis, pool: str, known_epoch: int):  # type: ignore[no-untyped-def]
+async def a_leader_in_recovery(redis: Redis, pool: str, known_epoch: int) -> Lease:
     lease = await Leadership(redis, pool, "leader-2").acquire(TTL_MS, known_epoch)
     assert lease is not None
     assert lease.epoch > known_epoch

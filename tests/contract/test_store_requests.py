@@ -12,7 +12,7 @@ from services.common.record.record import Attempt
 from services.common.record.states import RequestState
 from services.common.record.transitions import Answer, Verdict
 from services.common.store import connection
-from services.common.store.connection import StoreUnavailable, connect
+from services.common.store.connection import StoreUnavailable, command, connect
 from services.common.store.ids import claim_id, pool_of
 from services.common.store.inbox import Inbox, Start
 from services.common.store.keys import Keys
@@ -161,7 +161,7 @@ async def test_scripts_name_keys_as_the_keys_module_does(redis: Redis, pool: str
         keys.intake, keys.events, keys.leader, keys.epoch, keys.generation, keys.workers, keys.worker(WORKER),
         keys.inbox(WORKER), keys.request(KEY), keys.journal(KEY, 0),
     }  # fmt: skip
-    assert {name.decode() for name in await redis.keys("*")} == expected
+    assert {name.decode() for name in await command(redis, "KEYS", "*")} == expected
 
 
 @pytest.mark.parametrize("pool", ["", "a{b", "a}b", "with space", "x" * 201])

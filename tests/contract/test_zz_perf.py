@@ -5,23 +5,20 @@ from tests.contract.gateway_fleet import *
 from tests.contract.test_gateway_process import started_gateway, fleet, _nothing
 from services.common.record.states import RequestState
 
-async def test_flood(fleet):
+async def xtest_flood(fleet):
     process, a = await sg(fleet,"--log-level","INFO")
-    for n,ch in ((2000,8),):
-        p=await asyncio.create_subprocess_exec("bash","-c","GRPC_VERBOSITY=debug GRPC_TRACE=http,call_error,op_failure .venv/bin/python /tmp/flood.py $0 $1 $2 2>/tmp/flood.log",a["address"],str(n),str(ch))
+    for n,ch in ((2000,8),(2000,8)):
+        p=await asyncio.create_subprocess_exec(sys.executable,"/tmp/flood.py",a["address"],str(n),str(ch))
         await p.wait()
         print("rss", psutil.Process(process.pid).memory_info().rss/1e6, psutil.Process(process.pid).cpu_times())
-        for i in range(50):
-            await asyncio.sleep(0.1)
-        from services.common.store.intake import Intake
-        await fleet.redis.flushdb(); await fleet.lead(); await fleet.register(1000)
+        await asyncio.sleep(1)
     process.terminate(); await process.wait()
 
-async def xtest_rate(fleet):
+async def test_rate(fleet):
     process, a = await started_gateway(fleet)
     async with rpc.channel(a["address"]) as channel:
         gw=RunningGateway(a["address"],a["fleet_address"],asyncio.Event(),asyncio.ensure_future(_nothing()),channel)
-        N=64
+        N=int(__import__('os').environ.get('N','64'))
         answers=[gw.generate(request_id=f"r{i}",max_tokens=1900) for i in range(N)]
         await asyncio.gather(*(x.accepted() for x in answers))
         w=await fleet.link(gw)
@@ -29,7 +26,7 @@ async def xtest_rate(fleet):
         atts=[await fleet.place(k) for k in keys]
         for k,t in zip(keys,atts): await w.open(k,t)
         p=psutil.Process(process.pid); c0=p.cpu_times(); t0=time.perf_counter()
-        STEPS=300
+        STEPS=100
         msgs=[delivery_pb2.DeliverRequest(frames=[frame(k,t,s,"x") for k,t in zip(keys,atts)]) for s in range(STEPS)]
         async def send():
             for m in msgs:

@@ -1,4 +1,4 @@
-"""What a step holds: every decode, then prefill chunks in order of arrival; nothing admitted ever runs out of blocks."""
+"""What a step holds: every decode, then prefill chunks in order of arrival. Nothing admitted runs out of blocks."""
 
 import pytest
 
@@ -29,7 +29,7 @@ class Engine:
 
     def steps(self) -> list[list[tuple[int, int]]]:
         """Run until nothing is left to compute; (sequence, tokens) of each step's chunks."""
-        made = []
+        made: list[list[tuple[int, int]]] = []
         while plan := self.step():
             made.append([(chunk.sequence_id, len(chunk.token_ids)) for chunk in plan.chunks])
         return made

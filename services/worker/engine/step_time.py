@@ -7,6 +7,8 @@ from services.worker.engine.step_plan import StepPlan
 
 # A step keeps this share of its weight with each later one: the last hundred or so count.
 MEMORY = 0.99
+# The machine's pace against the fit is that of the last ten or so: a busy neighbour comes and goes faster than the fit.
+PACE_MEMORY = 0.9
 
 
 class StepTimeCoefficients(NamedTuple):
@@ -24,8 +26,8 @@ class StepTimeModel:
     """Predicts a step's time; fitted to the time that steps took.
 
     Least squares on relative errors with exponentially forgotten steps, held to the coefficients it began with as if
-    those had been measured once: so a thousand equal decode steps do not make it forget what prefill costs. Only its
-    owner, the loop, changes it.
+    those had been measured once: so a thousand equal decode steps do not make it forget what prefill costs. On top, the
+    ratio of the last steps to the fit. Only its owner, the loop, changes it.
     """
 
     def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
@@ -33,17 +35,25 @@ class StepTimeModel:
         # Normal equations in units of the initial coefficients, where every one of them is 1.
         self._products = [[0.0] * 3 for _ in range(3)]
         self._targets = [0.0] * 3
-        self.coefficients = initial
+        self._coefficients = initial
+        self._pace = 1.0
 
     def predict_ms(self, plan: StepPlan) -> float:
         """Return the expected time of a step, ms."""
-        return sum(
-            feature * coefficient for feature, coefficient in zip(_features(plan), self.coefficients, strict=True)
-        )
+        return self._pace * self._fitted_ms(plan)
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
         """Learn from a step. A few microseconds, whatever the plan's size."""
         took_ms = max(took_ms, 0.001)
+        self._pace += (1 - PACE_MEMORY) * (took_ms / max(self._fitted_ms(plan), 0.001) - self._pace)
+        self._fit(plan, took_ms)
+
+    def _fitted_ms(self, plan: StepPlan) -> float:
+        return sum(
+            feature * coefficient for feature, coefficient in zip(_features(plan), self._coefficients, strict=True)
+        )
+
+    def _fit(self, plan: StepPlan, took_ms: float) -> None:
         row = [f * c / took_ms for f, c in zip(_features(plan), self._initial, strict=True)]
         for i in range(3):
             self._targets[i] = MEMORY * self._targets[i] + row[i]
@@ -52,7 +62,7 @@ class StepTimeModel:
         held = [[value + (i == j) for j, value in enumerate(line)] for i, line in enumerate(self._products)]
         scales = _solve(held, [value + 1 for value in self._targets])
         # A negative cost is an artefact of noise: it would predict that more work takes less time.
-        self.coefficients = StepTimeCoefficients(
+        self._coefficients = StepTimeCoefficients(
             *(max(scale, 0.0) * c for scale, c in zip(scales, self._initial, strict=True))
         )
 

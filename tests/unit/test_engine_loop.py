@@ -1,0 +1,130 @@
+"""The engine's loop: commands between steps, what is said before and after each step, and how it waits and ends."""
+
+import pytest
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.worker.engine.block_pool import BlockPool
+from services.worker.engine.loop import EngineLoop, FrontGoneError
+from services.worker.engine.planner import Planner
+from services.worker.engine.step_plan import StepPlan
+from tests.unit.engine_builders import (
+    PretendedFront,
+    PretendedRunner,
+    PretendedStep,
+    abort_command,
+    add,
+    add_command,
+    limits_of,
+    release_command,
+    shutdown_command,
+)
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now_ms = 0.0
+
+    def __call__(self) -> float:
+        return self.now_ms
+
+    def pass_by(self, waited_ms: float | None) -> None:
+        self.now_ms += waited_ms or 0.0
+
+
+class SlowRunner(PretendedRunner):
+    """Takes 20 ms a step."""
+
+    time: Time
+
+    def launch(self, plan: StepPlan) -> PretendedStep:
+        self.time.now_ms += 20
+        return super().launch(plan)
+
+
+def run(front: PretendedFront) -> PretendedRunner:
+    """Run a loop until the front says Shutdown; every step takes 20 ms, every wait its whole time."""
+    limits = limits_of()
+    runner = SlowRunner(limits)
+    runner.time = Time()
+    front.on_take = runner.time.pass_by
+    EngineLoop(Planner(limits, BlockPool(limits.num_blocks)), runner, front, runner.time).run()
+    return runner
+
+
+def looks(*commands: list[engine_pb2.EngineCommand], then_steps: int = 0) -> PretendedFront:
+    return PretendedFront([*commands, *([] for _ in range(then_steps)), [shutdown_command()]])
+
+
+def test_a_step_is_announced_with_its_sequences_and_then_reported() -> None:
+    front = looks([add_command(add(1, prompt=5, max_tokens=1)), add_command(add(2, prompt=7, max_tokens=4))])
+    run(front)
+    kinds = [event.WhichOneof("event") for event in front.events]
+    assert kinds == ["begins", "done"]
+    begins, done = front.events[0].begins, front.events[1].done
+    assert (begins.step, list(begins.sequence_ids)) == (1, [1, 2])
+    assert begins.predicted_ms > 0
+    assert (done.step, done.took_us, done.waiting_prefill_tokens) == (1, 20_000, 4)
+    assert done.free_blocks == 16 - 3
+    assert [(output.sequence_id, list(output.token_ids)) for output in done.outputs] == [(1, [5])]
+
+
+def test_all_commands_that_wait_are_obeyed_before_the_next_step() -> None:
+    front = looks(
+        [add_command(add(1)), add_command(add(2, held=True)), add_command(add(3)), abort_command(1), release_command(2)]
+    )
+    runner = run(front)
+    assert [chunk.sequence_id for chunk in runner.plans[0].chunks] == [2, 3]
+
+
+def test_with_work_left_the_loop_looks_for_commands_without_waiting() -> None:
+    front = looks([add_command(add(1, max_tokens=3))], then_steps=2)
+    run(front)
+    assert front.timeouts_ms == [None, 0, 0, 0]
+
+
+def test_without_work_the_loop_waits_as_long_as_it_takes() -> None:
+    front = looks([add_command(add(1, max_tokens=1))], then_steps=1)
+    run(front)
+    assert front.timeouts_ms == [None, 0, None]
+
+
+def test_a_held_sequence_expires_though_nothing_else_happens() -> None:
+    front = looks([add_command(add(1, prompt=1, held=True, remaining_ms=300))], then_steps=1)
+    run(front)
+    assert front.timeouts_ms == [None, 300, None]
+    assert [output.end for output in front.outputs] == [engine_pb2.SEQUENCE_END_EXPIRED]
+
+
+def test_an_end_without_a_step_is_told_under_the_last_steps_number() -> None:
+    front = looks([add_command(add(1, max_tokens=1))], [add_command(add(2, prompt=0))])
+    run(front)
+    assert [(done.step, done.took_us) for done in front.steps_done] == [(1, 20_000), (1, 0)]
+    assert front.outputs[1].end == engine_pb2.SEQUENCE_END_FAILED
+
+
+def test_an_end_outside_a_step_comes_with_the_step_that_follows() -> None:
+    front = looks([add_command(add(1, prompt=0)), add_command(add(2))])
+    run(front)
+    assert [[output.sequence_id for output in done.outputs] for done in front.steps_done] == [[1, 2]]
+
+
+def test_a_shutdown_ends_the_loop_though_work_is_left() -> None:
+    front = looks([add_command(add(1, max_tokens=9))])
+    assert len(run(front).plans) == 1
+
+
+def test_the_end_of_the_front_ends_the_loop() -> None:
+    with pytest.raises(FrontGoneError):
+        run(PretendedFront([[add_command(add(1, max_tokens=9))]]))
+
+
+def test_an_exception_in_a_step_is_not_swallowed() -> None:
+    class BrokenRunner(PretendedRunner):
+        def launch(self, plan: StepPlan) -> PretendedStep:
+            raise RuntimeError("the machine is on fire")
+
+    limits = limits_of()
+    front = looks([add_command(add(1))])
+    with pytest.raises(RuntimeError, match="on fire"):
+        EngineLoop(Planner(limits, BlockPool(16)), BrokenRunner(limits), front, Time()).run()
+    assert [event.WhichOneof("event") for event in front.events] == ["begins"]

@@ -1,0 +1,67 @@
+"""A step's time is predicted from those before it."""
+
+import pytest
+
+from services.worker.engine.block_pool import BlockId
+from services.worker.engine.sequence import SamplingParameters, SequenceId
+from services.worker.engine.step_plan import SequenceChunk, StepPlan
+from services.worker.engine.step_time import StepTimeModel
+
+GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
+
+
+def a_plan(*chunks: tuple[int, int]) -> StepPlan:
+    """Chunks as (first position, tokens)."""
+    return StepPlan(
+        1,
+        tuple(
+            SequenceChunk(SequenceId(i), tuple(range(tokens)), first, (BlockId(0),), GREEDY, None)
+            for i, (first, tokens) in enumerate(chunks)
+        ),
+    )
+
+
+def a_decode(sequences: int, context: int = 100) -> StepPlan:
+    return a_plan(*[(context, 1)] * sequences)
+
+
+def took_ms(plan: StepPlan) -> float:
+    return 20 + 1.5 * plan.num_tokens + 0.0004 * plan.num_attended_tokens
+
+
+def test_attended_tokens_are_the_pairs_under_the_causal_triangle() -> None:
+    assert a_plan((0, 4)).num_attended_tokens == 1 + 2 + 3 + 4
+    assert a_plan((10, 2), (5, 1)).num_attended_tokens == 11 + 12 + 6
+
+
+def test_predictions_come_close_once_steps_were_seen() -> None:
+    model = StepTimeModel()
+    seen = [a_decode(1), a_decode(8), a_plan((0, 512)), a_plan((512, 512)), a_decode(4, context=2000)] * 40
+    for plan in seen:
+        model.observe(plan, took_ms(plan))
+    for plan in (a_decode(3), a_plan((256, 128)), a_plan((100, 1), (0, 300))):
+        assert model.predict_ms(plan) == pytest.approx(took_ms(plan), rel=0.1)
+
+
+def test_many_equal_decodes_do_not_make_it_forget_what_prefill_costs() -> None:
+    model = StepTimeModel()
+    for _ in range(10_000):
+        model.observe(a_decode(1), took_ms(a_decode(1)))
+    prefill = a_plan((0, 512))
+    assert took_ms(prefill) / 3 < model.predict_ms(prefill) < took_ms(prefill) * 3
+
+
+def test_a_machine_that_slows_down_is_noticed() -> None:
+    model = StepTimeModel()
+    for _ in range(500):
+        model.observe(a_decode(8), 30.0)
+    for _ in range(30):
+        model.observe(a_decode(8), 300.0)
+    assert model.predict_ms(a_decode(8)) == pytest.approx(300, rel=0.1)
+
+
+def test_no_prediction_is_negative_whatever_was_seen() -> None:
+    model = StepTimeModel()
+    for tokens in range(1, 200):
+        model.observe(a_plan((0, tokens)), 1000 / tokens)
+    assert all(model.predict_ms(a_plan((0, tokens))) >= 0 for tokens in (1, 10, 512, 4096))
