@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from services.common.errors import Exhausted, ShoalError, Unavailable
+from services.common.errors import Exhausted, Internal, ShoalError, Unavailable
 from services.common.record.states import ENDED
 from services.common.store.connection import Recovering, StoreError
 from services.common.store.requests import Peek, RequestStore
@@ -94,6 +94,10 @@ class Watch:
                 self._failed(stream, error)
             except ShoalError as error:
                 stream.finish(error)
+            except Exception:
+                # One record that cannot be read shall not end every other stream.
+                logger.exception("a replay failed by a defect", extra={"request": stream.key})
+                stream.finish(Internal("the stored end of the request can't be read", reason="INTERNAL"))
         stream.thaw()
 
     def _failed(self, stream: Stream, error: Exception) -> None:

@@ -62,18 +62,18 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """End what is due. Raises Deposed, StoreError."""
-        live = self._view.queue
+        queue = self._view.queue
         due = self._view.deadlines.take_due(self._redis_now_ms(), MAX_BATCH)
         if not due:
             return
         answers = await self._store.requests.sweep([moves.Sweep(key, self._fence) for key in due])
         for key, answer in zip(due, answers, strict=True):
-            attempt = live.attempt(key)
+            attempt = queue.attempt(key)
             match answer.verdict:
                 case Verdict.NOT_LEADER:
                     raise Deposed("a sweep was refused")
                 case Verdict.ENDED | Verdict.UNKNOWN if attempt is not None:
-                    live.drop(key, attempt)
+                    queue.drop(key, attempt)
                     logger.info("ended in the queue", extra={"request": key})
                 case Verdict.OK:
                     logger.info("cancelled: nobody reads it", extra={"request": key})

@@ -41,6 +41,8 @@ class Checks:
         """... and nothing else."""
         self.graces: Counter[RequestKey] = Counter()
         """How often an attempt began without hearing from a reader."""
+        self.twins: set[RequestKey] = set()
+        """Requests that a second client attached to, perhaps with fewer tokens."""
         self.attaches: Counter[RequestKey] = Counter()
         self._cancelled: set[RequestKey] = set()
         self._readers: dict[RequestKey, int] = {}
@@ -63,6 +65,7 @@ class Checks:
         self.world.stats[f"{type(move).__name__} {verdict}"] += 1
         after = step.record
         if after is None or after is before:
+            self._twins(before, move)
             return
         key = move.key
         fence = getattr(move, "fence", "")
@@ -84,6 +87,11 @@ class Checks:
         if after.ended:
             self._ended(key, after)
         self._lists(data, key, after)
+
+    def _twins(self, before: Record | None, move: moves.Move) -> None:
+        attempt = getattr(move, "attempt", None)
+        if before and attempt and attempt.number == before.attempt.number and attempt.nonce != before.attempt.nonce:
+            self.world.stats["fenced by the nonce alone"] += 1
 
     def _placed(self, key: RequestKey, record: Record, pool: Pool) -> None:
         if record.deadline_at_ms and record.deadline_at_ms <= pool.now_ms:
@@ -161,7 +169,7 @@ class Checks:
             if not self.attaches[key]:
                 self.fail(f"{key}: {client.name} superseded, though nobody attached")
         elif end == "diverged":
-            if not self.graces[key] and not self.writes_lost:
+            if not self.graces[key] and key not in self.twins and not self.writes_lost:
                 self.fail(f"{key}: {client.name} was told of another history, though every attempt heard its reader")
         elif end == "unknown" and not self.writes_lost:
             self.fail(f"{key}: an accepted request is unknown")

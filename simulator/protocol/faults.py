@@ -1,6 +1,6 @@
 """What goes wrong in a schedule, drawn from its seed before it begins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -14,6 +14,26 @@ from simulator.protocol.world import Process, World
 
 FAULTS_MS = (30.0, 1900.0)
 """When faults begin."""
+KINDS: Mapping[str, int] = {
+    "crash_worker": 2,
+    "crash_gateway": 2,
+    "crash_leader": 1,
+    "kill_engine": 2,
+    "stall_engine": 1,
+    "freeze_worker": 2,
+    "freeze_gateway": 1,
+    "freeze_leader": 1,
+    "zombie": 2,
+    "partition": 2,
+    "slow_link": 2,
+    "redis_trouble": 2,
+    "cut_from_redis": 1,
+    "restart_redis": 1,
+    "restart_redis_unheard": 1,
+    "lose_an_attempt": 1,
+    "lose_a_placement": 1,
+}
+"""How often each kind is drawn."""
 
 
 @dataclass(slots=True)
@@ -40,38 +60,15 @@ class Plan:
     num_faults: int = 0
     """0: nothing goes wrong."""
 
-    def draw(self) -> None:
-        """Choose and schedule the faults."""
+    def draw(self, only: Sequence[str] = ()) -> None:
+        """Choose and schedule the faults; `only` of these kinds, if any are named."""
         rng = self.rng
         self.num_faults = rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))
-        kinds: list[Callable[[float], None]] = [
-            self._crash_worker,
-            self._crash_worker,
-            self._crash_gateway,
-            self._crash_gateway,
-            self._crash_leader,
-            self._kill_engine,
-            self._kill_engine,
-            self._freeze_worker,
-            self._freeze_worker,
-            self._freeze_gateway,
-            self._freeze_leader,
-            self._stall_engine,
-            self._partition,
-            self._partition,
-            self._slow_link,
-            self._slow_link,
-            self._redis_trouble,
-            self._redis_trouble,
-            self._cut_from_redis,
-            self._restart_redis,
-            self._restart_redis_unheard,
-            self._lose_an_attempt,
-            self._zombie,
-            self._zombie,
-        ]
-        for _ in range(self.num_faults):
-            rng.choice(kinds)(rng.uniform(*FAULTS_MS))
+        names, weights = list(KINDS), list(KINDS.values())
+        if only:
+            names, weights, self.num_faults = list(only), [1] * len(only), max(1, self.num_faults)
+        for kind in rng.choices(names, weights, k=self.num_faults):
+            getattr(self, f"_{kind}")(rng.uniform(*FAULTS_MS))
 
     def _at(self, at_ms: float, act: Callable[[], None]) -> None:
         self.over_at = max(self.over_at, at_ms)
@@ -198,3 +195,11 @@ class Plan:
             if worker is not unlucky:
                 self._freeze(worker, asleep_at, asleep_ms)
         self._at(at_ms + self.rng.uniform(20, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 400)))
+
+    def _lose_a_placement(self, at_ms: float) -> None:
+        """Requests wait in the queue while all engines boot; Redis loses that they were then placed."""
+        for worker in self.fleet.workers:
+            self._crash(worker, at_ms, self.rng.uniform(200, 600))
+        snapshot_at = at_ms + self.rng.uniform(50, 600)
+        self._at(snapshot_at, self.fleet.redis.snapshot)
+        self._at(snapshot_at + self.rng.uniform(10, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 300)))

@@ -1,7 +1,7 @@
 """One seed: a fleet, its requests, its faults, its verdict."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -36,8 +36,11 @@ class Verdict:
     ended_at_ms: float
 
 
-def run_schedule(seed: int, trace: Callable[[str], None] | None = None) -> Verdict:
-    """Run one schedule to its end. The same seed always gives the same schedule."""
+def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Sequence[str] = ()) -> Verdict:
+    """Run one schedule to its end. The same seed always gives the same schedule.
+
+    `only`: the kinds of faults that may happen, as `faults.KINDS` names them; at least one does. Empty: all kinds.
+    """
     rng = Random(seed)
     world = World(rng, trace)
     texts = Texts(rng, alike=rng.random() < 0.25)
@@ -50,11 +53,16 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None) -> Verdi
         for process in (*fleet.gateways, *fleet.leaders, *fleet.workers):
             process.start()
         _requests(fleet, rng, checks)
-        plan.draw()
+        plan.draw(only)
         watcher = Process(world, "watcher")
         world.after(100, watcher, _stop_when_over, fleet, plan, checks, watcher)
         world.run(LIMIT_MS)
-        checks.at_end(fleet.redis.data, fleet.clients, fleet.workers, calm=plan.num_faults == 0)
+        checks.at_end(
+            fleet.redis.data,
+            fleet.clients,
+            fleet.workers,
+            calm=plan.num_faults == 0 and not any(spec.poison_after >= 0 for spec in checks.specs.values()),
+        )
     except (Violation, IllegalTransitionError) as error:
         violation = f"{type(error).__name__}: {error}"
     except Exception as error:
@@ -127,6 +135,7 @@ def _begin_twin(fleet: Fleet, twin: Client, first: Client, lag_ms: float) -> Non
 
     def attach() -> None:
         fleet.clients.append(twin)
+        twin.checks.twins.add(twin.key)
         twin.attach_as_twin_of(copy)
         first.expected_ends.add("superseded")
         twin.expected_ends = {*first.expected_ends, "cancelled"}

@@ -115,6 +115,18 @@ async def test_a_stalled_leader_does_not_declare_workers_lost(fleet: SchedulerPo
     assert len(scheduler.reigns) == 1
 
 
+async def test_a_leader_that_was_stopped_for_longer_than_its_lease_begins_again(fleet: SchedulerPool) -> None:
+    clock = SkewedClock()
+    scheduler = await fleet.a_scheduler(QUICK, clock)
+    await fleet.recovered()
+    worker = await fleet.a_worker()
+    first = await fleet.given(worker, "first")
+    clock.jump(20_000)
+    await until(lambda: _has(scheduler.reigns, 2))
+    assert (await fleet.given(worker, "second")).attempt.number == 1
+    assert (await worker.finish(first)).verdict == "ok"
+
+
 async def test_a_follower_takes_over_and_rebuilds_what_is_reserved(fleet: SchedulerPool) -> None:
     leader = await fleet.a_scheduler(immortal=True)
     await fleet.recovered()

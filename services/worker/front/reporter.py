@@ -46,7 +46,7 @@ class Reporter:
             worker_id=session.worker,
             sequence_number=self._sequence_number,
             steps=session.steps,
-            predicted_step_ms=session.predicted_step_ms,
+            predicted_step_ms=session.predicted_step_ms or int(session.could_step),
             free_blocks=session.free_blocks,
             sequences=session.num_sequences,
             waiting_prefill_tokens=session.waiting_prefill_tokens,

@@ -1,0 +1,38 @@
+"""`make chaos`: many faults on one fleet, with figures.
+
+python -m tests.chaos --faults 200 --seed 1
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.chaos.storm import faults, run_storm
+from tests.fleet.conftest import start_fleet
+
+
+def main() -> int:
+    """Run one storm; status 1 if any answer was lost or wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    reference = Path(__file__).parent.parent / "reference" / "smollm2_greedy.jsonl"
+    cases = [json.loads(line) for line in reference.read_text().splitlines()]
+    state_dir = Path(tempfile.mkdtemp(prefix="shoal-chaos-"))
+    fleet = start_fleet(state_dir, "--gateways", "2", "--schedulers", "2", "--workers", "2")
+    try:
+        report = asyncio.run(run_storm(fleet, cases, faults(arguments.seed, arguments.faults), arguments.seed))
+    finally:
+        fleet.stop()
+    print(*report.faults, report.summary(), sep="\n")
+    if report.failed:
+        print("FAILED", *report.failed, f"logs are in {state_dir}/log", sep="\n")
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What waits for a slow client is joined, complete, and bounded; what workers ask too early is answered later."""
+
+import asyncio
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gen.shoal.inference.v1 import inference_pb2 as pb
+from services.common.errors import Aborted, Unavailable
+from services.common.ids import RequestKey
+from services.common.record.history import Held
+from services.common.record.reader import Acceptance, Reader
+from services.common.record.record import Attempt
+from services.gateway.open_streams import OpenStreams
+from services.gateway.streams import Accepted, Stream
+
+KEY = RequestKey("default/a")
+FIRST = Attempt(1, "n")
+
+
+def a_stream(number: int = 1, num_choices: int = 1, held: Sequence[Held] = ()) -> Stream:
+    accepted = Accepted(KEY, b"", 3, "digest", 1, 0, 30_000)
+    stream = Stream(accepted, Reader(number, num_choices, held), now_s=0)
+    assert stream.open(FIRST, number) is None
+    return stream
+
+
+def a_delta(index: int, tokens: Sequence[int], choice: int = 0) -> pb.Delta:
+    return pb.Delta(choice=choice, index=index, text="".join(f"<{token}>" for token in tokens), token_ids=tokens)
+
+
+async def deltas_of(stream: Stream) -> list[pb.Delta]:
+    """Everything that the client gets, read at once."""
+    return [each.delta async for each in stream.responses() if each.WhichOneof("event") == "delta"]
+
+
+@given(
+    pieces=st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 99), min_size=1, max_size=4)), max_size=300)
+)
+def test_a_client_that_reads_late_gets_all_of_it_in_one_delta_a_choice(pieces: list[tuple[int, list[int]]]) -> None:
+    stream = a_stream(num_choices=2, held=(Held(7), Held(0)))
+    counts, tokens = [7, 0], ([], [])  # type: tuple[list[int], tuple[list[int], list[int]]]
+    for choice, piece in pieces:
+        assert stream.take(FIRST, a_delta(counts[choice], piece, choice), 1) is Acceptance.NEW
+        counts[choice] += len(piece)
+        tokens[choice].extend(piece)
+    stream.finish(pb.Finished())
+    deltas = asyncio.run(deltas_of(stream))
+    assert [delta.choice for delta in deltas] == [choice for choice in (0, 1) if tokens[choice]]
+    for delta in deltas:
+        assert delta == a_delta((7, 0)[delta.choice], tokens[delta.choice], delta.choice)
+
+
+def test_what_waits_takes_no_more_than_its_text_and_tokens() -> None:
+    stream = a_stream()
+    for index in range(5_000):
+        stream.take(FIRST, a_delta(index, [7]), 1)
+    assert stream.num_waiting_bytes == 5_000 * (len("<7>") + 4)
+
+
+async def test_tokens_that_come_while_the_client_is_sent_others_go_in_front_of_the_end() -> None:
+    stream = a_stream()
+    stream.take(FIRST, a_delta(0, [1]), 1)
+    seen = []
+    async for response in stream.responses():
+        seen.append(response.WhichOneof("event"))
+        if len(seen) == 2:
+            stream.take(FIRST, a_delta(1, [2]), 1)
+            stream.finish(pb.Finished())
+    assert seen == ["accepted", "delta", "delta", "finished"]
+
+
+def test_the_first_end_counts_and_nothing_follows_it() -> None:
+    stream = a_stream()
+    stream.finish(Aborted("superseded"))
+    stream.finish(pb.Finished())
+    assert isinstance(stream.end, Aborted)
+    assert stream.take(FIRST, a_delta(0, [1]), 1) is Acceptance.REFUSED
+    assert stream.open(Attempt(2, "m"), 1) is not None
+
+
+def test_only_an_end_that_the_record_does_not_know_leaves_a_reader_to_be_told() -> None:
+    ended, drained = a_stream(), a_stream()
+    ended.finish(pb.Finished())
+    drained.finish(Unavailable("drains"))
+    assert (ended.settled, drained.settled, a_stream().settled) == (True, False, False)
+
+
+def test_of_two_streams_of_a_request_the_one_with_the_higher_number_stays() -> None:
+    for first, second in ((1, 2), (2, 1)):
+        streams, by_number = OpenStreams(), {number: a_stream(number) for number in (1, 2)}
+        streams.install(by_number[first])
+        streams.install(by_number[second])
+        assert streams.get(KEY) is by_number[2]
+        assert isinstance(by_number[1].end, Aborted)
+        streams.remove(by_number[1])
+        assert streams.get(KEY) is by_number[2]
+
+
+def test_what_is_asked_of_an_arriving_request_is_answered_when_it_has_settled() -> None:
+    streams = OpenStreams()
+    asked: list[str] = []
+    with streams.arriving(KEY), streams.arriving(KEY):
+        assert streams.is_arriving(KEY)
+        streams.when_settled(KEY, "worker", lambda: asked.append("first"))
+        streams.when_settled(KEY, "worker", lambda: asked.append("last"))
+        assert not asked
+    assert asked == ["last"], "once, and as it was asked last"
+    assert not streams.is_arriving(KEY)

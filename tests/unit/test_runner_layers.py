@@ -1,0 +1,42 @@
+"""The parts of a forward pass compute what their formulas say."""
+
+import math
+
+import pytest
+import torch
+
+from services.worker.runner.linear import Linear, PackedLinear, PlainLinear
+from services.worker.runner.rope import rotary_table
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, PlainLinear])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 33])
+def test_a_linear_layer_is_a_product_and_keeps_its_own_weight(
+    kind: type[PackedLinear] | type[PlainLinear], num_rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randn((96, 40), generator=generator)
+    rows = torch.randn((num_rows, 40), generator=generator)
+    expected = (rows.double() @ weight.double().T).float()
+    linear: Linear = kind(weight)
+    weight.zero_()
+    torch.testing.assert_close(linear(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rotation_turns_halves_by_the_angle_of_the_position() -> None:
+    heads = torch.tensor([[[1.0, 0.0, 0.0, 1.0]], [[1.0, 2.0, 3.0, 4.0]]])
+    rotary_table(num_positions=8, head_dim=4, theta=100.0).at(torch.tensor([0, 3])).rotate_(heads)
+    assert heads[0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+    turned = []
+    for x, y, frequency in ((1.0, 3.0, 1.0), (2.0, 4.0, 0.1)):
+        cos, sin = math.cos(3 * frequency), math.sin(3 * frequency)
+        turned.append((x * cos - y * sin, y * cos + x * sin))
+    expected = [turned[0][0], turned[1][0], turned[0][1], turned[1][1]]
+    assert heads[1, 0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_part_of_a_larger_tensor_is_turned_in_place() -> None:
+    whole = torch.ones((2, 5, 4))
+    rotary_table(8, 4, 100.0).at(torch.tensor([1, 2])).rotate_(whole[:, :3])
+    assert bool((whole[:, :3] != 1).all())
+    assert bool((whole[:, 3:] == 1).all())
