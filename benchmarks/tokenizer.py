@@ -3,9 +3,10 @@
     python -m benchmarks.tokenizer [--callers 32] [--seconds 3]
 
 Starts a service, asks it over gRPC from this process, and encodes the same prompts here with `encode_batch` and
-`encode_batch_fast` (which leaves out where tokens are in the text, as the service does); both use every core. The three
-take turns, so that other load on the machine meets them alike. Prints one JSON line for each size of prompt. The smaller
-the prompt, the smaller the ratio: a call costs about the same whatever it carries, see `front_us_per_call`.
+`encode_batch_fast` (which leaves out where tokens are in the text, as the service does); both use every core. They take
+turns, but only a machine that does nothing else gives true ratios: under load, the service's more processes get more of
+it. The smaller the prompt, the smaller the ratio: a call costs about the same whatever it carries, see
+`front_us_per_call`. Prints one JSON line for each size of prompt.
 """
 
 import argparse

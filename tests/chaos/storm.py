@@ -74,9 +74,7 @@ class Report:
                 if answer.context_tokens <= SHORT_CONTEXT_TOKENS and times[0] < death < times[-1]:
                     after = next(index for index, at in enumerate(times) if at > death)
                     # A pause may begin before the death's effect is seen, and end two deltas later.
-                    pauses.append(
-                        max(b - a for a, b in zip(times[after - 1 :], times[after : after + 3], strict=False))
-                    )
+                    pauses.append(max(late - early for early, late in pairwise(times[after - 1 : after + 3])))
         return sorted(pauses)
 
     def summary(self) -> str:

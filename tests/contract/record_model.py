@@ -44,21 +44,13 @@ class Model:
     def make(self, move: moves.Move) -> Answer:
         """Make a move and apply its effects."""
         before = self.records.get(move.key)
-        state = None if before is None else before.state
         pool = Pool(self.now_ms, self.fence, len(self.intake), frozenset(self.workers))
         step = transitions.apply(before, move, pool)
         if step.record is not None:
             self.records[move.key] = step.record
         for effect in step.effects:
             self._take_effect(effect)
-        if isinstance(move, moves.Recover) and step.answer.verdict == Verdict.OK and state == RequestState.QUEUED:
-            self._enter_again(move.key)
         return step.answer
-
-    def _enter_again(self, key: RequestKey) -> None:
-        # Entries of the real intake name the attempt, so one whose attempt was raised in the queue is replaced.
-        others = [queued for queued in self.intake if queued.key != key]
-        self.intake = [*others, _queued(self.records[key])]
 
     def _take_effect(self, effect: transitions.Effect) -> None:
         record = self.records[effect.key]

@@ -140,7 +140,7 @@ async def _do(world: World, what: str, key: RequestKey, step: Step) -> None:
     a, b, _, _ = step.numbers
     match what:
         case "wait":
-            world.model.now_ms += 7 * a
+            _wait(world, key, a, b)
         case "register":
             await world.register(WORKERS[a % 3])
         case "lose":
@@ -154,6 +154,18 @@ async def _do(world: World, what: str, key: RequestKey, step: Step) -> None:
             answer = await world.make(_BUILDERS[what](world, key, step))
             if answer.verdict == Verdict.NO_WORKER:
                 await world.register(WORKERS[a % 3])
+
+
+def _wait(world: World, key: RequestKey, a: int, b: int) -> None:
+    """Some time passes; or all until just before, at or after the moment when the request's time runs out."""
+    model = world.model
+    record = model.records.get(key)
+    due_ms = 0
+    if record is not None and b < 3:
+        due_ms = record.deadline_at_ms
+    elif record is not None and b < 6 and record.reader_left_at_ms:
+        due_ms = record.reader_left_at_ms + record.resume_ms
+    model.now_ms = max(model.now_ms, due_ms + a % 3 - 1 if due_ms else model.now_ms + a)
 
 
 def _fence(world: World, step: Step) -> str:

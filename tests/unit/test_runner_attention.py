@@ -15,7 +15,7 @@ from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.models.llama_weights import LlamaConfig
 
 GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
-NUM_BLOCKS = 40
+NUM_BLOCKS = 64
 
 
 def a_config(num_heads: int = 6, num_kv_heads: int = 2) -> LlamaConfig:

@@ -86,6 +86,11 @@ class Session:
         """Sequences in the engine, waiting or running."""
         return len(self._sequences)
 
+    @property
+    def could_step(self) -> bool:
+        """Whether the engine has work that waits for nobody: that it makes no step then is no excuse."""
+        return any(active.run.sampling and not active.ending for active in self.active.values())
+
     async def run(self, others: Sequence[Callable[[], Awaitable[None]]], close: Callable[[], Awaitable[None]]) -> None:
         """Work until the engine dies (EngineDiedError), the worker is lost (LostError) or drained (DrainedError).
 
