@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.storm import faults, run_storm
+from tests.chaos.storm import Report, faults, inflict, run_storm
 from tests.fleet.conftest import start_fleet
 
 
@@ -24,8 +24,10 @@ def main() -> int:
     cases = [json.loads(line) for line in reference.read_text().splitlines()]
     state_dir = Path(tempfile.mkdtemp(prefix="shoal-chaos-"))
     fleet = start_fleet(state_dir, "--gateways", "2", "--schedulers", "2", "--workers", "2")
+    report = Report()
     try:
-        report = asyncio.run(run_storm(fleet, cases, faults(arguments.seed, arguments.faults), arguments.seed))
+        storm = inflict(fleet, faults(arguments.seed, arguments.faults), report)
+        asyncio.run(run_storm(fleet, cases, storm, arguments.seed, report))
     finally:
         fleet.stop()
     print(*report.faults, report.summary(), sep="\n")

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -106,19 +106,25 @@ def faults(seed: int, number: int) -> list[Fault]:
     ]
 
 
-async def run_storm(fleet: Fleet, cases: Sequence[dict[str, Any]], plan: Sequence[Fault], seed: int) -> Report:
-    """Keep 16 streams busy while the faults happen; return when every stream has got its last answer."""
-    report = Report()
+async def run_storm(
+    fleet: Fleet, cases: Sequence[dict[str, Any]], storm: Coroutine[None, None, None], seed: int, report: Report
+) -> Report:
+    """Keep 16 streams busy while the storm lasts; return when every stream has got its last answer."""
     small = [case for case in cases if _context_tokens(case) <= MAX_CONTEXT_TOKENS]
     over = asyncio.Event()
     async with shoal.AsyncClient(fleet.gateways, retries=ACCEPTANCE_PATIENCE) as client, asyncio.TaskGroup() as tasks:
         for number in range(NUM_STREAMS):
             tasks.create_task(_ask_on(client, small, random.Random(f"{seed}/{number}"), over, report))
-        for fault in plan:
-            await asyncio.sleep(fault.pause_s)
-            await _inflict(fleet, fault, report)
+        await storm
         over.set()
     return report
+
+
+async def inflict(fleet: Fleet, plan: Sequence[Fault], report: Report) -> None:
+    """Do these faults, one after the other."""
+    for fault in plan:
+        await asyncio.sleep(fault.pause_s)
+        await _inflict(fleet, fault, report)
 
 
 async def _ask_on(

@@ -21,7 +21,7 @@ from services.common.store.keys import Keys
 from services.common.store.requests import RequestStore
 from services.common.store.streams import FIRST, read_many
 
-RETENTION_MS = 50_000
+RETENTION_MS = 600_000
 WORKERS = (WorkerId("w1"), WorkerId("w2"), WorkerId("w3"))
 KEYS = tuple(RequestKey(f"{tenant}/r{number}") for number in range(4) for tenant in ("acme", "umbrella"))
 ALL = 1_000

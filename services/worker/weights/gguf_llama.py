@@ -22,6 +22,9 @@ def read_llama_config(file: GgufFile) -> LlamaConfig:
     scaling = file.metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
         raise ModelFileError(file.path, f"llama.rope.scaling.type is {scaling!r}; this engine supports 'none' only")
+    embedding_shape = file.tensor("token_embd.weight").shape
+    if len(embedding_shape) != 2:
+        raise ModelFileError(file.path, f"tensor 'token_embd.weight' has shape {embedding_shape}; expected two numbers")
     hidden_size = file.require("llama.embedding_length", int)
     num_heads = file.require("llama.attention.head_count", int)
     config = LlamaConfig(
@@ -31,7 +34,7 @@ def read_llama_config(file: GgufFile) -> LlamaConfig:
         num_heads=num_heads,
         num_kv_heads=_optional_int(file, "llama.attention.head_count_kv", num_heads),
         head_dim=hidden_size // max(num_heads, 1),
-        vocabulary_size=file.tensor("token_embd.weight").shape[-1],
+        vocabulary_size=embedding_shape[1],
         context_tokens=file.require("llama.context_length", int),
         rms_norm_eps=file.require("llama.attention.layer_norm_rms_epsilon", float),
         rope_theta=_optional_float(file, "llama.rope.freq_base", 10000.0),

@@ -38,23 +38,21 @@ class GgufTensors:
 
     def vector(self, name: str, length: int) -> Tensor:
         """Return a tensor of one dimension: [length]. Raises ModelFileError."""
+        data = self._stored(name, (length,))
         out = torch.empty(length)
-        dequantize(self._stored(name, (length,)), self._file.tensors[name].ggml_type, out)
+        dequantize(data, self._file.tensors[name].ggml_type, out)
         return out
 
     def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
         """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+        # Looked at before memory is taken: the sizes are a file's claims until then.
+        stored = [self._stored(part.name, (num_columns, part.num_rows)) for part in parts]
         out = torch.empty((sum(part.num_rows for part in parts), num_columns))
         first_row = 0
-        for part in parts:
+        for part, data in zip(parts, stored, strict=True):
             rows = out[first_row : first_row + part.num_rows]
             first_row += part.num_rows
-            stored = self._stored(part.name, (num_columns, part.num_rows))
-            if part.num_rotary_heads:
-                # Whole rows are moved, so it can be done before they are decoded, when they are small.
-                pairs = stored.view(part.num_rotary_heads, part.num_rows // part.num_rotary_heads // 2, 2, -1)
-                stored = pairs.transpose(1, 2).flatten()
-            dequantize(stored, self._file.tensors[part.name].ggml_type, rows)
+            dequantize(_rows_for_halves(part, data), self._file.tensors[part.name].ggml_type, rows)
         return out
 
     def check_all_read(self) -> None:
@@ -72,6 +70,14 @@ class GgufTensors:
             raise ModelFileError(self._file.path, f"tensor {name!r} is {_type_name(info)}; {_SUPPORTED} can be read")
         self._read.add(name)
         return self._data[info.offset : info.offset + info.num_bytes]
+
+
+def _rows_for_halves(part: StoredMatrix, data: Tensor) -> Tensor:
+    """Put rotary pairs of rows into the order of halves; done on whole stored rows, which are smaller than decoded ones."""
+    if part.num_rotary_heads == 0:
+        return data
+    pairs = data.view(part.num_rotary_heads, part.num_rows // part.num_rotary_heads // 2, 2, -1)
+    return pairs.transpose(1, 2).flatten()
 
 
 _SUPPORTED = ", ".join(GGML_TYPES[ggml_type].name for ggml_type in SUPPORTED_TYPES)
