@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -12,7 +13,7 @@ import grpc
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common.errors import NotFound, ShoalError, Unavailable, from_rpc
-from shoal._client import CALL_LIMIT_S
+from shoal._client import CALL_LIMIT_S, DROP_LIMIT_S
 from shoal._gateways import CHANNEL_OPTIONS, parse_addresses, turns
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
@@ -45,12 +46,12 @@ class AsyncClient:
     ) -> "AsyncStream":
         """Ask, and stream the answer. Give one of `prompt` (raw text), `messages` (a chat) and `token_ids`."""
         request = generate_request(prompt, messages, token_ids, options)
-        return self._stream(GenerateCall(next(self._turns), request), cancel_at_close="request_id" not in options)
+        return self._stream(GenerateCall(next(self._turns), request), drop_at_close="request_id" not in options)
 
     def attach(self, request_id: str, from_index: int = 0, held_token_ids: Sequence[int] = ()) -> "AsyncStream":
         """Go on with a request's stream at a token index. `held_token_ids`: the last tokens before it, if known."""
         request = pb.AttachRequest(request_id=request_id, from_index=from_index, held_token_ids=held_token_ids)
-        return self._stream(AttachCall(next(self._turns), request), cancel_at_close=False)
+        return self._stream(AttachCall(next(self._turns), request), drop_at_close=False)
 
     async def cancel(self, request_id: str) -> RequestState:
         """Ask for a request's end; returns where it then stood. A running one ends within about a step."""
@@ -90,9 +91,15 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _stream(self, call: GenerateCall | AttachCall, *, cancel_at_close: bool) -> "AsyncStream":
+    def _stream(self, call: GenerateCall | AttachCall, *, drop_at_close: bool) -> "AsyncStream":
         resumption = Resumption(call, len(self._stubs), self._outage())
-        return AsyncStream(resumption, self._stubs, self.cancel, cancel_at_close=cancel_at_close)
+        return AsyncStream(resumption, self._stubs, self.cancel, self._drop if drop_at_close else None)
+
+    async def _drop(self, request_id: str) -> None:
+        """Cancel what nobody will read, if that is quickly done: the fleet ends requests without a reader by itself."""
+        stub = self._stubs[next(self._turns)]
+        with suppress(grpc.RpcError):
+            await stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=DROP_LIMIT_S)
 
     async def _unary(self, method: "_Call[_Response]", request: object) -> _Response:
         outage = self._outage()
@@ -119,14 +126,13 @@ class AsyncStream(AsyncIterator[Delta]):
         resumption: Resumption,
         stubs: Sequence["inference_pb2_grpc.InferenceServiceAsyncStub"],
         cancel: Callable[[str], Awaitable[RequestState]],
-        *,
-        cancel_at_close: bool,
+        drop: Callable[[str], Awaitable[None]] | None,
     ) -> None:
         """Made by `AsyncClient.generate` and `AsyncClient.attach`. The call is opened here."""
         self._resumption = resumption
         self._stubs = stubs
         self._cancel = cancel
-        self._cancel_at_close = cancel_at_close
+        self._drop = drop
         self._cancel_when_accepted = False
         self._closed = False
         self._call: Any = self._open()
@@ -195,12 +201,8 @@ class AsyncStream(AsyncIterator[Delta]):
             return
         self._closed = True
         self._call.cancel()
-        if self._cancel_at_close:
-            try:
-                await self._cancel(self.request_id)
-            except ShoalError:
-                # A fleet that is away, or never had it: it cancels requests without a reader by itself.
-                return
+        if self._drop:
+            await self._drop(self.request_id)
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -20,6 +21,9 @@ from shoal._values import Delta, Finished, Model, RequestInfo, RequestState, mod
 
 CALL_LIMIT_S = 10.0
 """Longest time that a gateway may take for a call that is no stream, before another one is asked."""
+
+DROP_LIMIT_S = 2.0
+"""Longest that leaving an unfinished stream may take."""
 
 _Response = TypeVar("_Response")
 _Call = Callable[[inference_pb2_grpc.InferenceServiceStub], Callable[..., _Response]]
@@ -47,12 +51,12 @@ class Client:
     ) -> "Stream":
         """Ask, and stream the answer. Give one of `prompt` (raw text), `messages` (a chat) and `token_ids`."""
         request = generate_request(prompt, messages, token_ids, options)
-        return self._stream(GenerateCall(next(self._turns), request), cancel_at_close="request_id" not in options)
+        return self._stream(GenerateCall(next(self._turns), request), drop_at_close="request_id" not in options)
 
     def attach(self, request_id: str, from_index: int = 0, held_token_ids: Sequence[int] = ()) -> "Stream":
         """Go on with a request's stream at a token index. `held_token_ids`: the last tokens before it, if known."""
         request = pb.AttachRequest(request_id=request_id, from_index=from_index, held_token_ids=held_token_ids)
-        return self._stream(AttachCall(next(self._turns), request), cancel_at_close=False)
+        return self._stream(AttachCall(next(self._turns), request), drop_at_close=False)
 
     def cancel(self, request_id: str) -> RequestState:
         """Ask for a request's end; returns where it then stood. A running one ends within about a step."""
@@ -88,9 +92,15 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _stream(self, call: GenerateCall | AttachCall, *, cancel_at_close: bool) -> "Stream":
+    def _stream(self, call: GenerateCall | AttachCall, *, drop_at_close: bool) -> "Stream":
         resumption = Resumption(call, len(self._stubs), self._outage())
-        return Stream(resumption, self._stubs, self.cancel, cancel_at_close=cancel_at_close)
+        return Stream(resumption, self._stubs, self.cancel, self._drop if drop_at_close else None)
+
+    def _drop(self, request_id: str) -> None:
+        """Cancel what nobody will read, if that is quickly done: the fleet ends requests without a reader by itself."""
+        stub = self._stubs[next(self._turns)]
+        with suppress(grpc.RpcError):
+            stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=DROP_LIMIT_S)
 
     def _unary(self, method: "_Call[_Response]", request: object) -> _Response:
         outage = self._outage()
@@ -117,14 +127,13 @@ class Stream(Iterator[Delta]):
         resumption: Resumption,
         stubs: Sequence[inference_pb2_grpc.InferenceServiceStub],
         cancel: Callable[[str], RequestState],
-        *,
-        cancel_at_close: bool,
+        drop: Callable[[str], None] | None,
     ) -> None:
         """Made by `Client.generate` and `Client.attach`. The call is opened here, so that the fleet works already."""
         self._resumption = resumption
         self._stubs = stubs
         self._cancel = cancel
-        self._cancel_at_close = cancel_at_close
+        self._drop = drop
         self._cancel_when_accepted = False
         self._closed = threading.Event()
         self._call: Any = self._open()
@@ -186,12 +195,8 @@ class Stream(Iterator[Delta]):
             return
         self._closed.set()
         self._call.cancel()
-        if self._cancel_at_close:
-            try:
-                self._cancel(self.request_id)
-            except ShoalError:
-                # A fleet that is away, or never had it: it cancels requests without a reader by itself.
-                return
+        if self._drop:
+            self._drop(self.request_id)
 
     def __enter__(self) -> Self:
         return self
