@@ -197,9 +197,8 @@ class Plan:
         self._at(at_ms + self.rng.uniform(20, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 400)))
 
     def _lose_a_placement(self, at_ms: float) -> None:
-        """Requests wait in the queue while all engines boot; Redis loses that they were then placed."""
-        for worker in self.fleet.workers:
-            self._crash(worker, at_ms, self.rng.uniform(200, 600))
-        snapshot_at = at_ms + self.rng.uniform(50, 600)
-        self._at(snapshot_at, self.fleet.redis.snapshot)
-        self._at(snapshot_at + self.rng.uniform(10, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 300)))
+        """Workers have little room, so requests wait in the queue; Redis loses that they were then placed."""
+        for leader in self.fleet.leaders:
+            leader.room = 1
+        self._at(at_ms, self.fleet.redis.snapshot)
+        self._at(at_ms + self.rng.uniform(50, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 300)))

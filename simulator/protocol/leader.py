@@ -15,8 +15,6 @@ TICK_MS = 250
 GAP_MS = 700
 """A tick that comes later than this shows a stall of the observer, not of the observed."""
 LOST_AFTER_MS = 1000
-WINDOW_MS = 900
-"""How long recovery waits for holdings."""
 
 
 class Leader(Process):
@@ -34,6 +32,7 @@ class Leader(Process):
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
         self.room = 3
+        self.window = 900.0
         self._forget()
 
     def _forget(self) -> None:
@@ -195,7 +194,7 @@ class Leader(Process):
     def _recover(self, run_id: int) -> Task:
         """Redis lost its last writes: go above everything that anybody has seen. Returns whether it is done."""
         for _ in range(3):
-            yield WINDOW_MS / 3
+            yield self.window / 3
             lease = yield c.Acquire(self.holder, self.epoch)
             if not isinstance(lease, c.Lease) or lease.fence != self.fence or lease.recovering != run_id:
                 return False

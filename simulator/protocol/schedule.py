@@ -81,7 +81,7 @@ def _fleet(world: World, checks: Checks) -> Fleet:
     workers = [Worker(world, f"worker{n}", checks, network, addresses) for n in range(1, num_workers + 1)]
     network.timing = timing
     for leader in leaders:
-        leader.room = timing.room
+        leader.room, leader.window = timing.room, timing.window
     for gateway in gateways:
         gateway.timing = timing
     for worker in workers:

@@ -16,6 +16,8 @@ class Timing:
     silent: float = 700.0
     """A stream without news for so long is looked up in Redis."""
     engine_restart: float = 200.0
+    window: float = 900.0
+    """How long recovery waits for what processes hold."""
     room: int = 3
     """Requests that a worker may hold."""
 
@@ -29,5 +31,6 @@ def draw_timing(rng: Random) -> Timing:
         link=rng.choice((2.0, 2.0, 30.0, 120.0)),
         silent=rng.choice((150.0, 700.0)),
         engine_restart=rng.choice((50.0, 400.0)),
+        window=rng.choice((250.0, 900.0)),
         room=rng.choice((1, 2, 3)),
     )

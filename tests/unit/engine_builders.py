@@ -35,7 +35,7 @@ def add(
     max_tokens: int = 4,
     known: Iterable[int] = (),
     held: bool = False,
-    alone: bool = False,
+    alone_until_tokens: int = 0,
     remaining_ms: int = 0,
     temperature: float = 0.0,
     seed: int = 0,
@@ -52,7 +52,7 @@ def add(
         payload=payload,
         known_token_ids=known,
         held=held,
-        alone=alone,
+        alone_until_tokens=alone_until_tokens,
         remaining_ms=remaining_ms,
     )
 

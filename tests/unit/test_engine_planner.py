@@ -222,25 +222,25 @@ def test_an_expired_sequence_is_in_no_further_step() -> None:
     assert engine.planner.num_free_blocks == engine.limits.num_blocks
 
 
-def test_a_suspect_has_its_steps_for_itself_until_it_has_sampled() -> None:
+def test_a_suspect_has_its_steps_for_itself_until_it_is_past_the_point_of_suspicion() -> None:
     engine = Engine(limits_of(max_prefill_tokens_per_step=8))
     engine.planner.add(add(1, prompt=4, max_tokens=6), now_ms=0)
     engine.step()
-    engine.planner.add(add(2, prompt=10, max_tokens=2, alone=True), now_ms=0)
+    engine.planner.add(add(2, prompt=10, max_tokens=3, alone_until_tokens=2), now_ms=0)
     engine.planner.add(add(3, prompt=4, max_tokens=1), now_ms=0)
-    assert engine.steps()[:4] == [[(1, 1)], [(2, 8)], [(2, 2)], [(1, 1), (2, 1), (3, 4)]]
+    assert engine.steps()[:5] == [[(1, 1)], [(2, 8)], [(2, 2)], [(2, 1)], [(1, 1), (2, 1), (3, 4)]]
 
 
 def test_a_suspect_starts_at_once_when_nothing_else_is_there() -> None:
     engine = Engine()
-    engine.planner.add(add(1, prompt=4, max_tokens=2, alone=True), now_ms=0)
-    engine.planner.add(add(2, prompt=4, max_tokens=1, alone=True), now_ms=0)
+    engine.planner.add(add(1, prompt=4, max_tokens=2, alone_until_tokens=2), now_ms=0)
+    engine.planner.add(add(2, prompt=4, max_tokens=1, alone_until_tokens=1), now_ms=0)
     assert engine.steps() == [[(1, 4)], [(1, 1)], [(2, 4)]]
 
 
 def test_a_held_suspect_does_not_keep_others_from_their_steps() -> None:
     engine = Engine()
-    engine.planner.add(add(1, prompt=4, max_tokens=2, alone=True, held=True), now_ms=0)
+    engine.planner.add(add(1, prompt=4, max_tokens=2, alone_until_tokens=1, held=True), now_ms=0)
     engine.planner.add(add(2, prompt=4, max_tokens=2), now_ms=0)
     assert engine.steps() == [[(1, 3)], [(2, 4)], [(2, 1)]]
 

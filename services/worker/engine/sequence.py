@@ -72,8 +72,8 @@ class Sequence:
     sampling: SamplingParameters
     held: bool
     """Nothing is sampled for now."""
-    alone: bool
-    """Until it has sampled a token, its steps hold no other sequence."""
+    alone_until_tokens: int
+    """Until it has so many generated tokens, its steps hold no other sequence."""
     deadline_ms: float | None
     """In the engine's time."""
     state: SequenceState = SequenceState.WAITING
@@ -95,7 +95,7 @@ class Sequence:
             stop_token_ids=frozenset(payload.stop_token_ids),
             sampling=SamplingParameters.from_command(add),
             held=add.held,
-            alone=add.alone,
+            alone_until_tokens=add.alone_until_tokens,
             deadline_ms=now_ms + add.remaining_ms if add.remaining_ms else None,
         )
 
@@ -125,7 +125,7 @@ class Sequence:
     @property
     def wants_step_alone(self) -> bool:
         """Whether its next step may hold no other sequence."""
-        return self.alone and self.num_sampled_tokens == 0 and self.num_ready_tokens > 0
+        return self.num_generated_tokens < self.alone_until_tokens and self.num_ready_tokens > 0
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state. Raises ValueError for a move that `TRANSITIONS` does not have."""

@@ -79,7 +79,7 @@ class ActiveRequest:
                 known_token_ids=self.run.known[number],
                 held=not self.run.sampling,
                 remaining_ms=remaining_ms,
-                alone=self.suspect_until > 0,
+                alone_until_tokens=self.suspect_until,
             )
             for number, choice in enumerate(self.choices)
             if choice.end is None

@@ -73,7 +73,7 @@ class GgufTensors:
 
 
 def _rows_for_halves(part: StoredMatrix, data: Tensor) -> Tensor:
-    """Put rotary pairs of rows into the order of halves; done on whole stored rows, which are smaller than decoded ones."""
+    """Put rotary pairs of rows into the order of halves: whole stored rows, which are smaller than decoded ones."""
     if part.num_rotary_heads == 0:
         return data
     pairs = data.view(part.num_rotary_heads, part.num_rows // part.num_rotary_heads // 2, 2, -1)
