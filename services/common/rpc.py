@@ -26,6 +26,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # A stream on which only the server talks is pinged too, or a frozen peer is never noticed.
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -120,7 +122,10 @@ class Server:
 
     async def start(self, listen: str) -> str:
         """Listen on `host:port` (port 0: any) and serve. Returns the address. Raises OSError if the port is taken."""
-        host = listen.rpartition(":")[0]
+        host, _, wished = listen.rpartition(":")
+        # gRPC takes a larger number, and listens on another port.
+        if not (wished.isdecimal() and int(wished) < 65536):
+            raise OSError(f"can't listen on {listen}: {wished!r} is no port; choose 1 to 65535, or 0 for any")
         try:
             port = self.grpc.add_insecure_port(listen)
         except RuntimeError as error:

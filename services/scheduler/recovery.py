@@ -17,6 +17,7 @@ from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import ON_WORKER
 from services.common.record.transitions import Verdict
+from services.common.store.ids import claim_id
 from services.scheduler.clock import Clock
 from services.scheduler.deposed import Deposed
 from services.scheduler.pool_store import PoolStore
@@ -137,6 +138,8 @@ async def _restore(store: PoolStore, fence: str, claims: Claims, found: set[Requ
         verdict = (await store.requests.restore(restoration(held, fence, new_nonce(), floor))).verdict
         _check(verdict)
         if verdict == Verdict.OK:
+            # What mapped its id to this pool was written just before it, and is lost with it.
+            await claim_id(store.redis, held.payload.tenant, held.payload.request_id, store.pool)
             num_restored += 1
             logger.info("restored", extra={"request": held.key, "attempt": floor, "gateway": held.gateway})
     return num_restored

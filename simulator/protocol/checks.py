@@ -45,6 +45,7 @@ class Checks:
         """Requests that a second client attached to, perhaps with fewer tokens."""
         self.attaches: Counter[RequestKey] = Counter()
         self._cancelled: set[RequestKey] = set()
+        self._begun: set[tuple[RequestKey, Attempt]] = set()
         self._readers: dict[RequestKey, int] = {}
 
     def redis_lost_writes(self) -> None:
@@ -129,6 +130,12 @@ class Checks:
             self.fail(f"{key}: {record.state} on {expected}, but its reservation is at {where}")
 
     # --- what gateways and clients see ----------------------------------------------------------------------------
+
+    def attempt_begins(self, key: RequestKey, attempt: Attempt) -> None:
+        """A worker takes an attempt from its inbox."""
+        if (key, attempt) in self._begun:
+            self.fail(f"{key}: attempt {attempt.number} was begun twice")
+        self._begun.add((key, attempt))
 
     def stream_begins(self, key: RequestKey, reader: int) -> None:
         """A gateway serves a reader. The last one counts, so no number may come twice."""

@@ -183,11 +183,13 @@ class Leader(Process):
         for _ in range(3):
             outstanding = yield c.Outstanding(worker)
             if outstanding is c.LOST:
-                return
+                break
             for key, attempt in outstanding.items():
                 yield moves.Requeue(key, attempt, self._nonce(), why="its worker was lost", fence=self.fence)
             if (yield c.Retire(worker, self.fence)) is True:
                 return
+        # Half done: it may still run some of them, so it is not forgotten.
+        yield from self._rebuild_in_place()
 
     # --- recovery -------------------------------------------------------------------------------------------------
 

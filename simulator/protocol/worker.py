@@ -181,6 +181,7 @@ class Worker(Process):
                     self._open(session, job)
 
     def _begin(self, session: Session, start: c.Start) -> None:
+        self.checks.attempt_begins(start.key, start.attempt)
         older = self.jobs.get(start.key)
         if older is not None:
             self._forget(older)

@@ -192,7 +192,7 @@ def _submit(record: Record | None, move: moves.Submit, pool: Pool) -> Transition
 
 
 def _restore(record: Record | None, move: moves.Restore, pool: Pool) -> Transition:
-    if move.fence != pool.fence:
+    if not _leads(move.fence, pool):
         return Transition(record, Answer(Verdict.NOT_LEADER))
     if record is not None:
         return _unchanged(record, Verdict.KNOWN)
@@ -215,7 +215,7 @@ def _restore(record: Record | None, move: moves.Restore, pool: Pool) -> Transiti
 
 
 def _place(record: Record, move: moves.Place, pool: Pool) -> Transition:
-    if move.fence != pool.fence:
+    if not _leads(move.fence, pool):
         return _unchanged(record, Verdict.NOT_LEADER)
     if record.ended:
         return _unchanged(record, Verdict.ENDED)
@@ -266,7 +266,7 @@ def _finish(record: Record, move: moves.Finish, pool: Pool) -> Transition:
 
 
 def _requeue(record: Record, move: moves.Requeue, pool: Pool) -> Transition:
-    if move.fence and move.fence != pool.fence:
+    if move.fence and not _leads(move.fence, pool):
         return _unchanged(record, Verdict.NOT_LEADER)
     refusal = _not_this_attempt(record, move.attempt)
     if refusal:
@@ -294,7 +294,7 @@ def _requeue(record: Record, move: moves.Requeue, pool: Pool) -> Transition:
 
 
 def _recover(record: Record, move: moves.Recover, pool: Pool) -> Transition:
-    if move.fence != pool.fence:
+    if not _leads(move.fence, pool):
         return _unchanged(record, Verdict.NOT_LEADER)
     if record.state in ON_WORKER:
         why = "Redis lost its last writes"
@@ -381,7 +381,7 @@ def _leave(record: Record, move: moves.Leave, pool: Pool) -> Transition:
 
 
 def _sweep(record: Record, move: moves.Sweep, pool: Pool) -> Transition:
-    if move.fence != pool.fence:
+    if not _leads(move.fence, pool):
         return _unchanged(record, Verdict.NOT_LEADER)
     if record.ended:
         return _unchanged(record, Verdict.ENDED)
@@ -424,6 +424,11 @@ def _journaled(record: Record, choice: int, start: int, tokens: tuple[int, ...])
     journal = (*record.journal[:choice], longer, *record.journal[choice + 1 :])
     cleared = record.suspect_until and len(longer) >= record.suspect_until
     return replace(record, journal=journal, suspect_until=0 if cleared else record.suspect_until)
+
+
+def _leads(fence: str, pool: Pool) -> bool:
+    # While nobody leads, the pool's fence is empty: a move without one is no leader's.
+    return bool(fence) and fence == pool.fence
 
 
 def _expired(record: Record, pool: Pool) -> bool:

@@ -35,8 +35,9 @@ local function request_key(key) return PREFIX .. 'request:' .. key end
 local function journal_key(key, choice) return PREFIX .. 'journal:' .. key .. ':' .. text(choice) end
 local function inbox_key(worker) return PREFIX .. 'inbox:' .. worker end
 
+-- While nobody leads, this equals no fence that a move may carry, the empty one included.
 local function current_fence()
-  return redis.call('GET', PREFIX .. 'leader') or ''
+  return redis.call('GET', PREFIX .. 'leader') or 'nobody leads'
 end
 
 local function registered(worker)
