@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from simulator.protocol.worker import Worker
 
 
+STARVED_LOOKS = 6
+STARVED_MS = 3000
+
+
 class Violation(Exception):
     """An invariant is broken."""
 
@@ -29,6 +33,8 @@ class Checks:
         self.world = world
         self.texts = texts
         self.specs: dict[RequestKey, Spec] = {}
+        self.quiet_from = 0.0
+        """When the last fault has passed."""
         self.writes_lost = False
         """Redis has restarted without its last writes."""
         self.ends: defaultdict[RequestKey, list[Record]] = defaultdict(list)
@@ -149,6 +155,11 @@ class Checks:
         if last is not None and attempt != last and attempt.number <= last.number:
             self.fail(f"{key}: a reader was given tokens of attempt {attempt.number} after {last.number}")
         return attempt
+
+    def stream_waits(self, key: RequestKey, looks: int, delivered: int, journaled: int) -> None:
+        """A gateway found its reader in the record, and tokens in the journal that it was not sent, so many times."""
+        if looks > STARVED_LOOKS and self.world.now > self.quiet_from + STARVED_MS:
+            self.fail(f"{key}: its journal has {journaled} tokens, and its reader was left at {delivered}")
 
     def client_was_given(self, client: "Client", choice: int, index: int, tokens: tuple[int, ...]) -> None:
         """A delta reached a client."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from services.common.record import moves
 from simulator.protocol.client import Client
 from simulator.protocol.gateway import Gateway
 from simulator.protocol.leader import Leader
@@ -32,8 +33,14 @@ KINDS: Mapping[str, int] = {
     "restart_redis_unheard": 1,
     "lose_an_attempt": 1,
     "lose_a_placement": 1,
+    "freeze_redis": 1,
+    "restart_redis_again": 1,
 }
 """How often each kind is drawn."""
+OF_THE_LEADER = frozenset({"crash_leader", "freeze_leader"})
+"""Kinds that only the leader suffers: no worker may be declared lost for them."""
+UNSEEN = OF_THE_LEADER | {"crash_worker", "kill_engine", "stall_engine", "freeze_worker"}
+"""Kinds that no client may notice, but by its patience."""
 
 
 @dataclass(slots=True)
@@ -57,17 +64,19 @@ class Plan:
     rng: Random
     world_process: Process
     over_at: float = 0.0
-    num_faults: int = 0
-    """0: nothing goes wrong."""
+    kinds: frozenset[str] = frozenset()
+    """Which kinds; empty: nothing goes wrong."""
 
     def draw(self, only: Sequence[str] = ()) -> None:
         """Choose and schedule the faults; `only` of these kinds, if any are named."""
         rng = self.rng
-        self.num_faults = rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))
+        num_faults = rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))
         names, weights = list(KINDS), list(KINDS.values())
         if only:
-            names, weights, self.num_faults = list(only), [1] * len(only), max(1, self.num_faults)
-        for kind in rng.choices(names, weights, k=self.num_faults):
+            names, weights, num_faults = list(only), [1] * len(only), max(1, num_faults)
+        kinds = rng.choices(names, weights, k=num_faults)
+        self.kinds = frozenset(kinds)
+        for kind in kinds:
             getattr(self, f"_{kind}")(rng.uniform(*FAULTS_MS))
 
     def _at(self, at_ms: float, act: Callable[[], None]) -> None:
@@ -181,24 +190,53 @@ class Plan:
     def _restart_redis_unheard(self, at_ms: float) -> None:
         """A process does not hear of the restart before recovery is over: what it holds is not posted."""
         self._restart_redis(at_ms)
-        holders: list[Process] = [*self.fleet.workers, *self.fleet.gateways]
+        holders: list[Process] = [*self.fleet.workers, *self.fleet.gateways, *self.fleet.leaders]
         self._freeze(self.rng.choice(holders), max(0.0, at_ms - self.rng.uniform(0, 700)), self.rng.uniform(1500, 5000))
 
+    def _restart_redis_again(self, at_ms: float) -> None:
+        """Redis dies a second time, perhaps in the middle of the recovery from the first."""
+        self._restart_redis(at_ms)
+        self._restart_redis(at_ms + self.rng.uniform(100, 2500))
+
+    def _freeze_redis(self, at_ms: float) -> None:
+        """A slow disk: whatever was asked runs late, and some who asked have given up."""
+        self._freeze(self.fleet.redis, at_ms, self.rng.choice((self.rng.uniform(50, 900), self.rng.uniform(50, 4000))))
+
     def _lose_an_attempt(self, at_ms: float) -> None:
-        """Redis loses that a request was requeued; whoever runs its new attempt sleeps through the recovery."""
-        self._at(at_ms - 1, self.fleet.redis.snapshot)
-        unlucky = self.rng.choice(self.fleet.workers)
-        self._at(at_ms, lambda: unlucky.engine.die() if unlucky.up and not unlucky.frozen else None)
-        asleep_ms = self.rng.uniform(1500, 4000)
-        asleep_at = at_ms + self.rng.uniform(1, 60)
-        for worker in self.fleet.workers:
-            if worker is not unlucky:
-                self._freeze(worker, asleep_at, asleep_ms)
-        self._at(at_ms + self.rng.uniform(20, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 400)))
+        """Redis loses that a request was requeued; only the worker of its new attempt knows, and sleeps through the
+        recovery.
+        """
+        fleet = self.fleet
+        restart_after_ms, down_ms = self.rng.uniform(20, 900), self.rng.uniform(5, 400)
+        awake_ms, asleep_ms = self.rng.uniform(1, 60), self.rng.uniform(1500, 4000)
+
+        def kill() -> None:
+            unlucky = max(fleet.workers, key=lambda worker: len(worker.jobs))
+            if unlucky.up and not unlucky.frozen:
+                fleet.redis.snapshot_before(moves.Requeue, lambda _: fleet.redis.when_placed(placed))
+                unlucky.engine.die()
+
+        def placed(move: moves.Place) -> None:
+            worker = next(worker for worker in fleet.workers if move.worker == worker.session.worker)
+            gateway = fleet.redis.data.records[move.key].gateway
+            fleet.network.partition(worker.name, gateway)
+            self._at_after(asleep_ms, lambda: fleet.network.heal(worker.name, gateway))
+            self._at_after(awake_ms, worker.freeze)
+            self._at_after(awake_ms + asleep_ms, worker.thaw)
+            self._at_after(restart_after_ms, lambda: fleet.redis.restart(down_ms))
+
+        self._at(at_ms, kill)
 
     def _lose_a_placement(self, at_ms: float) -> None:
-        """Workers have little room, so requests wait in the queue; Redis loses that they were then placed."""
-        for leader in self.fleet.leaders:
-            leader.room = 1
-        self._at(at_ms, self.fleet.redis.snapshot)
-        self._at(at_ms + self.rng.uniform(50, 900), lambda: self.fleet.redis.restart(self.rng.uniform(5, 300)))
+        """Redis loses that a request was placed: its worker runs what the intake still offers."""
+        redis = self.fleet.redis
+        restart_after_ms, down_ms = self.rng.uniform(10, 900), self.rng.uniform(5, 300)
+
+        def placed(_: moves.Place) -> None:
+            self._at_after(restart_after_ms, lambda: redis.restart(down_ms))
+
+        # Most requests come early.
+        self._at(at_ms / 2, lambda: redis.snapshot_before(moves.Place, placed))
+
+    def _at_after(self, delay_ms: float, act: Callable[[], None]) -> None:
+        self._at(delay_ms, act)

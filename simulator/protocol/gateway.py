@@ -42,6 +42,8 @@ class Stream:
     """Whose tokens came last; for the checks only."""
     gap_told: bool = False
     """Its worker knows of a gap: until the frame that follows directly, say nothing more."""
+    waits: int = 0
+    """Looks at its record in a row that found tokens which no worker sends."""
     misses: int = 0
     """How often its record was not there."""
 
@@ -171,6 +173,7 @@ class Gateway(Process):
         stream = self.streams.get(message.key)
         if stream is not None:
             stream.heard_at = self.world.now
+            stream.waits = 0
         match message:
             case Open(key, attempt, reader):
                 self._open(link, stream, key, attempt, reader)
@@ -271,6 +274,10 @@ class Gateway(Process):
         elif record.gateway == self.name:
             if record.reader != number or record.reader_left_at_ms:
                 yield from self._attach_again(stream)
+            delivered = sum(claim.count for claim in stream.reader.delivered())
+            journaled = sum(len(tokens) for tokens in record.journal)
+            stream.waits = stream.waits + 1 if journaled > delivered else 0
+            self.checks.stream_waits(stream.key, stream.waits, delivered, journaled)
         elif record.reader >= number:
             self._end(stream, "superseded")
         else:

@@ -7,7 +7,7 @@ from typing import Any
 from services.common.ids import RequestKey, WorkerId
 from services.common.record import moves, transitions
 from services.common.record.record import Attempt, Record
-from services.common.record.transitions import Answer, Pool, Transition
+from services.common.record.transitions import Answer, Pool, Transition, Verdict
 from simulator.protocol import commands as c
 from simulator.protocol.checks import Checks
 from simulator.protocol.world import Process, Task, World
@@ -95,6 +95,7 @@ class RedisModel(Process):
         self._num_calls = 0
         self._last_entry_id = 0
         self._snapshot: Data | None = None
+        self._loses: tuple[type[moves.Move], Callable[[Any], None]] | None = None
 
     # --- the way of a command -------------------------------------------------------------------------------------
 
@@ -121,6 +122,8 @@ class RedisModel(Process):
             if world.rng.random() < 0.7:
                 world.after(delay + world.between(0, 400), self, self._arrives, -number, command)
             return
+        if self.frozen and type(command) not in BLOCKING:
+            world.after(world.between(200, 500), process, self._give_up, number)
         world.after(delay, self, self._arrives, number, command)
 
     def _give_up(self, number: int) -> None:
@@ -176,6 +179,10 @@ class RedisModel(Process):
         """What is written from here on is lost by the next restart."""
         self._snapshot = self.data.copy()
 
+    def snapshot_before(self, kind: type[moves.Move], then: Callable[[Any], None]) -> None:
+        """The next move of a kind that changes anything is the first that is lost; `then` hears of it."""
+        self._loses = kind, then
+
     def restart(self, down_ms: float) -> None:
         """Die now; be back in `down_ms` with the data of the snapshot."""
         if self._snapshot is not None:
@@ -225,6 +232,10 @@ class RedisModel(Process):
         before = self.data.records.get(move.key)
         pool = self.pool()
         step = transitions.apply(before, move, pool)
+        if self._loses is not None and type(move) is self._loses[0] and step.answer.verdict == Verdict.OK:
+            then, self._loses = self._loses[1], None
+            self.snapshot()
+            then(move)
         if step.record is not None and step.record is not before:
             self.data.records[move.key] = step.record
         for effect in step.effects:

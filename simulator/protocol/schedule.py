@@ -54,6 +54,7 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Se
             process.start()
         _requests(fleet, rng, checks)
         plan.draw(only)
+        checks.quiet_from = plan.over_at
         watcher = Process(world, "watcher")
         world.after(100, watcher, _stop_when_over, fleet, plan, checks, watcher)
         world.run(LIMIT_MS)

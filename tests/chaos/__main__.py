@@ -1,6 +1,10 @@
 """`make chaos`: many faults on one fleet, with figures.
 
-python -m tests.chaos --faults 200 --seed 1
+    python -m tests.chaos --faults 200 --seed 1
+    python -m tests.chaos --faults 12 --worker-deaths-only
+
+With --worker-deaths-only, workers and engines are killed so far apart that another one is well each time: the pause
+that a worker's death alone makes.
 """
 
 import argparse
@@ -10,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.storm import Report, faults, inflict, run_storm
+from tests.chaos.storm import Report, deaths_of_workers, faults, inflict, run_storm
 from tests.fleet.conftest import start_fleet
 
 
@@ -19,14 +23,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--worker-deaths-only", action="store_true", help="kill workers and engines, 12 s apart")
     arguments = parser.parse_args()
+    if arguments.worker_deaths_only:
+        plan = deaths_of_workers(arguments.faults, pause_s=12.0)
+    else:
+        plan = faults(arguments.seed, arguments.faults)
     reference = Path(__file__).parent.parent / "reference" / "smollm2_greedy.jsonl"
     cases = [json.loads(line) for line in reference.read_text().splitlines()]
     state_dir = Path(tempfile.mkdtemp(prefix="shoal-chaos-"))
     fleet = start_fleet(state_dir, "--gateways", "2", "--schedulers", "2", "--workers", "2")
     report = Report()
     try:
-        storm = inflict(fleet, faults(arguments.seed, arguments.faults), report)
+        storm = inflict(fleet, plan, report)
         asyncio.run(run_storm(fleet, cases, storm, arguments.seed, report))
     finally:
         fleet.stop()

@@ -80,16 +80,21 @@ class Report:
     def summary(self) -> str:
         """Figures, one a line."""
         pauses = self.pauses_at_worker_deaths_s()
-        p99 = f"{pauses[min(len(pauses) - 1, int(0.99 * len(pauses)))]:.2f} s" if pauses else "none seen"
+        p50, p99 = (f"{_percentile(pauses, share):.2f} s" if pauses else "none seen" for share in (0.5, 0.99))
         return "\n".join(
             [
                 f"faults                                 {len(self.faults)}",
                 f"answers                                {len(self.answers)}",
                 f"lost, wrong, repeated or missing       {len(self.failed)}",
                 f"streams open at a worker's death       {len(pauses)} (contexts of at most {SHORT_CONTEXT_TOKENS})",
-                f"their longest pause, p99               {p99}",
+                f"their longest pause, p50, p99          {p50}, {p99}",
             ]
         )
+
+
+def deaths_of_workers(number: int, pause_s: float) -> list[Fault]:
+    """Workers and engines killed in turn, so far apart that another worker is well each time."""
+    return [Fault(("worker", "engine")[turn % 2], turn // 2 % 2 / 2, 0.0, pause_s) for turn in range(number)]
 
 
 def faults(seed: int, number: int) -> list[Fault]:
@@ -178,6 +183,10 @@ def _signal(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def _context_tokens(case: dict[str, Any]) -> int:

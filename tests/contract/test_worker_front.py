@@ -1,16 +1,22 @@
 """A worker's front keeps its side of the protocol (DESIGN 4.3, 4.4, 4.5, 4.8)."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
 
+from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.history import Held
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
+from services.common.record.transitions import Answer
+from services.common.store.connection import StoreUnavailable
 from services.worker.front.engine_client import EngineDiedError
+from services.worker.front.session import LostError
 from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
 
 
@@ -203,3 +209,152 @@ async def test_a_gateway_that_knows_a_later_attempt_makes_the_worker_go_above_it
     record = await bench.record_until(key, lambda record: record.state == RequestState.QUEUED)
     assert record.attempt.number == 8
     assert seen.tokens == []
+
+
+async def test_tokens_go_on_when_the_stream_to_their_gateway_broke(redis: Redis, pool: str) -> None:
+    bench = Bench(redis, pool)
+    first, bench.gateway_address = await serve_gateway(bench.gateway)
+    await bench.lead()
+    await bench.start_session()
+    key = await bench.submit("a", max_tokens=50)
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.tokens == [10])
+    await first.stop(0)
+    second, _ = await serve_gateway(bench.gateway, bench.gateway_address)
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.tokens == [10, 11])
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    await second.stop(0)
+
+
+async def test_a_request_whose_reader_is_gone_leaves_nothing_behind(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=1)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    left = weakref.ref(bench.session.active[key])
+    bench.engine.step()
+    await bench.record_until(key, lambda record: record.ended)
+    async with asyncio.timeout(5):
+        while left() is not None:
+            await asyncio.sleep(0.01)
+            gc.collect()
+
+
+async def test_a_stopped_worker_blames_nobody_for_the_step_in_flight(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.begin_step()
+    async with asyncio.timeout(5):
+        while not bench.session.predicted_step_ms:
+            await asyncio.sleep(0.001)
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    record = await bench.record(key)
+    assert (record.state, record.suspect_until) == (RequestState.QUEUED, 0)
+
+
+async def test_a_cancellation_that_only_the_last_flush_brings_ends_the_request(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.record_until(key, lambda record: record.state == RequestState.RUNNING)
+    # The worker stops before it reads the notice in its inbox.
+    await bench.redis.hset(f"{{{bench.pool}}}:request:{key}", "cancel", "1")
+    bench.session.active[key].announced = False
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    assert bench.ended.cancelled()
+    assert (await bench.record(key)).state == RequestState.CANCELLED
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, 40])
+async def test_a_worker_that_is_stopped_while_its_engine_dies_hands_over_and_stops(bench: Bench, turns: int) -> None:
+    keys = [await bench.submit(name, max_tokens=50) for name in "abc"]
+    for key in keys:
+        bench.gateway.expect(key)
+        await bench.place(key)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == 3)
+    bench.engine.die()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    assert [(await bench.record(key)).state for key in keys] == [RequestState.QUEUED] * 3
+    assert bench.ended.cancelled()
+
+
+async def test_a_stuck_engine_does_not_keep_a_worker_from_handing_over(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.reads.clear()
+    bench.ended.cancel()
+    _, waiting = await asyncio.wait({bench.ended}, timeout=3)
+    bench.engine.reads.set()
+    assert not waiting
+    assert (await bench.record(key)).state == RequestState.QUEUED
+
+
+async def test_an_end_is_told_when_redis_goes_away_right_behind_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, read = bench.store.finish, bench.store.read
+    finishes, reads = iter((True,)), iter((True,))
+
+    async def finish_without_reply(move: moves.Finish) -> Answer:
+        answer = await finish(move)
+        if next(finishes, False):
+            raise StoreUnavailable("its reply was lost")
+        return answer
+
+    async def read_later(key: RequestKey) -> tuple[Record, int] | None:
+        if next(reads, False):
+            raise StoreUnavailable("away again")
+        return await read(key)
+
+    key = await bench.submit("a", max_tokens=1)
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    monkeypatch.setattr(bench.store, "finish", finish_without_reply)
+    monkeypatch.setattr(bench.store, "read", read_later)
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.end is not None)
+    assert not bench.ended.done()
+
+
+async def test_what_a_worker_gives_up_is_given_back_also_when_redis_is_away_for_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requeue, tries = bench.store.requeue, iter(range(7))
+
+    async def requeue_later(move: moves.Requeue) -> Answer:
+        if next(tries, None) is not None:
+            raise StoreUnavailable("away")
+        return await requeue(move)
+
+    monkeypatch.setattr(bench.store, "requeue", requeue_later)
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key).reader.open(Attempt(7, "lost with Redis"), 1)
+    await bench.place(key)
+    record = await bench.record_until(key, lambda record: record.state == RequestState.QUEUED)
+    assert record.attempt.number == 8
+
+
+async def test_a_worker_whose_registration_redis_lost_lives_on_until_recovery(bench: Bench) -> None:
+    run_id = await bench.redis.getdel(f"{{{bench.pool}}}:generation")
+    assert run_id
+    await bench.redis.delete(f"{{{bench.pool}}}:worker:{bench.session.worker}")
+    await asyncio.sleep(0.3)
+    assert not bench.ended.done(), "it registers again in the recovery"
+    await bench.redis.set(f"{{{bench.pool}}}:generation", run_id)
+    with pytest.raises(ExceptionGroup) as lost:
+        await bench.ended
+    assert lost.group_contains(LostError)

@@ -45,6 +45,9 @@ class SteppedEngine:
         self.generated: dict[int, list[int]] = {}
         self.held: set[int] = set()
         self.commands: list[str] = []
+        self.reads = asyncio.Event()
+        """Cleared: it is stuck, and whoever sends to it waits."""
+        self.reads.set()
         self.changed = asyncio.Condition()
         self._events: asyncio.Queue[engine_pb2.EngineEvent | EngineDiedError] = asyncio.Queue(1000)
         self._steps = itertools.count(1)
@@ -52,6 +55,7 @@ class SteppedEngine:
     async def send(self, command: engine_pb2.EngineCommand) -> None:
         kind = command.WhichOneof("command")
         assert kind
+        await self.reads.wait()
         async with self.changed:
             self.commands.append(kind)
             if kind == "add":
@@ -215,7 +219,7 @@ class Bench:
         self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY)  # type: ignore[arg-type]
         info = request_pb2.WorkerInfo(worker_id=self.session.worker, num_blocks=64, block_size_tokens=16)
         await self.directory.register(info, 60_000)
-        reporter = Reporter(self.session, self.directory, config)
+        reporter = Reporter(self.session, self.directory, Recovery(self.redis, self.pool), config)
         self.ended = asyncio.create_task(
             self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
         )
@@ -255,8 +259,8 @@ class Bench:
         return record
 
 
-async def serve_gateway(gateway: FakeGateway) -> tuple[rpc.Server, str]:
+async def serve_gateway(gateway: FakeGateway, listen: str = "127.0.0.1:0") -> tuple[rpc.Server, str]:
     """Start a fake gateway; returns its server and its address."""
     server = rpc.Server([])
     delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(gateway, server.grpc)
-    return server, await server.start("127.0.0.1:0")
+    return server, await server.start(listen)

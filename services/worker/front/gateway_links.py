@@ -96,11 +96,16 @@ class _Link:
         self._changed: dict[RequestKey, ActiveRequest] = {}
         self._ends: dict[RequestKey, delivery_pb2.EndFrame] = {}
         self._closes: list[delivery_pb2.CloseFrame] = []
+        # Opens that are not answered: until then an end waits, since it goes to a gateway that takes the request.
+        self._unanswered: set[RequestKey] = set()
+        self._stream_number = 0
         self._wake = asyncio.Event()
 
     def open(self, active: ActiveRequest) -> None:
         self._requests[active.run.key] = active
         self._opens[active.run.key] = active
+        self._unanswered.add(active.run.key)
+        self._ends.pop(active.run.key, None)  # of an earlier attempt
         self._wake.set()
 
     def tell(self, active: ActiveRequest) -> None:
@@ -111,6 +116,7 @@ class _Link:
         if self._requests.get(active.run.key) is active:
             self._ends[active.run.key] = end
             self.tell(active)
+            self._forget_untold(active)
 
     def close(self, active: ActiveRequest) -> None:
         self._closes.append(delivery_pb2.CloseFrame(key=active.run.key, reader=active.run.reader))
@@ -123,6 +129,7 @@ class _Link:
             self._opens.pop(active.run.key, None)
             self._changed.pop(active.run.key, None)
             self._ends.pop(active.run.key, None)
+            self._unanswered.discard(active.run.key)
 
     async def run(self) -> None:
         """Keep a stream to the gateway while there are requests for it."""
@@ -158,10 +165,12 @@ class _Link:
         for active in self._requests.values():
             active.run.open = False
         self._opens = dict(self._requests)
+        self._unanswered = set(self._requests)
+        self._stream_number += 1
         self._wake.set()
 
     async def _stream(self, channel: grpc.aio.Channel) -> None:
-        call = delivery_pb2_grpc.DeliveryServiceStub(channel).Deliver(self._messages())
+        call = delivery_pb2_grpc.DeliveryServiceStub(channel).Deliver(self._messages(self._stream_number))
         try:
             async for response in call:
                 await self._answer(response)
@@ -170,10 +179,13 @@ class _Link:
             with suppress(asyncio.CancelledError, grpc.RpcError):
                 await call.code()
 
-    async def _messages(self) -> AsyncIterator[delivery_pb2.DeliverRequest]:
+    async def _messages(self, stream_number: int) -> AsyncIterator[delivery_pb2.DeliverRequest]:
         first = True
         while True:
             await self._wake.wait()
+            if stream_number != self._stream_number:
+                # grpc goes on reading for a stream that is broken: it would take away what is meant for the next.
+                return
             message = self._next_message()
             if message is None:
                 self._wake.clear()
@@ -202,12 +214,22 @@ class _Link:
         for resume in response.resumes:
             active = self._sender(resume.key, resume.attempt)
             if active:
+                self._unanswered.discard(active.run.key)
                 await self._on_resume(active, [Held(known.count, tuple(known.token_ids)) for known in resume.choices])
                 self.tell(active)
+                self._forget_untold(active)
         for refusal in response.refusals:
             active = self._sender(refusal.key, refusal.attempt)
             if active:
+                self._unanswered.discard(active.run.key)
                 await self._on_refusal(active, refusal)
+                self._forget_untold(active)
+
+    def _forget_untold(self, active: ActiveRequest) -> None:
+        """Nothing waits for a gateway that does not take the request: it finds the end in the record."""
+        key = active.run.key
+        if key in self._ends and not active.run.open and key not in self._unanswered:
+            self.forget(active)
 
     def _sender(self, key: str, attempt: delivery_pb2.AttemptId) -> ActiveRequest | None:
         active = self._requests.get(RequestKey(key))

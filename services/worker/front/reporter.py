@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from gen.shoal.fleet.v1 import request_pb2
 from services.common.store.connection import Recovering, StoreUnavailable
+from services.common.store.recovery import Recovery
 from services.common.store.workers import WorkerDirectory
 from services.worker.config import WorkerConfig
 from services.worker.front.session import LostError, Session
@@ -16,9 +17,10 @@ LEAST_INTERVAL_S = 0.02
 class Reporter:
     """Reports for one session: at each change, but not more often than every 20 ms, and at the configured interval."""
 
-    def __init__(self, session: Session, directory: WorkerDirectory, config: WorkerConfig) -> None:
+    def __init__(self, session: Session, directory: WorkerDirectory, recovery: Recovery, config: WorkerConfig) -> None:
         self._session = session
         self._directory = directory
+        self._recovery = recovery
         self._config = config
         self._sequence_number = 0
 
@@ -32,10 +34,12 @@ class Reporter:
             progress.clear()
             try:
                 known = await self._directory.report(self._report(), self._config.registration_ttl_ms)
+                # A registration that Redis lost, or that expired while it was away, is made anew in its recovery.
+                lost = not known and await self._recovery.needed() is None
             except (StoreUnavailable, Recovering):
                 await asyncio.sleep(self._config.report_interval_ms / 1000)
                 continue
-            if not known:
+            if lost:
                 raise LostError
             await asyncio.sleep(LEAST_INTERVAL_S)
 

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -37,6 +37,8 @@ INBOX_BLOCK_MS = 1000
 INBOX_BATCH = 64
 RETRY_S = 0.2
 HAND_BACK_TRIES = 5
+HAND_OVER_S = 10.0
+"""Longest that a session takes to hand over; what is left then, the leader finds."""
 END_TRIES = 600
 SUSPECT_MARGIN_TOKENS = 2
 
@@ -78,6 +80,7 @@ class Session:
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
         self._in_flight: Sequence[int] = ()
+        self._departing = False
         self._links: GatewayLinks
         self._tasks: asyncio.TaskGroup
 
@@ -98,26 +101,31 @@ class Session:
         what was still held, or lies unread in the inbox, is handed back.
         """
         reason = "worker stops"
+        suspects: Sequence[int] = ()
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self._links = GatewayLinks(self.worker, self._tasks, self._on_resume, self._on_refusal)
-                for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
-                    self._tasks.create_task(_awaited(part))
+            await _alone(self._work(others))
         except* EngineDiedError as died:
             error = died.exceptions[0]
             reason = str(error)
-            if isinstance(error, EngineDiedError) and error.on_request:
-                self._in_flight = ()
+            # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
+            if isinstance(error, EngineDiedError) and not error.on_request:
+                suspects = self._in_flight
             raise
         except* LostError:
             reason = "worker was lost"
             raise
         except* DrainedError:
             reason = "worker drains"
-            self._in_flight = ()
+            suspects = ()
             raise
         finally:
-            await asyncio.shield(self._depart(close, reason))
+            await to_the_end(self._depart(close, reason, suspects))
+
+    async def _work(self, others: Sequence[Callable[[], Awaitable[None]]]) -> None:
+        async with asyncio.TaskGroup() as self._tasks:
+            self._links = GatewayLinks(self.worker, self._tasks, self._on_resume, self._on_refusal)
+            for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
+                self._tasks.create_task(_awaited(part))
 
     # What comes in
 
@@ -179,6 +187,8 @@ class Session:
     # Whose tokens count
 
     def _grace_over(self, active: ActiveRequest) -> None:
+        if self._departing:
+            return
         if self.active.get(active.run.key) is active and active.run.grace_over():
             self._tasks.create_task(self._release(active, MaySample(((),) * len(active.choices))))
 
@@ -200,9 +210,9 @@ class Session:
             # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
             run = active.run
             await self._drop(active)
-            await self._give_back(
-                run.key, run.attempt, "its gateway knows a later attempt", refusal.highest_attempt + 1
-            )
+            why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
+            # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
+            await self._give_back(run.key, run.attempt, why, floor=floor, tries=END_TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
         for choice, forced in zip(active.choices, begin.forced, strict=True):
@@ -269,7 +279,8 @@ class Session:
             self._finish(active, RequestState.FINISHED, "")
 
     def _finish(self, active: ActiveRequest, state: RequestState, error: str) -> None:
-        if not active.ending:
+        # While it departs, everything is handed back instead: who asked for the end is answered by that.
+        if not active.ending and not self._departing:
             active.ending = True
             self._tasks.create_task(self._write_end(active, state, error))
 
@@ -284,12 +295,12 @@ class Session:
             answer = await self._store.finish(move)
             if answer.verdict == Verdict.GAP:
                 run.journal_is(answer.choice, answer.index)
+            if answer.verdict == Verdict.ENDED and await self._ended_by_us(active, state):
+                # The reply of an earlier try was lost.
+                return Answer(Verdict.OK)
             return answer
 
         answer = await self._until_stored(finish, END_TRIES)
-        if answer and answer.verdict == Verdict.ENDED and await self._ended_by_us(active, state):
-            # The reply of an earlier try was lost.
-            answer = Answer(Verdict.OK)
         if answer and answer.verdict == Verdict.OK:
             self._links.end(active, _end_frame(active, state, error, outcome))
         else:
@@ -323,18 +334,20 @@ class Session:
             del self.active[active.run.key]
         self.progress.set()
 
-    async def _depart(self, close: Callable[[], Awaitable[None]], why: str) -> None:
-        await close()
-        await self._hand_back(why)
+    async def _depart(self, close: Callable[[], Awaitable[None]], why: str, suspects: Sequence[int]) -> None:
+        self._departing = True
         try:
-            for unread in await self._inbox.outstanding():
-                await self._give_back(unread.key, unread.attempt, why)
-        except StoreUnavailable as error:
+            async with asyncio.timeout(HAND_OVER_S):
+                await close()
+                await self._hand_back(why, suspects)
+                for unread in await self._inbox.outstanding():
+                    await self._give_back(unread.key, unread.attempt, why)
+        except (StoreUnavailable, TimeoutError) as error:
             logger.warning("left requests to the leader", extra={"error": str(error)})
 
-    async def _hand_back(self, why: str) -> None:
-        """Everything held goes back to the queue; what was in the step of a dying engine goes as suspect."""
-        suspects = {self._sequences[number][0].run.key for number in self._in_flight if number in self._sequences}
+    async def _hand_back(self, why: str, suspected: Sequence[int]) -> None:
+        """Everything held goes back to the queue; what has a suspected sequence goes as suspect."""
+        suspects = {self._sequences[number][0].run.key for number in suspected if number in self._sequences}
         await self.journal.flush()
         # Those whose end was being written too: if it was stored, giving them back changes nothing.
         for active in list(self.active.values()):
@@ -343,10 +356,11 @@ class Session:
             await self._give_back(active.run.key, active.run.attempt, why, suspect_until=known)
 
     async def _give_back(
-        self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0
-    ) -> None:
+        self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0,
+        tries: int = HAND_BACK_TRIES,
+    ) -> None:  # fmt: skip
         move = moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
-        await self._until_stored(lambda: self._store.requeue(move), HAND_BACK_TRIES)
+        await self._until_stored(lambda: self._store.requeue(move), tries)
 
     # Small parts
 
@@ -361,6 +375,8 @@ class Session:
 
     async def _abort(self, sequence_id: int) -> None:
         del self._sequences[sequence_id]
+        if self._departing:
+            return  # The engine ends next; one that is stuck reads nothing, and would be waited for without end.
         abort = engine_pb2.AbortSequence(sequence_id=sequence_id)
         await self._engine.send(engine_pb2.EngineCommand(abort=abort))
 
@@ -400,6 +416,28 @@ STATES = {
     RequestState.EXPIRED: inference_pb2.REQUEST_STATE_EXPIRED,
     RequestState.FAILED: inference_pb2.REQUEST_STATE_FAILED,
 }
+
+
+async def to_the_end(work: Coroutine[object, object, None]) -> None:
+    """Finish this also when cancelled meanwhile, and only then be cancelled."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+async def _alone(work: Coroutine[object, object, None]) -> None:
+    """Run it in its own task: a TaskGroup that is cancelled just as a part of it fails forgets that it was."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    task.result()
 
 
 async def _awaited(part: Callable[[], Awaitable[None]]) -> None:

@@ -18,7 +18,7 @@ from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
 from services.worker.front.holdings import HoldingsPoster
 from services.worker.front.reporter import Reporter
-from services.worker.front.session import DrainedError, LostError, Session
+from services.worker.front.session import DrainedError, LostError, Session, to_the_end
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,13 @@ class Worker:
         info = self._info(session, ready)
         await self._register(info)
         logger.info("serving", extra={"worker": session.worker, "engine_pid": engine.pid, "blocks": ready.num_blocks})
-        reporter = Reporter(session, self._directory, config)
         recovery = Recovery(self._redis, config.pool)
+        reporter = Reporter(session, self._directory, recovery, config)
         holdings = HoldingsPoster(session, info, recovery, self._directory, config)
         try:
             await session.run((reporter.run, holdings.run), lambda: self._close(session))
         finally:
-            await asyncio.shield(self._unregister(session))
+            await to_the_end(self._unregister(session))
 
     async def _register(self, info: request_pb2.WorkerInfo) -> None:
         for attempt in range(REGISTER_TRIES):
