@@ -106,9 +106,9 @@ class Liveness:
 
     def _due_at_ms(self, watch: _Watch) -> float:
         limit_ms = max(self._patience.least_ms, self._patience.steps * watch.predicted_step_ms)
-        # Reports come whatever the engine does; their absence is judged by the shorter limit.
         held_ms = max(limit_ms, self._patience.held_ms) if watch.waits else limit_ms
-        return min(watch.reported_at_ms + limit_ms, watch.progressed_at_ms + held_ms)
+        # Reports come from the front, whatever its engine does: how long a step takes does not excuse their absence.
+        return min(watch.reported_at_ms + self._patience.least_ms, watch.progressed_at_ms + held_ms)
 
 
 def _restart(watch: _Watch, now_ms: float) -> None:

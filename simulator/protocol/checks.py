@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from simulator.protocol.worker import Worker
 
 
+OF_THE_LEADER = frozenset({"crash_leader", "freeze_leader"})
+"""Faults (of `faults.KINDS`) that only leaders suffer: no worker may be declared lost for them."""
+UNSEEN = OF_THE_LEADER | {"crash_worker", "kill_engine", "stall_engine", "freeze_worker"}
+"""Faults that no client may notice, but by its patience."""
+PROMPT = frozenset({"kill_engine"})
+"""Faults that hold up no end."""
+PROMPT_MS = 100
+"""A cancelled request that a worker has ends within this, unless something holds it up."""
+LATE_MS = 400
+"""No request ends later than this after its deadline, unless something holds it up."""
 STARVED_LOOKS = 6
 STARVED_MS = 3000
 
@@ -50,7 +60,10 @@ class Checks:
         self.twins: set[RequestKey] = set()
         """Requests that a second client attached to, perhaps with fewer tokens."""
         self.attaches: Counter[RequestKey] = Counter()
-        self._cancelled: set[RequestKey] = set()
+        self._cancelled: dict[RequestKey, float] = {}
+        """When its end was asked for, while a worker had it."""
+        self._slow_ends: list[str] = []
+        """Ends that came later than they need where nothing goes wrong."""
         self._begun: set[tuple[RequestKey, Attempt]] = set()
         self._readers: dict[RequestKey, int] = {}
 
@@ -90,7 +103,7 @@ class Checks:
         if isinstance(move, moves.Attach):
             self.attaches[key] += 1
         if isinstance(move, moves.Cancel) and verdict == Verdict.OK:
-            self._cancelled.add(key)
+            self._cancelled.setdefault(key, self.world.now)
         if after.ended:
             self._ended(key, after)
         self._lists(data, key, after)
@@ -116,6 +129,12 @@ class Checks:
             for choice, tokens in enumerate(record.journal)
         ):
             self.fail(f"{key}: its journal holds tokens that follow another beginning")
+        asked_at = self._cancelled.get(key, self.world.now)
+        if self.world.now > asked_at + PROMPT_MS:
+            self._slow_ends.append(f"{key}: {record.state} {self.world.now - asked_at:.0f} ms after it was cancelled")
+        if record.deadline_at_ms and self.world.now > record.deadline_at_ms + LATE_MS:
+            late_ms = self.world.now - record.deadline_at_ms
+            self._slow_ends.append(f"{key}: {record.state} {late_ms:.0f} ms after its deadline")
         spec = self.specs[key]
         if record.state == RequestState.QUARANTINED and (self.deaths[key] < 2 or not self.lonely_deaths[key]):
             self.fail(f"{key}: quarantined without two deaths of engines, one of them alone")
@@ -198,8 +217,8 @@ class Checks:
         """Whether nothing is left to happen."""
         return all(client.is_done for client in clients) and all(record.ended for record in data.records.values())
 
-    def at_end(self, data: "Data", clients: list["Client"], workers: list["Worker"], calm: bool) -> None:
-        """The schedule is over. `calm`: nothing went wrong in it, so nobody may have noticed anything."""
+    def at_end(self, data: "Data", clients: list["Client"], workers: list["Worker"], kinds: frozenset[str]) -> None:
+        """The schedule is over, and `kinds` of faults were in it."""
         for client in clients:
             if not client.is_done:
                 self.fail(f"{client.key}: {client.name} waits for ever")
@@ -216,10 +235,16 @@ class Checks:
             if process.up and process.jobs:
                 self.fail(f"{process.name} still runs {list(process.jobs)}")
         self._alike(data)
-        if calm:
+        poisoned = any(spec.poison_after >= 0 for spec in self.specs.values())
+        if kinds <= UNSEEN:
             for client in clients:
-                if client.end not in client.expected_ends:
-                    self.fail(f"{client.key}: {client.name} ended with {client.end!r}, and nothing had gone wrong")
+                allowed = client.expected_ends | ({"quarantined"} if kinds or poisoned else set())
+                if client.end not in allowed:
+                    self.fail(f"{client.key}: {client.name} ended with {client.end!r}, which it need not have noticed")
+        if kinds <= OF_THE_LEADER and not poisoned and self.world.stats["workers declared lost"]:
+            self.fail("a worker was declared lost, and only the leader had stood still")
+        if kinds <= PROMPT and not poisoned and self._slow_ends:
+            self.fail(f"{self._slow_ends[0]}, and nothing hindered it")
 
     def _alike(self, data: "Data") -> None:
         if not self.texts.alike:

@@ -13,6 +13,8 @@ from simulator.protocol.world import Process, World
 
 RECONNECT_MS = (10, 250)
 MAX_TRIES = 40
+VANISHES = 0.25
+"""Share of hang-ups of which the gateway hears late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,12 @@ class Client(Process):
         other.expected_ends.add("superseded")
         self.expected_ends = set(other.expected_ends)
         self.boot()
+
+    def hop(self) -> None:
+        """Lose the connection, and come back."""
+        if self.accepted and not self.end and self._call is not None:
+            self._hang_up()
+            self._later(self._connect)
 
     # --- messages from the gateway --------------------------------------------------------------------------------
 
@@ -160,7 +168,10 @@ class Client(Process):
     def _hang_up(self) -> None:
         call, self._call = self._call, None
         if call is not None and call.gateway.life == call.gateway_life:
-            self.world.after(self.world.between(0.2, 2.0), call.gateway, call.gateway.hung_up, call)
+            # A host that vanishes says no goodbye: its gateway finds out later.
+            late = self.world.rng.random() < VANISHES
+            delay = self.world.between(50, 1500) if late else self.world.between(0.2, 2.0)
+            self.world.after(delay, call.gateway, call.gateway.hung_up, call)
 
     def _cancel(self) -> None:
         """Ask for the end until the stream tells of one."""

@@ -33,14 +33,11 @@ KINDS: Mapping[str, int] = {
     "restart_redis_unheard": 1,
     "lose_an_attempt": 1,
     "lose_a_placement": 1,
+    "lose_an_attach": 1,
     "freeze_redis": 1,
     "restart_redis_again": 1,
 }
 """How often each kind is drawn."""
-OF_THE_LEADER = frozenset({"crash_leader", "freeze_leader"})
-"""Kinds that only the leader suffers: no worker may be declared lost for them."""
-UNSEEN = OF_THE_LEADER | {"crash_worker", "kill_engine", "stall_engine", "freeze_worker"}
-"""Kinds that no client may notice, but by its patience."""
 
 
 @dataclass(slots=True)
@@ -80,8 +77,12 @@ class Plan:
             getattr(self, f"_{kind}")(rng.uniform(*FAULTS_MS))
 
     def _at(self, at_ms: float, act: Callable[[], None]) -> None:
-        self.over_at = max(self.over_at, at_ms)
-        self.fleet.world.after(at_ms, self.world_process, act)
+        self._in(at_ms - self.fleet.world.now, act)
+
+    def _in(self, delay_ms: float, act: Callable[[], None]) -> None:
+        world = self.fleet.world
+        self.over_at = self.fleet.redis.checks.quiet_from = max(self.over_at, world.now + delay_ms)
+        world.after(delay_ms, self.world_process, act)
 
     def _crash(self, process: Process, at_ms: float, back_after_ms: float) -> None:
         def crash() -> None:
@@ -213,17 +214,17 @@ class Plan:
         def kill() -> None:
             unlucky = max(fleet.workers, key=lambda worker: len(worker.jobs))
             if unlucky.up and not unlucky.frozen:
-                fleet.redis.snapshot_before(moves.Requeue, lambda _: fleet.redis.when_placed(placed))
+                fleet.redis.lose_from(moves.Requeue, lambda _: fleet.redis.tell_of(moves.Place, placed))
                 unlucky.engine.die()
 
         def placed(move: moves.Place) -> None:
-            worker = next(worker for worker in fleet.workers if move.worker == worker.session.worker)
+            worker = next(worker for worker in fleet.workers if move.worker.startswith(f"{worker.name}."))
             gateway = fleet.redis.data.records[move.key].gateway
             fleet.network.partition(worker.name, gateway)
-            self._at_after(asleep_ms, lambda: fleet.network.heal(worker.name, gateway))
-            self._at_after(awake_ms, worker.freeze)
-            self._at_after(awake_ms + asleep_ms, worker.thaw)
-            self._at_after(restart_after_ms, lambda: fleet.redis.restart(down_ms))
+            self._in(asleep_ms, lambda: fleet.network.heal(worker.name, gateway))
+            self._in(awake_ms, worker.freeze)
+            self._in(awake_ms + asleep_ms, worker.thaw)
+            self._in(restart_after_ms, lambda: fleet.redis.restart(down_ms))
 
         self._at(at_ms, kill)
 
@@ -233,10 +234,20 @@ class Plan:
         restart_after_ms, down_ms = self.rng.uniform(10, 900), self.rng.uniform(5, 300)
 
         def placed(_: moves.Place) -> None:
-            self._at_after(restart_after_ms, lambda: redis.restart(down_ms))
+            self._in(restart_after_ms, lambda: redis.restart(down_ms))
 
         # Most requests come early.
-        self._at(at_ms / 2, lambda: redis.snapshot_before(moves.Place, placed))
+        self._at(at_ms / 2, lambda: redis.lose_from(moves.Place, placed))
 
-    def _at_after(self, delay_ms: float, act: Callable[[], None]) -> None:
-        self._at(delay_ms, act)
+    def _lose_an_attach(self, at_ms: float) -> None:
+        """Clients attach anew; Redis loses that; and some attach once more, under reader numbers that were used."""
+        rng, fleet = self.rng, self.fleet
+        self._at(at_ms, fleet.redis.snapshot)
+        self._at(at_ms + 5, lambda: self._hop(1.0))
+        self._at(at_ms + rng.uniform(20, 500), lambda: fleet.redis.restart(rng.uniform(5, 200)))
+        self._at(at_ms + rng.uniform(600, 2500), lambda: self._hop(0.5))
+
+    def _hop(self, share: float) -> None:
+        for client in list(self.fleet.clients):
+            if self.rng.random() < share:
+                client.hop()

@@ -95,7 +95,8 @@ class RedisModel(Process):
         self._num_calls = 0
         self._last_entry_id = 0
         self._snapshot: Data | None = None
-        self._loses: tuple[type[moves.Move], Callable[[Any], None]] | None = None
+        self._loses: type[moves.Move] | None = None
+        self._tells: tuple[type[moves.Move], Callable[[Any], None]] | None = None
 
     # --- the way of a command -------------------------------------------------------------------------------------
 
@@ -179,9 +180,14 @@ class RedisModel(Process):
         """What is written from here on is lost by the next restart."""
         self._snapshot = self.data.copy()
 
-    def snapshot_before(self, kind: type[moves.Move], then: Callable[[Any], None]) -> None:
-        """The next move of a kind that changes anything is the first that is lost; `then` hears of it."""
-        self._loses = kind, then
+    def lose_from(self, kind: type[moves.Move], then: Callable[[Any], None]) -> None:
+        """The next move of a kind to succeed is the first that the next restart loses; `then` hears of it."""
+        self._loses = kind
+        self.tell_of(kind, then)
+
+    def tell_of(self, kind: type[moves.Move], then: Callable[[Any], None]) -> None:
+        """`then` hears of the next move of a kind that succeeds."""
+        self._tells = kind, then
 
     def restart(self, down_ms: float) -> None:
         """Die now; be back in `down_ms` with the data of the snapshot."""
@@ -232,10 +238,9 @@ class RedisModel(Process):
         before = self.data.records.get(move.key)
         pool = self.pool()
         step = transitions.apply(before, move, pool)
-        if self._loses is not None and type(move) is self._loses[0] and step.answer.verdict == Verdict.OK:
-            then, self._loses = self._loses[1], None
+        if type(move) is self._loses and step.answer.verdict == Verdict.OK:
+            self._loses = None
             self.snapshot()
-            then(move)
         if step.record is not None and step.record is not before:
             self.data.records[move.key] = step.record
         for effect in step.effects:
@@ -243,6 +248,9 @@ class RedisModel(Process):
         if self.world.traced:
             self._trace(before, move, step)
         self.checks.moved(self.data, before, move, step, pool)
+        if self._tells is not None and type(move) is self._tells[0] and step.answer.verdict == Verdict.OK:
+            then, self._tells = self._tells[1], None
+            then(move)
         return step.answer
 
     def effect(self, effect: transitions.Effect, step: Transition) -> None:

@@ -22,6 +22,8 @@ from simulator.protocol.world import Process, World
 
 LIMIT_MS = 60_000
 """Virtual time after which whatever has not ended never will."""
+AWAY_SLACK_MS = 100
+"""Who comes back so long before its resume time ends comes in time."""
 LINGER_MS = 400
 """What is still under way when all has ended gets this long to do harm."""
 
@@ -54,7 +56,6 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Se
             process.start()
         _requests(fleet, rng, checks)
         plan.draw(only)
-        checks.quiet_from = plan.over_at
         watcher = Process(world, "watcher")
         world.after(100, watcher, _stop_when_over, fleet, plan, checks, watcher)
         world.run(LIMIT_MS)
@@ -62,7 +63,7 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Se
             fleet.redis.data,
             fleet.clients,
             fleet.workers,
-            calm=plan.num_faults == 0 and not any(spec.poison_after >= 0 for spec in checks.specs.values()),
+            plan.kinds,
         )
     except (Violation, IllegalTransitionError) as error:
         violation = f"{type(error).__name__}: {error}"
@@ -113,7 +114,8 @@ def _requests(fleet: Fleet, rng: Random, checks: Checks) -> None:
             client.expected_ends.add("cancelled")
         if client.habits.hang_up_at_tokens >= 0:
             client.expected_ends.add("gone")
-            client.expected_ends.add("cancelled")
+            if client.habits.away_ms > client.habits.resume_ms - AWAY_SLACK_MS:
+                client.expected_ends.add("cancelled")
         if rng.random() < 0.25:
             twin = Client(fleet.world, f"twin{number}", checks, fleet.gateways, key, spec, _twin_habits(endless))
             delay = begins_at + rng.uniform(50, 1500)
@@ -139,7 +141,11 @@ def _begin_twin(fleet: Fleet, twin: Client, first: Client, lag_ms: float) -> Non
         twin.checks.twins.add(twin.key)
         twin.attach_as_twin_of(copy)
         first.expected_ends.add("superseded")
-        twin.expected_ends = {*first.expected_ends, "cancelled"}
+        twin.expected_ends = set(first.expected_ends)
+        if first.habits.hang_up_at_tokens >= 0 or twin.habits.cancel_after_ms:
+            # Nobody may have read it before this one came, or this one ends it.
+            twin.expected_ends.add("cancelled")
+            first.expected_ends.add("cancelled")
 
     fleet.world.after(lag_ms, twin, attach)
 

@@ -14,7 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.storm import Report, deaths_of_workers, faults, inflict, run_storm
+from tests.chaos.storm import (
+    SHORT_CONTEXT_TOKENS,
+    Report,
+    context_tokens,
+    deaths_of_workers,
+    faults,
+    inflict,
+    run_storm,
+)
 from tests.fleet.conftest import start_fleet
 
 
@@ -25,12 +33,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--worker-deaths-only", action="store_true", help="kill workers and engines, 12 s apart")
     arguments = parser.parse_args()
-    if arguments.worker_deaths_only:
-        plan = deaths_of_workers(arguments.faults, pause_s=12.0)
-    else:
-        plan = faults(arguments.seed, arguments.faults)
     reference = Path(__file__).parent.parent / "reference" / "smollm2_greedy.jsonl"
     cases = [json.loads(line) for line in reference.read_text().splitlines()]
+    if arguments.worker_deaths_only:
+        plan = deaths_of_workers(arguments.faults, pause_s=12.0)
+        cases = [case for case in cases if context_tokens(case) <= SHORT_CONTEXT_TOKENS]
+    else:
+        plan = faults(arguments.seed, arguments.faults)
     state_dir = Path(tempfile.mkdtemp(prefix="shoal-chaos-"))
     fleet = start_fleet(state_dir, "--gateways", "2", "--schedulers", "2", "--workers", "2")
     report = Report()

@@ -115,7 +115,7 @@ async def run_storm(
     fleet: Fleet, cases: Sequence[dict[str, Any]], storm: Coroutine[None, None, None], seed: int, report: Report
 ) -> Report:
     """Keep 16 streams busy while the storm lasts; return when every stream has got its last answer."""
-    small = [case for case in cases if _context_tokens(case) <= MAX_CONTEXT_TOKENS]
+    small = [case for case in cases if context_tokens(case) <= MAX_CONTEXT_TOKENS]
     over = asyncio.Event()
     async with shoal.AsyncClient(fleet.gateways, retries=ACCEPTANCE_PATIENCE) as client, asyncio.TaskGroup() as tasks:
         for number in range(NUM_STREAMS):
@@ -142,7 +142,7 @@ async def _ask_on(
 async def _ask(client: shoal.AsyncClient, case: dict[str, Any]) -> Answer:
     question = {"messages": case["messages"]} if case["kind"] == "chat" else {"prompt": case["prompt"]}
     stream = client.generate(**question, temperature=0.0, max_tokens=case["max_tokens"])
-    answer = Answer(case["name"], "", [time.monotonic()], _context_tokens(case), right=False)
+    answer = Answer(case["name"], "", [time.monotonic()], context_tokens(case), right=False)
     try:
         async with asyncio.timeout(ANSWER_LIMIT_S):
             async for _ in stream:
@@ -189,5 +189,6 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def _context_tokens(case: dict[str, Any]) -> int:
+def context_tokens(case: dict[str, Any]) -> int:
+    """Tokens of prompt and answer."""
     return len(case["prompt_token_ids"]) + len(case["output_token_ids"])

@@ -61,9 +61,17 @@ def test_a_worker_that_makes_steps_lives() -> None:
 
 def test_a_long_step_is_given_eight_times_its_prediction() -> None:
     liveness = a_watch()
-    liveness.reported(a_report(steps=1, requests=1, predicted_step_ms=500), 100)
+    for at_ms in range(100, 4100, 200):
+        liveness.reported(a_report(steps=1, requests=1, predicted_step_ms=500), at_ms)
     assert lost(liveness, 4099) == []
     assert lost(liveness, 4100) == [W1]
+
+
+def test_a_long_step_does_not_excuse_that_its_front_is_silent() -> None:
+    liveness = a_watch()
+    liveness.reported(a_report(steps=1, requests=1, predicted_step_ms=500), 100)
+    assert lost(liveness, 1099) == []
+    assert lost(liveness, 1100) == [W1]
 
 
 def test_the_prediction_of_a_step_long_past_gives_later_work_no_time() -> None:
