@@ -177,7 +177,7 @@ class Session:
 
     def _redirect(self, message: Redirect) -> None:
         active = self._holding(message.key, message.attempt)
-        if not active or message.reader <= active.run.reader:
+        if not active:
             return
         if active.run.gateway != message.gateway:
             self._links.close(active)
