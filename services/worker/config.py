@@ -24,7 +24,7 @@ class WorkerConfig:
     report_interval_ms: int = option(200, "longest time between two reports to the leader", minimum=10, maximum=1000)
     registration_ttl_ms: int = option(5000, "the worker is forgotten after this time without a report", minimum=1000)
     resume_grace_ms: int = option(
-        2000, "how long a continued request waits for its reader before it samples", minimum=0, maximum=60000
+        2000, "how long a continued request waits for its reader before it samples", minimum=0, maximum=8000
     )
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1000)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")

@@ -12,8 +12,6 @@ from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
 from services.worker.config import WorkerConfig
 
-STOP_GRACE_S = 5.0
-
 
 class EngineDiedError(Exception):
     """The engine is gone. `returncode` as of subprocess: negative for a signal."""
@@ -58,16 +56,6 @@ class EngineClient:
             if event is None:
                 raise EngineDiedError(await self._process.wait())
             yield event
-
-    async def shut_down(self) -> None:
-        """Let it finish its step; kill it if that takes longer than the grace, or if it is frozen."""
-        await self.send(engine_pb2.EngineCommand(shutdown=engine_pb2.EngineCommand.Shutdown()))
-        self._writer.close()
-        try:
-            async with asyncio.timeout(STOP_GRACE_S):
-                await self._process.wait()
-        except TimeoutError:
-            await self.kill()
 
     async def kill(self) -> None:
         """End it at once."""

@@ -75,12 +75,6 @@ class GatewayLinks:
         if link:
             link.forget(active)
 
-    def stop(self) -> None:
-        """Break all links; the session is over."""
-        for link in self._links.values():
-            if link.task:
-                link.task.cancel()
-
 
 class _Link:
     def __init__(self, address: str, worker: WorkerId, on_resume: OnResume, on_refusal: OnRefusal) -> None:
