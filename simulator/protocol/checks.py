@@ -29,7 +29,7 @@ PROMPT_MS = 100
 LATE_MS = 400
 """No request ends later than this after its deadline, unless something holds it up."""
 STARVED_LOOKS = 6
-STARVED_MS = 3000
+QUIET_AFTER_MS = 1000
 
 
 class Violation(Exception):
@@ -67,6 +67,11 @@ class Checks:
         self._begun: set[tuple[RequestKey, Attempt]] = set()
         self._readers: dict[RequestKey, int] = {}
 
+    @property
+    def quiet(self) -> bool:
+        """Whether the last fault passed so long ago that every stream should be served."""
+        return self.world.now > self.quiet_from + QUIET_AFTER_MS
+
     def redis_lost_writes(self) -> None:
         """From now on, what stood in the lost writes may be missing."""
         self.writes_lost = True
@@ -98,6 +103,8 @@ class Checks:
                 self.fail(f"{key}: attempt went back")
             if after.worker and before.worker and after.worker != before.worker:
                 self.fail(f"{key}: went from {before.worker} to {after.worker} with no attempt between")
+            if isinstance(move, moves.Leave) and move.reader != before.reader:
+                self.fail(f"{key}: reader {move.reader} left for {before.reader}, who counts")
         if isinstance(move, moves.Place) and after.state == RequestState.PLACED:
             self._placed(key, after, pool)
         if isinstance(move, moves.Attach):
@@ -169,6 +176,11 @@ class Checks:
             self.fail(f"{key}: two streams have reader number {reader}")
         self._readers[key] = max(last, reader)
 
+    def samples(self, key: RequestKey, attempt: Attempt, heard: bool) -> None:
+        """An engine samples; `heard`: its reader said what it holds, or the grace has passed."""
+        if attempt.number > 1 and not heard:
+            self.fail(f"{key}: attempt {attempt.number} samples before it has heard what its reader holds")
+
     def frame_taken(self, key: RequestKey, attempt: Attempt, last: Attempt | None) -> Attempt:
         """A gateway took tokens; the attempts of one stream must go up. Returns the attempt."""
         if last is not None and attempt != last and attempt.number <= last.number:
@@ -177,7 +189,7 @@ class Checks:
 
     def stream_waits(self, key: RequestKey, looks: int, delivered: int, journaled: int) -> None:
         """A gateway found its reader in the record, and tokens in the journal that it was not sent, so many times."""
-        if looks > STARVED_LOOKS and self.world.now > self.quiet_from + STARVED_MS:
+        if looks > STARVED_LOOKS:
             self.fail(f"{key}: its journal has {journaled} tokens, and its reader was left at {delivered}")
 
     def client_was_given(self, client: "Client", choice: int, index: int, tokens: tuple[int, ...]) -> None:
@@ -239,6 +251,9 @@ class Checks:
         if kinds <= UNSEEN:
             for client in clients:
                 allowed = client.expected_ends | ({"quarantined"} if kinds or poisoned else set())
+                if self.graces[client.key]:
+                    # It was away for so long that its request went on without the tokens that only it held.
+                    allowed.add("diverged")
                 if client.end not in allowed:
                     self.fail(f"{client.key}: {client.name} ended with {client.end!r}, which it need not have noticed")
         if kinds <= OF_THE_LEADER and not poisoned and self.world.stats["workers declared lost"]:

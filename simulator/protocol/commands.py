@@ -142,6 +142,12 @@ class Register(NamedTuple):
     worker: WorkerId
 
 
+class Close(NamedTuple):
+    """A worker takes nothing more; what it has stays in its inbox."""
+
+    worker: WorkerId
+
+
 class Retire(NamedTuple):
     """Removes a worker and its inbox, unless Start entries are outstanding in it. Answer: whether it did.
 

@@ -15,8 +15,9 @@ from services.common.record.run import Diverged, MaySample, Run
 from services.common.record.states import ON_WORKER, RequestState
 from services.common.record.transitions import Answer, EnterIntake, Pool, Transition, Verdict
 from simulator.protocol import commands as c
-from simulator.protocol import leader
+from simulator.protocol import leader, redis_model, worker
 from simulator.protocol.engine import Engine
+from simulator.protocol.gateway import Gateway
 from simulator.protocol.redis_model import RedisModel
 from simulator.protocol.worker import Job, Worker
 from simulator.protocol.world import Task
@@ -308,6 +309,142 @@ def _nobody_notes_that_readers_leave() -> list[Patch]:
     return [(transitions, "_leave", stays)]
 
 
+def _without(function: Callable[..., Transition], *effects: type[Any]) -> Callable[..., Transition]:
+    """A move that forgets some of its effects."""
+
+    def forgetful(*arguments: Any) -> Transition:
+        step = function(*arguments)
+        return replace(step, effects=tuple(effect for effect in step.effects if not isinstance(effect, effects)))
+
+    return forgetful
+
+
+def _attach_tells_no_worker() -> list[Patch]:
+    return [(transitions, "_attach", _without(transitions._attach, transitions.SendRedirect))]
+
+
+def _cancel_tells_no_worker() -> list[Patch]:
+    return [(transitions, "_cancel", _without(transitions._cancel, transitions.SendCancel))]
+
+
+def _end_keeps_the_reservation() -> list[Patch]:
+    return [(transitions, "_end_on_worker", _without(transitions._end_on_worker, transitions.Release))]
+
+
+def _attach_leaves_the_reader_away() -> list[Patch]:
+    attach = transitions._attach
+
+    def still_away(record: Record, move: moves.Attach, pool: Pool) -> Transition:
+        step = attach(record, move, pool)
+        if step.record is None or step.record is record:
+            return step
+        return replace(step, record=replace(step.record, reader_left_at_ms=record.reader_left_at_ms))
+
+    return [(transitions, "_attach", still_away)]
+
+
+def _sweep_ignores_the_resume_time() -> list[Patch]:
+    sweep = transitions._sweep
+
+    def at_once(record: Record, move: moves.Sweep, pool: Pool) -> Transition:
+        step = sweep(replace(record, resume_ms=0), move, pool)
+        return replace(step, record=record) if step.answer.verdict == Verdict.IDLE else step
+
+    return [(transitions, "_sweep", at_once)]
+
+
+def _any_reader_may_leave() -> list[Patch]:
+    leave = transitions._leave
+
+    def anyone(record: Record, move: moves.Leave, pool: Pool) -> Transition:
+        return leave(record, replace(move, reader=max(move.reader, record.reader)), pool)
+
+    return [(transitions, "_leave", anyone)]
+
+
+def _finish_over_a_gap() -> list[Patch]:
+    finish = transitions._finish
+
+    def closes_up(record: Record, move: moves.Finish, pool: Pool) -> Transition:
+        tails = tuple(
+            (min(start, len(known)), tokens) for known, (start, tokens) in zip(record.journal, move.tails, strict=True)
+        )
+        return finish(record, replace(move, tails=tails), pool)
+
+    return [(transitions, "_finish", closes_up)]
+
+
+def _gateway_takes_tokens_over_a_gap() -> list[Patch]:
+    accept = Reader.accept
+
+    def new(self: Reader, attempt: Attempt, choice: int, index: int, num_tokens: int) -> Acceptance:
+        acceptance = accept(self, attempt, choice, index, num_tokens)
+        return Acceptance.NEW if acceptance is Acceptance.GAP else acceptance
+
+    return [(Reader, "accept", new)]
+
+
+def _any_progress_clears_a_suspect() -> list[Patch]:
+    journaled = transitions._journaled
+
+    def cleared(record: Record, choice: int, start: int, tokens: tuple[int, ...]) -> Record:
+        return replace(journaled(record, choice, start, tokens), suspect_until=0)
+
+    return [(transitions, "_journaled", cleared)]
+
+
+def _deadline_begins_anew() -> list[Patch]:
+    start_entry = RedisModel.start_entry
+
+    def anew(self: RedisModel, record: Record) -> c.Start:
+        whole_ms = record.deadline_at_ms - record.accepted_at_ms if record.deadline_at_ms else 0
+        return start_entry(self, record)._replace(remaining_ms=whole_ms)
+
+    return [(RedisModel, "start_entry", anew)]
+
+
+def _leader_keeps_its_timers() -> list[Patch]:
+    def kept(self: leader.Leader) -> None:
+        """Nothing restarts after a stall of the leader itself."""
+
+    return [(leader.Leader, "_restart_timers", kept)]
+
+
+def _tries_share_a_nonce() -> list[Patch]:
+    insist_anew, attempt = redis_model.insist_anew, Gateway._try
+
+    def made_once(make: Callable[[], Any], pause_ms: float = 60) -> Task:
+        command = make()
+        return insist_anew(lambda: command, pause_ms)
+
+    def nonce_of_the_first(self: Gateway, move: moves.Move) -> Task:
+        nonce = self._nonce()
+        with_it = patch.object(self, "_nonce", lambda: nonce)
+        with_it.start()
+        answer = yield from attempt(self, move)
+        with_it.stop()
+        return answer
+
+    return [(worker, "insist_anew", made_once), (Gateway, "_try", nonce_of_the_first)]
+
+
+def _redirected_to_higher_numbers_only() -> list[Patch]:
+    redirect = Run.redirect
+
+    def if_higher(self: Run, gateway: str, reader: int) -> None:
+        if reader > self.reader:
+            redirect(self, gateway, reader)
+
+    return [(Run, "redirect", if_higher)]
+
+
+def _recovery_trusts_readers() -> list[Patch]:
+    def there(record: Record, seen: list[c.HeldRequest]) -> bool:
+        return True
+
+    return [(leader, "_is_read", there)]
+
+
 DEFECTS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__.strip("_").replace("_", "-"): make
     for make in (
@@ -337,5 +474,38 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _all_requests_suspected,
         _suspects_run_in_company,
         _nobody_notes_that_readers_leave,
+        _attach_tells_no_worker,
+        _cancel_tells_no_worker,
+        _end_keeps_the_reservation,
+        _attach_leaves_the_reader_away,
+        _sweep_ignores_the_resume_time,
+        _any_reader_may_leave,
+        _finish_over_a_gap,
+        _gateway_takes_tokens_over_a_gap,
+        _any_progress_clears_a_suspect,
+        _deadline_begins_anew,
+        _leader_keeps_its_timers,
+        _tries_share_a_nonce,
+        _redirected_to_higher_numbers_only,
+        _recovery_trusts_readers,
     )
 }
+
+SHOWN_BY: dict[str, tuple[str, ...]] = {
+    "all-requests-suspected": ("kill_engine",),
+    "deadline-begins-anew": ("kill_engine",),
+    "fence-not-checked": ("freeze_leader",),
+    "gateway-takes-any-attempt": ("zombie",),
+    "gateway-takes-tokens-over-a-gap": ("partition",),
+    "journal-read-before-the-raise": ("freeze_worker", "zombie"),
+    "leader-keeps-its-timers": ("freeze_leader",),
+    "nonce-ignored": ("lose_an_attempt",),
+    "rebase-keeps-the-journal": ("zombie",),
+    "recovery-keeps-attempts": ("lose_a_placement",),
+    "recovery-trusts-queued-records": ("lose_a_placement",),
+    "recovery-trusts-readers": ("lose_an_attach",),
+    "redirected-to-higher-numbers-only": ("lose_an_attach",),
+    "suspects-run-in-company": ("kill_engine",),
+    "tries-share-a-nonce": ("lose_an_answer",),
+}
+"""Kinds of faults that show a defect soonest, where few schedules of all kinds show it."""

@@ -76,6 +76,7 @@ class Engine:
         self.wake()
 
     def _sample(self, job: "Job") -> None:
+        self.worker.checks.samples(job.run.key, job.run.attempt, job.heard)
         texts, rng = self.worker.checks.texts, self.worker.world.rng
         num_tokens = 1 + (rng.random() < 0.3) + (rng.random() < 0.15)
         for choice, known in enumerate(job.run.known):

@@ -34,6 +34,7 @@ KINDS: Mapping[str, int] = {
     "lose_an_attempt": 1,
     "lose_a_placement": 1,
     "lose_an_attach": 1,
+    "lose_an_answer": 1,
     "freeze_redis": 1,
     "restart_redis_again": 1,
 }
@@ -246,6 +247,21 @@ class Plan:
         self._at(at_ms + 5, lambda: self._hop(1.0))
         self._at(at_ms + rng.uniform(20, 500), lambda: fleet.redis.restart(rng.uniform(5, 200)))
         self._at(at_ms + rng.uniform(600, 2500), lambda: self._hop(0.5))
+
+    def _lose_an_answer(self, at_ms: float) -> None:
+        """A script runs, its answer is lost, then Redis loses that it ran; whoever sent it sends it again."""
+        redis, rng = self.fleet.redis, self.rng
+
+        def begin() -> None:
+            redis.snapshot()
+            redis.trouble = 0.6
+
+        def end() -> None:
+            redis.trouble = 0.0
+
+        self._at(at_ms, begin)
+        self._at(at_ms + rng.uniform(30, 400), lambda: redis.restart(rng.uniform(5, 100)))
+        self._at(at_ms + rng.uniform(400, 900), end)
 
     def _hop(self, share: float) -> None:
         for client in list(self.fleet.clients):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from services.common.ids import RequestKey
@@ -62,6 +62,7 @@ class Gateway(Process):
         """Begin with no stream."""
         self.streams = {}
         self._attaching: Counter[RequestKey] = Counter()
+        self._early: dict[RequestKey, list[tuple[Link, Open]]] = {}
         self._run_id = 0
         self._posted_for = 0
         self.spawn(self._beat())
@@ -117,19 +118,24 @@ class Gateway(Process):
             digest=str(spec),
             payload=b"",
             num_choices=spec.num_choices,
-            nonce=self._nonce(),
+            nonce="",
             gateway=self.name,
             resume_ms=resume_ms,
             deadline_ms=deadline_ms,
             backlog_limit=BACKLOG_LIMIT,
         )
+        self._attaching[key] += 1
         answered = yield from self._try(submit)
         if answered is None:
+            self._settled(key)
             return self._tell_end(call, "unavailable")
         answer, record = answered
         if answer.verdict == Verdict.OK:
             self._accept(call)
-            return self._begin(call, key, 1, (), record)
+            self._begin(call, key, 1, (), record)
+        self._settled(key)
+        if answer.verdict == Verdict.OK:
+            return None
         if answer.verdict == Verdict.KNOWN:
             self._accept(call)
             yield from self._attach(call, key, ())
@@ -143,12 +149,15 @@ class Gateway(Process):
     def _attach(self, call: ClientCall, key: RequestKey, held: tuple[Held, ...]) -> Task:
         self._attaching[key] += 1
         answered = yield from self._try(moves.Attach(key, self.name, held))
-        self._attaching[key] -= 1
         if answered is None:
+            self._settled(key)
             return self._tell_end(call, "unavailable")
         answer, record = answered
         if answer.verdict == Verdict.OK:
-            return self._begin(call, key, answer.index, held, record)
+            self._begin(call, key, answer.index, held, record)
+        self._settled(key)
+        if answer.verdict == Verdict.OK:
+            return None
         if answer.verdict == Verdict.ENDED:
             return self._replay(call, Reader(0, record.num_choices, held), record)
         return self._tell_end(call, str(answer.verdict))
@@ -160,11 +169,21 @@ class Gateway(Process):
         self.checks.stream_begins(key, number)
         older = self.streams.get(key)
         if older is not None:
-            if older.reader.number > number and not self.checks.writes_lost:
-                self._tell_end(call, "superseded")
+            if older.reader.number > number:
+                self.spawn(self._outnumbered(call, key, number, held))
                 return
             self._tell_end(older.call, "superseded")
         self.streams[key] = Stream(key, call, Reader(number, record.num_choices, held), record, self.world.now)
+
+    def _outnumbered(self, call: ClientCall, key: RequestKey, number: int, held: Sequence[Held]) -> Task:
+        """A stream here has a higher number: it came later; or Redis lost that it came, and gives numbers again."""
+        records = yield from insist(c.Read((key,)))
+        record = records.get(key)
+        if record is not None and (record.gateway, record.reader) == (self.name, number):
+            self.world.stats["attached again to outnumber a lost reader"] += 1
+            yield from self._attach(call, key, tuple(held))
+        else:
+            self._tell_end(call, "superseded")
 
     # --- messages of workers --------------------------------------------------------------------------------------
 
@@ -177,10 +196,7 @@ class Gateway(Process):
         match message:
             case Open(key, attempt, reader):
                 self._open(link, stream, key, attempt, reader)
-            case Frames(key, attempt, frames):
-                if stream is None:
-                    link.to_worker(Refusal(key, attempt, Refused.NO_READER, 0, 0))
-                    return
+            case Frames(_, attempt, frames) if stream is not None:
                 for frame in frames:
                     self._frame(link, stream, attempt, frame.choice, frame.index, frame.tokens)
             case EndFrame(_, attempt, state, num_tokens):
@@ -195,8 +211,14 @@ class Gateway(Process):
                     stream.heard_at = 0.0
 
     def _open(self, link: Link, stream: Stream | None, key: RequestKey, attempt: Attempt, number: int) -> None:
+        if self._attaching[key] and (stream is None or stream.reader.number < number):
+            # The script that made this gateway the reader has run, and its answer is on its way here.
+            self._early.setdefault(key, []).append((link, Open(key, attempt, number)))
+            return
         if stream is None:
-            link.to_worker(Refusal(key, attempt, Refused.NO_READER, 0, number))
+            link.to_worker(Refusal(key, attempt, Refused.NO_READER, 0))
+            # The record names a reader that is not here: this gateway was started anew, or an answer was lost.
+            self.spawn(self._try(moves.Leave(key, number)))
             return
         refused = stream.reader.open(attempt, number)
         if refused is None:
@@ -205,7 +227,7 @@ class Gateway(Process):
         else:
             highest = stream.reader.opened.number if stream.reader.opened else 0
             self.world.stats[f"refused {refused.value}"] += 1
-            link.to_worker(Refusal(key, attempt, refused, highest, number))
+            link.to_worker(Refusal(key, attempt, refused, highest))
 
     def _frame(
         self, link: Link, stream: Stream, attempt: Attempt, choice: int, index: int, tokens: tuple[int, ...]
@@ -220,10 +242,6 @@ class Gateway(Process):
             case Acceptance.GAP if not stream.gap_told:
                 stream.gap_told = True
                 link.to_worker(Resume(stream.key, attempt, stream.reader.delivered()))
-            case Acceptance.REFUSED:
-                opened = stream.reader.opened
-                reason = Refused.STALE_ATTEMPT if opened else Refused.NO_READER
-                link.to_worker(Refusal(stream.key, attempt, reason, opened.number if opened else 0, 0))
 
     def _deliver(self, stream: Stream, choice: int, index: int, tokens: tuple[int, ...]) -> None:
         stream.reader.deliver(choice, tokens)
@@ -276,7 +294,7 @@ class Gateway(Process):
                 yield from self._attach_again(stream)
             delivered = sum(claim.count for claim in stream.reader.delivered())
             journaled = sum(len(tokens) for tokens in record.journal)
-            stream.waits = stream.waits + 1 if journaled > delivered else 0
+            stream.waits = stream.waits + 1 if journaled > delivered and self.checks.quiet else 0
             self.checks.stream_waits(stream.key, stream.waits, delivered, journaled)
         elif record.reader >= number:
             self._end(stream, "superseded")
@@ -288,14 +306,24 @@ class Gateway(Process):
         self.world.stats["attached again by the gateway"] += 1
         self._attaching[stream.key] += 1
         answered = yield from self._try(moves.Attach(stream.key, self.name, stream.reader.delivered()))
-        self._attaching[stream.key] -= 1
+        left = False
         if answered is not None and answered[0].verdict == Verdict.OK:
             number = answered[0].index
             if self.streams.get(stream.key) is stream:
                 self.checks.stream_begins(stream.key, number)
                 stream.reader.number = number
-            elif stream.key not in self.streams:
-                yield from self._try(moves.Leave(stream.key, number))
+            else:
+                left = stream.key not in self.streams
+        self._settled(stream.key)
+        if left:
+            yield from self._try(moves.Leave(stream.key, number))
+
+    def _settled(self, key: RequestKey) -> None:
+        """A script that may make this gateway the reader has answered: what workers asked too early is heard now."""
+        self._attaching[key] -= 1
+        if not self._attaching[key]:
+            for link, early in self._early.pop(key, ()):
+                self.receive(link, early)
 
     def _replay(self, call: ClientCall, reader: Reader, record: Record, otherwise: str = "diverged") -> None:
         """Tell an end that stands in the record; or `otherwise`, where it is not the end of what was delivered."""
@@ -366,6 +394,8 @@ class Gateway(Process):
     def _try(self, move: moves.Move) -> Task:
         """Ask Redis a few times. None: it does not answer."""
         for _ in range(TRIES):
+            if isinstance(move, moves.Submit):
+                move = replace(move, nonce=self._nonce())  # see insist_anew
             answer: Answer | c.Trouble = yield move
             if answer is c.RECOVERING:
                 yield from self._post_holdings()

@@ -211,6 +211,9 @@ class Leader(Process):
                 floor = _highest(record.key, seen) + 1
                 if (yield moves.Recover(record.key, self.fence, self._nonce(), floor)) is c.LOST:
                     return False
+            # Redis may have lost that this reader left, or that another one came. Who reads attaches again.
+            if not _is_read(record, seen) and (yield moves.Leave(record.key, record.reader)) is c.LOST:
+                return False
         if not (yield from self._restore(seen)):
             return False
         done = yield c.Complete(run_id, self.fence)
@@ -264,6 +267,15 @@ def _runs_as_recorded(record: Record, seen: list[c.HeldRequest]) -> bool:
         record.state in ON_WORKER
         and any(held.key == record.key and held.runs_here and held.attempt == record.attempt for held in seen)
         and _highest(record.key, seen) <= record.attempt.number
+    )
+
+
+def _is_read(record: Record, seen: list[c.HeldRequest]) -> bool:
+    """Whether a gateway serves the reader that the record names."""
+    return any(
+        held.restore is not None
+        and (held.key, held.restore.gateway, held.restore.reader) == (record.key, record.gateway, record.reader)
+        for held in seen
     )
 
 

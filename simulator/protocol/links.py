@@ -65,7 +65,6 @@ class Refusal(NamedTuple):
     attempt: Attempt
     reason: Refused
     highest: int
-    reader: int
 
 
 @dataclass(slots=True)

@@ -32,7 +32,7 @@ MOVES = (
     moves.Recover,
 )
 ANSWERED_WITH_RECORD = (moves.Submit, moves.Attach)
-UNGUARDED = (moves.Recover, moves.Restore)
+UNGUARDED = (moves.Recover, moves.Restore, moves.Leave)
 """Moves that make the recovery itself."""
 
 
@@ -47,6 +47,8 @@ class Data:
     events: list[Any] = field(default_factory=list)
     workers: dict[WorkerId, float] = field(default_factory=dict)
     """Members of the workers' set; when the registration of each expires."""
+    closed: set[WorkerId] = field(default_factory=set)
+    """Of these, those that nothing is placed on any more."""
     gateways: dict[str, float] = field(default_factory=dict)
     leader: tuple[str, float] = ("", 0.0)
     epoch: int = 0
@@ -63,6 +65,7 @@ class Data:
             outstanding={worker: dict(starts) for worker, starts in self.outstanding.items()},
             events=list(self.events),
             workers=dict(self.workers),
+            closed=set(self.closed),
             gateways=dict(self.gateways),
             posted={run_id: dict(posts) for run_id, posts in self.posted.items()},
         )
@@ -230,8 +233,8 @@ class RedisModel(Process):
 
     def pool(self) -> Pool:
         """What moves need to know beside the record."""
-        alive = frozenset(self.data.workers)
-        return Pool(int(self.world.now), self.fence, len(self.data.intake), alive)
+        takers = frozenset(self.data.workers) - self.data.closed
+        return Pool(int(self.world.now), self.fence, len(self.data.intake), takers)
 
     def move(self, move: moves.Move) -> Answer:
         """Make a move of the protocol: one script."""
@@ -342,11 +345,16 @@ class RedisModel(Process):
         self._event((self._new_entry(), command))
         return c.Reported(True, self.recovering)
 
+    def _close(self, command: c.Close) -> bool:
+        self.data.closed.add(command.worker)
+        return True
+
     def _retire(self, command: c.Retire) -> bool:
         data = self.data
         if (command.fence and command.fence != self.fence) or data.outstanding.get(command.worker):
             return False
         data.workers.pop(command.worker, None)
+        data.closed.discard(command.worker)
         data.inboxes.pop(command.worker, None)
         data.outstanding.pop(command.worker, None)
         return True
@@ -411,6 +419,7 @@ _COMMANDS: dict[type[Any], Callable[[RedisModel, Any], Any]] = {
     c.Outstanding: RedisModel._outstanding,
     c.Register: RedisModel._register,
     c.Report: RedisModel._report,
+    c.Close: RedisModel._close,
     c.Retire: RedisModel._retire,
     c.Acquire: RedisModel._acquire,
     c.Rebuild: RedisModel._rebuild,
@@ -427,6 +436,19 @@ def insist(command: Any, pause_ms: float = 60) -> Generator[Any, Any, Any]:
     """Ask again until Redis answers. What it asks for may then have happened more than once."""
     while True:
         answer = yield command
+        if not isinstance(answer, c.Trouble):
+            return answer
+        yield pause_ms
+
+
+def insist_anew(make: Callable[[], Any], pause_ms: float = 60) -> Generator[Any, Any, Any]:
+    """As `insist`, with a command made for each try.
+
+    A nonce is for one try: Redis may run the first, lose that, and then run the second. Under one nonce, the worker
+    that was given the first and the worker that is given the second would have the same attempt.
+    """
+    while True:
+        answer = yield make()
         if not isinstance(answer, c.Trouble):
             return answer
         yield pause_ms

@@ -157,7 +157,7 @@ def _twin_habits(endless: bool) -> Habits:
 def _habits(rng: Random, endless: bool) -> Habits:
     own_id = rng.random() < 0.5
     deadline_ms = rng.choice((300, 1500, 5000)) if rng.random() < 0.15 else 0
-    resume_ms = 4000 if own_id else 1500
+    resume_ms = 4000 if own_id else rng.choice((300, 1500))
     hang_up_at, hops, away_ms, cancel_after_ms = -1, 0, 0.0, 0.0
     habit = rng.random()
     if habit < 0.35:
@@ -167,7 +167,7 @@ def _habits(rng: Random, endless: bool) -> Habits:
     elif habit < 0.43:
         cancel_after_ms = rng.uniform(5, 1500)
     if endless and not cancel_after_ms and hang_up_at < 0 and not deadline_ms:
-        cancel_after_ms = rng.uniform(500, 1500)
+        cancel_after_ms = rng.choice((rng.uniform(500, 1500), 6500.0))
     return Habits(own_id, deadline_ms, resume_ms, hang_up_at, hops, away_ms, cancel_after_ms)
 
 

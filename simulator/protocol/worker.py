@@ -7,6 +7,7 @@ from typing import Any
 from services.common.ids import RequestKey, WorkerId
 from services.common.record import moves
 from services.common.record.reader import Refused
+from services.common.record.record import Attempt
 from services.common.record.run import Diverged, MaySample, Run
 from services.common.record.states import RequestState
 from services.common.record.transitions import Answer, Verdict
@@ -15,16 +16,11 @@ from simulator.protocol.checks import Checks
 from simulator.protocol.engine import Engine
 from simulator.protocol.gateway import Gateway
 from simulator.protocol.links import CloseFrame, EndFrame, Frames, Link, Network, Open, Refusal, Resume
-from simulator.protocol.redis_model import insist
+from simulator.protocol.redis_model import insist, insist_anew
 from simulator.protocol.timing import Timing
 from simulator.protocol.world import Process, Task, World
 
 REPORT_MS = 250
-REOPEN_MS = 300
-"""After a refusal for want of a reader: its gateway may not yet know that it has one."""
-
-UNREAD_LEAVES = 4
-"""Refusals for want of a reader after which the front tells Redis so, again and again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,12 +34,12 @@ class Job:
     texts: list[int]
     """Hash of each choice's text: what the engine's next token is conditioned on."""
     randomness: int
+    heard: bool = False
+    """Its reader has said what it holds, or the grace has passed."""
     announced: bool = False
     """Redis knows that it runs."""
     ending: bool = False
     """The front writes its end, or gives it up; the engine has forgotten it."""
-    unread: int = 0
-    """Refusals in a row for want of a reader."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +113,7 @@ class Worker(Process):
         if session.closed:
             return
         session.closed = True
+        self.spawn(insist(c.Close(session.worker)))
         jobs = [job for job in self.jobs.values() if not job.ending]
         for job in jobs:
             job.ending = True
@@ -128,17 +125,31 @@ class Worker(Process):
         while not (yield from insist(c.Retire(session.worker))):
             outstanding = yield from insist(c.Outstanding(session.worker))
             for key, attempt in outstanding.items():
-                why = "its worker's session ended"
-                yield from insist(moves.Requeue(key, attempt, self._nonce(), why))
+                yield from self._requeue(key, attempt, "its worker's session ended")
         yield self.timing.engine_restart
         self._begin_session()
 
     def _give_up(self, job: Job, why: str, floor: int, suspect_until: int = 0) -> Task:
         run = job.run
         job.ending = True
-        requeue = moves.Requeue(run.key, run.attempt, self._nonce(), why, floor=floor, suspect_until=suspect_until)
-        yield from insist(requeue)
+        yield from self._last_flush(job)
+        yield from self._requeue(run.key, run.attempt, why, floor, suspect_until)
         self._forget(job)
+
+    def _last_flush(self, job: Job) -> Task:
+        """Journal what is known; it also shows Redis, if it lost that, that the request is past its suspicion."""
+        run = job.run
+        for choice, known in enumerate(run.known):
+            start, verdict = len(known), Verdict.GAP
+            while verdict == Verdict.GAP:
+                answer = yield from insist(moves.Append(run.key, run.attempt, choice, start, tuple(known[start:])))
+                start, verdict = min(start, answer.index), answer.verdict
+
+    def _requeue(self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0) -> Task:
+        def requeue() -> moves.Requeue:
+            return moves.Requeue(key, attempt, self._nonce(), why, floor=floor, suspect_until=suspect_until)
+
+        yield from insist_anew(requeue)
 
     def _forget(self, job: Job) -> None:
         if self.jobs.get(job.run.key) is job:
@@ -173,12 +184,11 @@ class Worker(Process):
                 if job is None or job.run.attempt != attempt:
                     return
                 old_gateway, old_reader = job.run.gateway, job.run.reader
-                if job.run.redirect(gateway, reader):
-                    job.unread = 0
-                    old = session.links.get(old_gateway)
-                    if old is not None and old.up:
-                        old.to_gateway(CloseFrame(key, old_reader))
-                    self._open(session, job)
+                job.run.redirect(gateway, reader)
+                old = session.links.get(old_gateway)
+                if old is not None and old.up and old_gateway != gateway:
+                    old.to_gateway(CloseFrame(key, old_reader))
+                self._open(session, job)
 
     def _begin(self, session: Session, start: c.Start) -> None:
         self.checks.attempt_begins(start.key, start.attempt)
@@ -210,6 +220,7 @@ class Worker(Process):
             self.spawn(self._finish(job, RequestState.EXPIRED))
 
     def _grace_over(self, job: Job) -> None:
+        job.heard = True
         if not job.ending:
             self._may_sample(job, job.run.grace_over(), after_grace=True)
 
@@ -264,28 +275,9 @@ class Worker(Process):
             case Refusal(_, _, Refused.STALE_ATTEMPT, highest):
                 if not job.ending:
                     self.spawn(self._give_up(job, "a gateway had opened a later attempt", highest + 1))
-            case Refusal(_, _, Refused.NO_READER, _, reader):
-                job.run.open = False
-                if reader in (0, job.run.reader):
-                    self._unread(job)
-
-    def _unread(self, job: Job) -> None:
-        job.unread += 1
-        if job.unread % UNREAD_LEAVES == 0:
-            # The gateway may have restarted under its old address, or Redis lost that the reader left: then nobody
-            # else will ever say this.
-            self.spawn(self._leave(job))
-        self.world.after(REOPEN_MS, self, self._reopen, self.session, job, job.run.reader)
-
-    def _leave(self, job: Job) -> Task:
-        yield moves.Leave(job.run.key, job.run.reader)
-
-    def _reopen(self, session: Session, job: Job, reader: int) -> None:
-        if self.jobs.get(job.run.key) is job and job.run.reader == reader and not job.run.open:
-            self._open(session, job)
 
     def _resume(self, job: Job, held: Sequence[Any]) -> None:
-        job.unread = 0
+        job.heard = True
         lengths = [len(known) for known in job.run.known]
         result = job.run.resume(held)
         if isinstance(result, Diverged):
@@ -310,7 +302,8 @@ class Worker(Process):
     def _rebase(self, job: Job, diverged: Diverged) -> Task:
         self.world.stats["rebases"] += 1
         job.ending = True
-        yield from insist(moves.Rebase(job.run.key, job.run.attempt, self._nonce(), diverged.histories))
+        run = job.run
+        yield from insist_anew(lambda: moves.Rebase(run.key, run.attempt, self._nonce(), diverged.histories))
         self._forget(job)
 
     def _push(self, job: Job) -> None:

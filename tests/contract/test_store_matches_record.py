@@ -276,7 +276,8 @@ def _attach(world: World, key: RequestKey, step: Step) -> moves.Attach:
 
 def _leave(world: World, key: RequestKey, step: Step) -> moves.Leave:
     record = world.model.records.get(key)
-    return moves.Leave(key, (record.reader if record is not None else 1) - (step.odd >= 13))
+    reader = record.reader if record is not None else 1
+    return moves.Leave(key, reader + {14: -1, 13: 2}.get(step.odd, 0))
 
 
 def _cancel(world: World, key: RequestKey, step: Step) -> moves.Cancel:

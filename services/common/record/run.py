@@ -73,12 +73,13 @@ class Run:
         """`resume_grace_ms` have passed since the attempt began. None: it samples already."""
         return self._begin(((),) * len(self.known))
 
-    def redirect(self, gateway: str, reader: int) -> bool:
-        """Another reader counts from now on. False: an older one, already superseded here."""
-        if reader <= self.reader:
-            return False
+    def redirect(self, gateway: str, reader: int) -> None:
+        """Another reader counts from now on, and is to be opened.
+
+        The inbox tells of readers in order, so the last one counts, whatever its number: Redis gives numbers again
+        that it lost with its last writes.
+        """
         self.gateway, self.reader, self.open = gateway, reader, False
-        return True
 
     def sampled(self, choice: int, tokens: Sequence[int]) -> None:
         """The engine sampled these."""
