@@ -174,13 +174,26 @@ async def test_only_what_was_in_the_step_of_a_dying_engine_is_suspect(bench: Ben
     assert bystander.suspect_until == 0
 
 
-async def test_an_engine_told_to_end_blames_nobody(bench: Bench) -> None:
+async def test_an_engine_that_the_kernel_killed_for_want_of_memory_blames_its_step(bench: Bench) -> None:
     key = await bench.submit("a", max_tokens=50)
     bench.gateway.expect(key)
     await bench.place(key)
     await bench.engine.until(lambda: bool(bench.engine.sequences))
     bench.engine.begin_step()
-    bench.engine.die(returncode=-15)
+    bench.engine.die(returncode=-9, out_of_memory=True)
+    with pytest.raises(ExceptionGroup):
+        await bench.ended
+    assert (await bench.record(key)).suspect_until > 0
+
+
+@pytest.mark.parametrize("returncode", [-9, -15, 0])
+async def test_an_engine_ended_from_outside_blames_nobody(bench: Bench, returncode: int) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.begin_step()
+    bench.engine.die(returncode)
     with pytest.raises(ExceptionGroup):
         await bench.ended
     assert (await bench.record(key)).suspect_until == 0

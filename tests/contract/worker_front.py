@@ -104,8 +104,9 @@ class SteppedEngine:
         begins = engine_pb2.StepBegins(step=1, predicted_ms=5, sequence_ids=running)
         self._events.put_nowait(engine_pb2.EngineEvent(begins=begins))
 
-    def die(self, returncode: int = -9) -> None:
-        self._events.put_nowait(EngineDiedError(returncode))
+    def die(self, returncode: int = -11, out_of_memory: bool = False) -> None:
+        """By SIGSEGV, unless told."""
+        self._events.put_nowait(EngineDiedError(returncode, out_of_memory))
 
 
 @dataclass

@@ -21,6 +21,19 @@ def test_every_invariant_holds_whatever_goes_wrong() -> None:
     assert [verdict for seed in SEEDS if (verdict := run_schedule(seed)).violation] == []
 
 
+@pytest.mark.parametrize(
+    ("seed", "once"),
+    [
+        (387, "a queued request that was recovered kept an entry in the intake that could not be placed any more"),
+        (1561, "Redis lost that a reader had come and gone, and the request was read by nobody for ever"),
+        (7470, "Redis lost a submission that was sent again, and one attempt ran twice"),
+        (1010421, "a leader that stood still in the midst of a round declared a healthy worker lost"),
+    ],
+)
+def test_a_schedule_that_failed_once_holds(seed: int, once: str) -> None:
+    assert not run_schedule(seed).violation, once
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_invariant_holds_under_each_kind_of_fault(kind: str) -> None:
     assert [verdict for seed in range(20) if (verdict := run_schedule(seed, only=(kind,))).violation] == []

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
@@ -14,16 +15,21 @@ from services.worker.config import WorkerConfig
 
 
 class EngineDiedError(Exception):
-    """The engine is gone. `returncode` as of subprocess: negative for a signal."""
+    """The engine is gone. `returncode` as of subprocess: negative for a signal. `out_of_memory`: the kernel did it."""
 
-    def __init__(self, returncode: int) -> None:
-        super().__init__(f"the engine ended with {_how(returncode)}")
+    def __init__(self, returncode: int, out_of_memory: bool = False) -> None:
+        super().__init__(f"the engine ended with {_how(returncode)}{', out of memory' if out_of_memory else ''}")
         self.returncode = returncode
+        self.out_of_memory = out_of_memory
 
     @property
     def on_request(self) -> bool:
-        """Whether it was told to end (SIGTERM, or by itself without error): no request is to blame then."""
-        return self.returncode in (0, -signal.SIGTERM)
+        """Whether somebody ended it, or it ended without error: no request is to blame then.
+
+        SIGKILL comes from outside, or from the kernel for want of memory.
+        """
+        killed = self.returncode == -signal.SIGKILL and not self.out_of_memory
+        return killed or self.returncode in (0, -signal.SIGTERM)
 
 
 class EngineClient:
@@ -35,6 +41,7 @@ class EngineClient:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self._oom_kills = _oom_kills()
 
     @property
     def pid(self) -> int:
@@ -54,7 +61,8 @@ class EngineClient:
         while True:
             event = await pipe.read(self._reader)
             if event is None:
-                raise EngineDiedError(await self._process.wait())
+                returncode = await self._process.wait()
+                raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills)
             yield event
 
     async def kill(self) -> None:
@@ -104,6 +112,15 @@ def _arguments(config: WorkerConfig, fd: int) -> list[str]:
 def _environment() -> dict[str, str]:
     # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24. Read at import.
     return {"GOMP_SPINCOUNT": "3000", **os.environ}
+
+
+def _oom_kills() -> int:
+    """Processes that this host's kernel has killed for want of memory so far; 0 where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def _how(returncode: int) -> str:

@@ -306,7 +306,8 @@ class Session:
         else:
             self._links.forget(active)
         self._forget(active)
-        logger.info("ended", extra={"request": active.run.key, "state": state, "tokens": active.num_tokens})
+        told = answer.verdict if answer else "nobody"
+        logger.info("ended", extra={"request": active.run.key, "state": state, "answer": told})
 
     async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
         found = await self._store.read(active.run.key)
