@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
 from services.common.errors import AlreadyExists, Internal, NotFound
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, new_nonce
 from services.common.record import moves
 from services.common.record.history import NOTHING, Held, rebased
 from services.common.record.reader import Reader
@@ -53,7 +53,8 @@ class Requests:
             raise _taken(request_id, f"by a request of model {owner}")
         with self._streams.arriving(move.key):
             try:
-                submitted = await retried(lambda: self._store.submit(move))
+                # A nonce of its own for each try: Redis may run one, lose it, and run the next.
+                submitted = await retried(lambda: self._store.submit(replace(move, nonce=new_nonce())))
             except BaseException:
                 # Whether it was stored is unknown, but nobody here will read it.
                 self._departures.add(move.key, 1)

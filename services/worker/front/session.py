@@ -225,9 +225,12 @@ class Session:
 
     async def _rebase(self, active: ActiveRequest, histories: tuple[tuple[int, ...], ...]) -> None:
         logger.warning("the reader holds another history", extra={"request": active.run.key})
-        move = moves.Rebase(active.run.key, active.run.attempt, new_nonce(), histories)
+        key, attempt = active.run.key, active.run.attempt
         await self._drop(active)
-        await self._until_stored(lambda: self._store.rebase(move), END_TRIES)
+        # A nonce of its own for each try: Redis may make one, lose it, and make the next.
+        await self._until_stored(
+            lambda: self._store.rebase(moves.Rebase(key, attempt, new_nonce(), histories)), END_TRIES
+        )
 
     # What the engine says
 
@@ -360,8 +363,12 @@ class Session:
         self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0,
         tries: int = HAND_BACK_TRIES,
     ) -> None:  # fmt: skip
-        move = moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
-        await self._until_stored(lambda: self._store.requeue(move), tries)
+        await self._until_stored(
+            lambda: self._store.requeue(
+                moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
+            ),
+            tries,
+        )
 
     # Small parts
 
