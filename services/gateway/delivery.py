@@ -69,7 +69,7 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
         if message.worker_id:
             link.worker = message.worker_id
         for wish in message.opens:
-            self._open(wish.key, _attempt(wish.attempt), wish.reader, link)
+            self._open(wish, link)
         if message.frames:
             self._take(message, link)
         for end in message.ends:
@@ -92,19 +92,21 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
             if stream.take(attempt, frame.delta, now_s) is Acceptance.GAP:
                 link.resume(attempt, stream)
 
-    def _open(self, key: str, attempt: Attempt, reader: int, link: "_Link") -> None:
+    def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:
+        key, attempt, reader = wish.key, _attempt(wish.attempt), wish.reader
         stream = self._streams.get(key)
         if (stream is None or stream.reader.number < reader) and self._streams.is_arriving(key):
-            self._streams.when_settled(key, (link, attempt), lambda: self._open(key, attempt, reader, link))
+            self._streams.when_settled(key, (link, attempt), lambda: self._open(wish, link))
             return
         refused = Refused.NO_READER if stream is None else stream.open(attempt, reader)
         if stream is not None and refused is None:
             stream.heard_at_s = self._clock()
+            stream.open_number = wish.number
             link.resume(attempt, stream)
             return
         highest = stream.reader.opened.number if stream and stream.reader.opened else 0
         link.refuse(key, attempt, refused or Refused.NO_READER, highest)
-        if stream is None:
+        if stream is None or stream.reader.number < reader:
             # The record names a reader that this gateway does not have: it was started anew, or a reply was lost.
             self._departures.add(RequestKey(key), reader)
 
@@ -121,7 +123,9 @@ class _Link:
 
     def resume(self, attempt: Attempt, stream: Stream) -> None:
         choices = [delivery_pb2.Delivered(count=held.count, token_ids=held.tokens) for held in stream.delivered()]
-        self._resumes[stream.key] = delivery_pb2.Resume(key=stream.key, attempt=_attempt_id(attempt), choices=choices)
+        self._resumes[stream.key] = delivery_pb2.Resume(
+            key=stream.key, attempt=_attempt_id(attempt), choices=choices, open_number=stream.open_number
+        )
         self._wake.set()
 
     def refuse(self, key: str, attempt: Attempt, refused: Refused, highest_attempt: int) -> None:

@@ -54,6 +54,8 @@ class Stream:
         self.unknown_since_s: float | None = None
         """Since when Redis has no record of it."""
         self.failed_replays = 0
+        self.open_number = 0
+        """Of the last open that was taken; every answer to its worker names it."""
         self.end: End | None = None
         self._waiting = [_Waiting() for _ in reader.delivered()]
         self._frozen = False

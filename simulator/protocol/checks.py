@@ -251,7 +251,7 @@ class Checks:
         if kinds <= UNSEEN:
             for client in clients:
                 allowed = client.expected_ends | ({"quarantined"} if kinds or poisoned else set())
-                if self.graces[client.key]:
+                if self.graces[client.key] or client.key in self.twins:
                     # It was away for so long that its request went on without the tokens that only it held.
                     allowed.add("diverged")
                 if client.end not in allowed:

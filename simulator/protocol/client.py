@@ -73,25 +73,43 @@ class Client(Process):
 
     def boot(self) -> None:
         """Generate, and live by the habits."""
-        self._connect()
-        if self.habits.cancel_after_ms:
-            self.world.after(self.habits.cancel_after_ms, self, self._cancel)
-        self.world.after(700, self, self._keepalive)
+        self._begin(None)
+
+    def read_along(self, gateway: Gateway | None = None) -> None:
+        """Attach to a request that another client generated, with what is held by now."""
+        self.up = self.accepted = True
+        self._begin(gateway)
 
     def attach_as_twin_of(self, other: "Client") -> None:
         """A second reader of the same request, with a copy of what the first holds by now."""
         self.held = [list(tokens) for tokens in other.held]
         self.chains = list(other.chains)
-        self.up = self.accepted = True
         other.expected_ends.add("superseded")
         self.expected_ends = set(other.expected_ends)
-        self.boot()
+        self.read_along()
+
+    def _begin(self, gateway: Gateway | None) -> None:
+        self._connect(gateway)
+        if self.habits.cancel_after_ms:
+            self.world.after(self.habits.cancel_after_ms, self, self._cancel)
+        self.world.after(700, self, self._keepalive)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether its request was accepted, and it has a connection."""
+        return self.accepted and not self.end and self._call is not None
 
     def hop(self) -> None:
         """Lose the connection, and come back."""
-        if self.accepted and not self.end and self._call is not None:
+        if self.is_reading:
             self._hang_up()
             self._later(self._connect)
+
+    def move_to(self, gateway: Gateway) -> None:
+        """Attach at a certain gateway, now."""
+        if not self.end:
+            self._hang_up()
+            self._connect(gateway)
 
     # --- messages from the gateway --------------------------------------------------------------------------------
 
@@ -142,11 +160,11 @@ class Client(Process):
 
     # --- what it does ---------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
+    def _connect(self, gateway: Gateway | None = None) -> None:
         if self.end or self._call is not None:
             return
         self._tries += 1
-        gateway = self.world.rng.choice(self.gateways)
+        gateway = gateway or self.world.rng.choice(self.gateways)
         if not gateway.up:
             if self._tries < MAX_TRIES and (self.accepted or self.habits.own_id or self._tries < 5):
                 self._later(self._connect)

@@ -438,6 +438,13 @@ def _redirected_to_higher_numbers_only() -> list[Patch]:
     return [(Run, "redirect", if_higher)]
 
 
+def _any_resume_counts() -> list[Patch]:
+    def any_of_them(job: Job, number: int) -> bool:
+        return True
+
+    return [(Worker, "answers_the_last_open", staticmethod(any_of_them))]
+
+
 def _recovery_trusts_readers() -> list[Patch]:
     def there(record: Record, seen: list[c.HeldRequest]) -> bool:
         return True
@@ -488,15 +495,17 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _tries_share_a_nonce,
         _redirected_to_higher_numbers_only,
         _recovery_trusts_readers,
+        _any_resume_counts,
     )
 }
 
 SHOWN_BY: dict[str, tuple[str, ...]] = {
+    "any-resume-counts": ("meet",),
     "all-requests-suspected": ("kill_engine",),
     "deadline-begins-anew": ("kill_engine",),
     "fence-not-checked": ("freeze_leader",),
     "gateway-takes-any-attempt": ("zombie",),
-    "gateway-takes-tokens-over-a-gap": ("partition",),
+    "gateway-takes-tokens-over-a-gap": ("overtake",),
     "journal-read-before-the-raise": ("freeze_worker", "zombie"),
     "leader-keeps-its-timers": ("freeze_leader",),
     "nonce-ignored": ("lose_an_attempt",),

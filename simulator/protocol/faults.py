@@ -1,15 +1,16 @@
 """What goes wrong in a schedule, drawn from its seed before it begins."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from services.common.record import moves
-from simulator.protocol.client import Client
+from simulator.protocol.client import Client, Habits
 from simulator.protocol.gateway import Gateway
 from simulator.protocol.leader import Leader
 from simulator.protocol.links import Network
 from simulator.protocol.redis_model import RedisModel
+from simulator.protocol.text import ENDLESS
 from simulator.protocol.worker import Worker
 from simulator.protocol.world import Process, World
 
@@ -27,12 +28,14 @@ KINDS: Mapping[str, int] = {
     "zombie": 2,
     "partition": 2,
     "slow_link": 2,
+    "overtake": 1,
     "redis_trouble": 2,
     "cut_from_redis": 1,
     "restart_redis": 1,
     "restart_redis_unheard": 1,
     "lose_an_attempt": 1,
     "lose_a_placement": 1,
+    "meet": 1,
     "lose_an_attach": 1,
     "lose_an_answer": 1,
     "freeze_redis": 1,
@@ -153,6 +156,22 @@ class Plan:
         self._at(at_ms, slow)
         self._at(at_ms + self.rng.uniform(100, 2500), fast)
 
+    def _overtake(self, at_ms: float) -> None:
+        """A slow stream breaks, and what is still under way on it arrives behind messages of the next one."""
+        worker, gateway = self.rng.choice(self.fleet.workers).name, self.rng.choice(self.fleet.gateways).name
+        network, slow_ms = self.fleet.network, self.rng.uniform(50, 600)
+
+        def slow() -> None:
+            network.slow[worker, gateway] = slow_ms
+
+        def flap() -> None:
+            network.slow.pop((worker, gateway), None)
+            network.partition(worker, gateway, notice_ms=1.0)
+            network.heal(worker, gateway)
+
+        self._at(at_ms, slow)
+        self._at(at_ms + self.rng.uniform(50, 700), flap)
+
     def _redis_trouble(self, at_ms: float) -> None:
         redis, share = self.fleet.redis, self.rng.choice((0.1, 0.3, 0.6))
 
@@ -267,3 +286,47 @@ class Plan:
         for client in list(self.fleet.clients):
             if self.rng.random() < share:
                 client.hop()
+
+    def _meet(self, at_ms: float) -> None:
+        """A worker dies; while the next attempt waits for its reader, a copy of a client that holds nothing and the
+        client itself attach at one gateway, one behind the other.
+        """
+        rng, fleet = self.rng, self.fleet
+
+        def kill() -> None:
+            busiest = max(fleet.workers, key=lambda worker: len(worker.jobs))
+
+            def back() -> None:
+                if not busiest.up:
+                    busiest.start()
+
+            if busiest.up:
+                fleet.redis.tell_of(moves.Requeue, lambda _: self._in(rng.uniform(1, 400), meet))
+                busiest.crash()
+                fleet.network.crashed(busiest)
+                self._in(rng.uniform(50, 1000), back)
+
+        def meet() -> None:
+            gateway = rng.choice(fleet.gateways)
+            for client in [client for client in fleet.clients if client.is_reading]:
+                habits = Habits(cancel_after_ms=1000.0 if client.spec.max_tokens == ENDLESS else 0.0)
+                copy = Client(
+                    fleet.world, f"{client.name}'", client.checks, fleet.gateways, client.key, client.spec, habits
+                )
+                fleet.clients.append(copy)
+                client.checks.twins.add(client.key)
+                client.expected_ends |= {"superseded", "cancelled"}
+                copy.expected_ends |= client.expected_ends
+                copy.read_along(gateway)
+                fleet.world.after(rng.uniform(1, 100), client, client.move_to, gateway)
+
+        def placed(_: moves.Place) -> None:
+            self._in(rng.uniform(150, 500), kill)
+
+        # Journals lag behind a slow network, so that clients hold more; and answers to the first are still under way
+        # when the second comes.
+        timing = replace(fleet.network.timing, link=80.0, step=15.0, flush=400.0, resume_grace=700.0)
+        fleet.network.timing = timing
+        for worker in fleet.workers:
+            worker.timing = timing
+        self._at(at_ms / 2, lambda: fleet.redis.tell_of(moves.Place, placed))

@@ -10,7 +10,7 @@ from services.common.record import moves
 from services.common.record.history import Held, first_difference
 from services.common.record.reader import Acceptance, Reader, Refused
 from services.common.record.record import Attempt, Record
-from services.common.record.states import RequestState
+from services.common.record.states import ON_WORKER, RequestState
 from services.common.record.transitions import Answer, Verdict
 from simulator.protocol import commands as c
 from simulator.protocol.checks import Checks
@@ -40,6 +40,8 @@ class Stream:
     heard_at: float
     last: Attempt | None = None
     """Whose tokens came last; for the checks only."""
+    opens: int = 0
+    """Number of its worker's last open."""
     gap_told: bool = False
     """Its worker knows of a gap: until the frame that follows directly, say nothing more."""
     waits: int = 0
@@ -194,8 +196,8 @@ class Gateway(Process):
             stream.heard_at = self.world.now
             stream.waits = 0
         match message:
-            case Open(key, attempt, reader):
-                self._open(link, stream, key, attempt, reader)
+            case Open():
+                self._open(link, stream, message)
             case Frames(_, attempt, frames) if stream is not None:
                 for frame in frames:
                     self._frame(link, stream, attempt, frame.choice, frame.index, frame.tokens)
@@ -210,20 +212,21 @@ class Gateway(Process):
                     # Not yet the end for the client: the record says whether another reader counts.
                     stream.heard_at = 0.0
 
-    def _open(self, link: Link, stream: Stream | None, key: RequestKey, attempt: Attempt, number: int) -> None:
+    def _open(self, link: Link, stream: Stream | None, message: Open) -> None:
+        key, attempt, number, opens = message
         if self._attaching[key] and (stream is None or stream.reader.number < number):
             # The script that made this gateway the reader has run, and its answer is on its way here.
-            self._early.setdefault(key, []).append((link, Open(key, attempt, number)))
+            self._early.setdefault(key, []).append((link, message))
             return
-        if stream is None:
+        if stream is None or stream.reader.number < number:
             link.to_worker(Refusal(key, attempt, Refused.NO_READER, 0))
             # The record names a reader that is not here: this gateway was started anew, or an answer was lost.
             self.spawn(self._try(moves.Leave(key, number)))
             return
         refused = stream.reader.open(attempt, number)
         if refused is None:
-            stream.gap_told = False
-            link.to_worker(Resume(key, attempt, stream.reader.delivered()))
+            stream.gap_told, stream.opens = False, opens
+            link.to_worker(Resume(key, attempt, stream.reader.delivered(), opens))
         else:
             highest = stream.reader.opened.number if stream.reader.opened else 0
             self.world.stats[f"refused {refused.value}"] += 1
@@ -241,7 +244,7 @@ class Gateway(Process):
                 self._deliver(stream, choice, index, tokens)
             case Acceptance.GAP if not stream.gap_told:
                 stream.gap_told = True
-                link.to_worker(Resume(stream.key, attempt, stream.reader.delivered()))
+                link.to_worker(Resume(stream.key, attempt, stream.reader.delivered(), stream.opens))
 
     def _deliver(self, stream: Stream, choice: int, index: int, tokens: tuple[int, ...]) -> None:
         stream.reader.deliver(choice, tokens)
@@ -294,7 +297,8 @@ class Gateway(Process):
                 yield from self._attach_again(stream)
             delivered = sum(claim.count for claim in stream.reader.delivered())
             journaled = sum(len(tokens) for tokens in record.journal)
-            stream.waits = stream.waits + 1 if journaled > delivered and self.checks.quiet else 0
+            starves = record.state in ON_WORKER and journaled > delivered and self.checks.quiet
+            stream.waits = stream.waits + 1 if starves else 0
             self.checks.stream_waits(stream.key, stream.waits, delivered, journaled)
         elif record.reader >= number:
             self._end(stream, "superseded")

@@ -82,6 +82,7 @@ class Leader(Process):
 
     def _tick(self) -> Task:
         """Lease, liveness, deadlines, readers. Returns False where the reign is over."""
+        began_at = self.world.now
         lease = yield c.Acquire(self.holder, self.epoch)
         if lease is c.LOST:
             self._restart_timers()
@@ -89,9 +90,8 @@ class Leader(Process):
         if lease is None or lease.fence != self.fence or lease.recovering or lease.run_id != self._run_id:
             return False
         keys = (*self.queue, *(key for held in self.held.values() for key in held))
-        asked_at = self.world.now
         surveyed = yield c.Survey(keys)
-        if surveyed is c.LOST or self.world.now - asked_at > GAP_MS:
+        if surveyed is c.LOST or self.world.now - began_at > GAP_MS:
             # A stall in the midst of a round is a gap too.
             self._restart_timers()
             return True

@@ -23,6 +23,8 @@ class Open(NamedTuple):
     key: RequestKey
     attempt: Attempt
     reader: int
+    number: int
+    """Counts the opens of a run."""
 
 
 class Frames(NamedTuple):
@@ -56,6 +58,8 @@ class Resume(NamedTuple):
     key: RequestKey
     attempt: Attempt
     held: tuple[Held, ...]
+    answers: int
+    """Number of the last open. An answer to an older one speaks of a reader that no longer counts."""
 
 
 class Refusal(NamedTuple):
@@ -146,12 +150,12 @@ class Network:
         slow = self.slow.get((link.worker.name, link.gateway.name), 0.0) if self.slow else 0.0
         return delay + slow * self.world.rng.random()
 
-    def partition(self, worker: str, gateway: str) -> None:
+    def partition(self, worker: str, gateway: str, notice_ms: float | None = None) -> None:
         """From now on these two cannot reach each other; the worker notices some time later."""
         self.cut.add((worker, gateway))
         for link in list(self.links):
             if link.worker.name == worker and link.gateway.name == gateway:
-                self._break(link, self.world.between(5, 800))
+                self._break(link, self.world.between(5, 800) if notice_ms is None else notice_ms)
 
     def heal(self, worker: str, gateway: str) -> None:
         """They can again."""

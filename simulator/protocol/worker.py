@@ -38,6 +38,8 @@ class Job:
     """Its reader has said what it holds, or the grace has passed."""
     announced: bool = False
     """Redis knows that it runs."""
+    opens: int = 0
+    """How often it has asked a gateway to take its frames."""
     ending: bool = False
     """The front writes its end, or gives it up; the engine has forgotten it."""
 
@@ -231,7 +233,7 @@ class Worker(Process):
         address = job.run.gateway
         link = session.links.get(address)
         if link is not None and link.up:
-            link.to_gateway(Open(job.run.key, job.run.attempt, job.run.reader))
+            _ask(link, job)
         elif link is None and address not in session.connecting:
             session.connecting.add(address)
             self.spawn(self._connect(session, address))
@@ -245,7 +247,7 @@ class Worker(Process):
                 session.connecting.discard(address)
                 for job in self.jobs.values():
                     if job.run.gateway == address:
-                        link.to_gateway(Open(job.run.key, job.run.attempt, job.run.reader))
+                        _ask(link, job)
                 return
             yield 150
         session.connecting.discard(address)
@@ -270,11 +272,17 @@ class Worker(Process):
         if self.session.links.get(link.gateway.name) is not link:
             return
         match message:
-            case Resume(_, _, held):
-                self._resume(job, held)
+            case Resume(_, _, held, answers):
+                if self.answers_the_last_open(job, answers):
+                    self._resume(job, held)
             case Refusal(_, _, Refused.STALE_ATTEMPT, highest):
                 if not job.ending:
                     self.spawn(self._give_up(job, "a gateway had opened a later attempt", highest + 1))
+
+    @staticmethod
+    def answers_the_last_open(job: Job, number: int) -> bool:
+        """Whether the reader that was resumed is the one that counts: a redirect may have come in between."""
+        return number == job.opens
 
     def _resume(self, job: Job, held: Sequence[Any]) -> None:
         job.heard = True
@@ -401,3 +409,8 @@ class Worker(Process):
 
     def _nonce(self) -> str:
         return f"{self.world.rng.getrandbits(48):012x}"
+
+
+def _ask(link: Link, job: Job) -> None:
+    job.opens += 1
+    link.to_gateway(Open(job.run.key, job.run.attempt, job.run.reader, job.opens))

@@ -129,6 +129,27 @@ async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None
     await server.stop(0)
 
 
+async def test_an_answer_to_an_earlier_open_speaks_of_another_reader_and_is_ignored(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=4)
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.tokens == [10])
+    # Another reader at the same gateway; what was said of an earlier one, who held another text, comes first.
+    bench.gateway.late_answer = (Held(1, (55,)),)
+    there = bench.gateway.expect(key, reader=2, held=(Held(1, (10,)),))
+    await bench.store.attach(moves.Attach(key, bench.gateway_address, (Held(1, (10,)),)))
+    await bench.gateway.until(lambda: bool(there.opened))
+    bench.engine.step()
+    await bench.gateway.until(lambda: there.tokens == [11])
+    bench.engine.step()
+    bench.engine.step()
+    await bench.gateway.until(lambda: there.end is not None)
+    assert there.tokens == [11, 12, 13]
+    assert (await bench.record(key)).attempt.number == 1
+
+
 async def test_a_stop_text_ends_the_answer_before_it(bench: Bench) -> None:
     key = await bench.submit("a", max_tokens=50, stop="mn")
     seen = bench.gateway.expect(key)

@@ -127,6 +127,8 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.changed = asyncio.Condition()
+        self.late_answer: tuple[Held, ...] | None = None
+        """What an answer to an earlier open says, which comes before that to each open but the first."""
         self.on_end: Callable[[delivery_pb2.EndFrame], object] | None = None
 
     def expect(self, key: RequestKey, reader: int = 1, held: tuple[Held, ...] = ()) -> Seen:
@@ -163,10 +165,17 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
         refused = seen.reader.open(attempt, open_.reader) if seen else Refused.NO_READER
         if seen and refused is None:
             seen.opened.append(attempt)
-            choices = [
-                delivery_pb2.Delivered(count=held.count, token_ids=held.tokens) for held in seen.reader.delivered()
-            ]
-            response.resumes.append(delivery_pb2.Resume(key=open_.key, attempt=open_.attempt, choices=choices))
+            if self.late_answer and open_.number > 1:
+                response.resumes.append(
+                    delivery_pb2.Resume(
+                        key=open_.key, attempt=open_.attempt, choices=_stated(self.late_answer),
+                        open_number=open_.number - 1,
+                    )
+                )  # fmt: skip
+            choices = _stated(seen.reader.delivered())
+            response.resumes.append(
+                delivery_pb2.Resume(key=open_.key, attempt=open_.attempt, choices=choices, open_number=open_.number)
+            )
             return
         stale = refused == Refused.STALE_ATTEMPT
         highest = seen.reader.opened.number if seen and seen.reader.opened else 0
@@ -183,6 +192,10 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
             seen.reader.deliver(delta.choice, delta.token_ids)
             seen.text += delta.text
             seen.tokens.extend(delta.token_ids)
+
+
+def _stated(held: tuple[Held, ...]) -> list[delivery_pb2.Delivered]:
+    return [delivery_pb2.Delivered(count=claim.count, token_ids=claim.tokens) for claim in held]
 
 
 class Bench:

@@ -59,6 +59,8 @@ class ActiveRequest:
         self.cached_tokens = 0
         self.ending = False
         """Its end is being written: nothing more is taken for it."""
+        self.num_opens = 0
+        """Opens that were asked for; an answer to an older one is none."""
         self.announced = False
         """The record has been told that it runs here."""
         self._placed_ms = max(0, start.placed_at_ms - start.accepted_at_ms)

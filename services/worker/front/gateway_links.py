@@ -97,10 +97,15 @@ class _Link:
 
     def open(self, active: ActiveRequest) -> None:
         self._requests[active.run.key] = active
-        self._opens[active.run.key] = active
+        self._ask(active)
         self._unanswered.add(active.run.key)
         self._ends.pop(active.run.key, None)  # of an earlier attempt
         self._wake.set()
+
+    def _ask(self, active: ActiveRequest) -> None:
+        # Numbered when it is due, not when it is sent: from here on, answers to earlier ones speak of another reader.
+        active.num_opens += 1
+        self._opens[active.run.key] = active
 
     def tell(self, active: ActiveRequest) -> None:
         self._changed[active.run.key] = active
@@ -158,7 +163,9 @@ class _Link:
         self._ends.clear()
         for active in self._requests.values():
             active.run.open = False
-        self._opens = dict(self._requests)
+        self._opens.clear()
+        for active in self._requests.values():
+            self._ask(active)
         self._unanswered = set(self._requests)
         self._stream_number += 1
         self._wake.set()
@@ -192,8 +199,9 @@ class _Link:
     def _next_message(self) -> delivery_pb2.DeliverRequest | None:
         message = delivery_pb2.DeliverRequest()
         for key in list(self._opens)[:MAX_REQUESTS_A_MESSAGE]:
-            run = self._opens.pop(key).run
-            message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader))
+            active = self._opens.pop(key)
+            run, number = active.run, active.num_opens
+            message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader, number=number))
         for key in list(self._changed)[:MAX_REQUESTS_A_MESSAGE]:
             active = self._changed.pop(key)
             message.frames.extend(active.token_frames())
@@ -207,7 +215,7 @@ class _Link:
     async def _answer(self, response: delivery_pb2.DeliverResponse) -> None:
         for resume in response.resumes:
             active = self._sender(resume.key, resume.attempt)
-            if active:
+            if active and resume.open_number == active.num_opens:
                 self._unanswered.discard(active.run.key)
                 await self._on_resume(active, [Held(known.count, tuple(known.token_ids)) for known in resume.choices])
                 self.tell(active)
