@@ -61,6 +61,10 @@ def stop(service: Service) -> int:
     return status
 
 
+def cpu_seconds(pids: set[int]) -> float:
+    return sum(psutil.Process(pid).cpu_times().user for pid in pids)
+
+
 def is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
@@ -166,8 +170,10 @@ async def test_sigterm_lets_open_calls_end_and_leaves_no_process() -> None:
     pool_pids = service.pool_pids()
     async with rpc.channel(service.address) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        idle_s = cpu_seconds(pool_pids)
         call = asyncio.ensure_future(stub.Encode(EncodeRequest(prompt="abcdefgh" * (1 << 18))))
-        await asyncio.sleep(0.2)
+        # A call that the service has not read yet may be refused; this one is being worked on.
+        await eventually(lambda: cpu_seconds(pool_pids) > idle_s + 0.05)
         status = await asyncio.to_thread(stop, service)
         assert len((await call).token_ids) > 100_000
     assert status == 0
