@@ -16,11 +16,14 @@ def test_a_linear_layer_is_a_product_and_keeps_its_own_weight(
 ) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     weight = torch.randn((96, 40), generator=generator)
+    bias = torch.randn(96, generator=generator)
     rows = torch.randn((num_rows, 40), generator=generator)
     expected = (rows.double() @ weight.double().T).float()
     linear: Linear = kind(weight)
+    with_bias: Linear = kind(weight, bias)
     weight.zero_()
     torch.testing.assert_close(linear(rows), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(with_bias(rows), expected + bias, atol=1e-5, rtol=1e-5)
 
 
 def test_rotation_turns_halves_by_the_angle_of_the_position() -> None:
