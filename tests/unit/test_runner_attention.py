@@ -51,7 +51,9 @@ def a_chunk(sequence_id: int, first_position: int, num_tokens: int, blocks: Sequ
     )
 
 
-def check(config: LlamaConfig, block_size_tokens: int, sizes: Sequence[tuple[int, int]]) -> None:
+def check(
+    config: LlamaConfig, block_size_tokens: int, sizes: Sequence[tuple[int, int]], window: int | None = None
+) -> None:
     """Compare chunks, given as (first position, tokens), with naive attention over the same keys and values."""
     generator = torch.Generator().manual_seed(len(sizes))
     cache = PagedKvCache(config, NUM_BLOCKS, block_size_tokens)
@@ -65,15 +67,16 @@ def check(config: LlamaConfig, block_size_tokens: int, sizes: Sequence[tuple[int
         slots = [blocks[p // block_size_tokens] * block_size_tokens + p % block_size_tokens for p in range(len(kv))]
         cache.write(1, torch.tensor(slots), kv)
         contexts.append(kv)
-    batch = make_batch(StepPlan(1, tuple(chunks)), block_size_tokens)
+    batch = make_batch(StepPlan(1, tuple(chunks)), block_size_tokens, window)
     num_rows = sum(num_tokens for _, num_tokens in sizes)
     queries = torch.randn((num_rows, config.num_heads, config.head_dim), generator=generator)
-    attended = paged_attention(queries, cache, 1, batch.attention_groups)
+    attended = paged_attention(queries, cache, 1, batch.sliding_groups if window else batch.attention_groups)
     last_rows = batch.sample_rows.tolist()
     for kv, (first_position, num_tokens), last_row in zip(contexts, sizes, last_rows, strict=True):
         for place in range(num_tokens):
             row = last_row - num_tokens + 1 + place
-            context = kv[: first_position + place + 1]
+            num_seen = first_position + place + 1
+            context = kv[max(0, num_seen - window) if window else 0 : num_seen]
             expected = naive_attention(queries[row], context[:, 0], context[:, 1])
             torch.testing.assert_close(attended[row], expected, atol=1e-5, rtol=1e-4)
 
@@ -92,6 +95,20 @@ def test_any_sharing_of_key_heads(num_heads: int, num_kv_heads: int) -> None:
 
 def test_decodes_of_very_different_contexts_with_prefill_between() -> None:
     check(a_config(), 4, [(0, 1), (40, 1), (3, 1), (0, 9), (4, 1), (7, 1), (8, 1), (10, 6), (30, 1), (31, 1)])
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 30, 100])
+@pytest.mark.parametrize("block_size_tokens", [3, 4, 7])
+def test_a_window_hides_all_but_the_last_tokens(window: int, block_size_tokens: int) -> None:
+    sizes = [(0, 1), (20, 9), (3, 1), (0, 9), (4, 1), (7, 1), (10, 6), (30, 1), (31, 1)]
+    check(a_config(), block_size_tokens, sizes, window)
+
+
+def test_only_blocks_in_the_window_are_gathered() -> None:
+    chunks = (a_chunk(1, 39, 1, range(10)), a_chunk(2, 36, 1, range(10, 20)), a_chunk(3, 20, 8, range(20, 27)))
+    batch = make_batch(StepPlan(1, chunks), block_size_tokens=4, sliding_window=5)
+    tables = [group.block_tables.tolist() for group in batch.sliding_groups]
+    assert tables == [[[8, 9], [18, 19]], [[24, 25, 26]]]
 
 
 def test_a_neighbour_of_the_last_token_in_its_block_is_not_seen() -> None:

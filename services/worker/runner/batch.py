@@ -23,9 +23,9 @@ class AttentionGroup:
     num_chunks: int
     chunk_tokens: int
     block_tables: Tensor
-    """[num_chunks, num_blocks] int64; short ones are padded with block 0."""
+    """[num_chunks, num_blocks] int64; short ones are padded with block 0, which each token's mask hides."""
     mask: Tensor
-    """Added to the scores: 0, or -inf where a slot is in the token's future or beyond its context.
+    """Added to the scores: 0, or -inf where a slot is in the token's future, beyond its context or before its window.
     [num_chunks, 1, chunk_tokens, num_blocks * block_size_tokens] float32."""
 
     @property
@@ -46,12 +46,14 @@ class BatchInputs:
     """Where each token's key and value go: [num_tokens] int64."""
     attention_groups: tuple[AttentionGroup, ...]
     """In order of their rows; together they hold every row once."""
+    sliding_groups: tuple[AttentionGroup, ...]
+    """The same rows in the same groups, for layers with a sliding window; empty for a model without one."""
     sample_rows: Tensor
     """The last row of each chunk that samples, in the plan's order: [num_samples] int64."""
 
 
-def make_batch(plan: StepPlan, block_size_tokens: int) -> BatchInputs:
-    """Lay a plan out as tensors."""
+def make_batch(plan: StepPlan, block_size_tokens: int, sliding_window: int | None = None) -> BatchInputs:
+    """Lay a plan out as tensors. `sliding_window`: tokens that a token sees in a sliding layer, itself included."""
     chunks = sorted(plan.chunks, key=lambda chunk: _group_key(chunk, block_size_tokens))
     last_rows: dict[int, int] = {}
     num_rows = 0
@@ -66,7 +68,8 @@ def make_batch(plan: StepPlan, block_size_tokens: int) -> BatchInputs:
         slot_mapping=torch.tensor(
             [slot for chunk in chunks for slot in _slots(chunk, block_size_tokens)], dtype=torch.int64
         ),
-        attention_groups=tuple(_attention_groups(chunks, block_size_tokens)),
+        attention_groups=tuple(_attention_groups(chunks, block_size_tokens, None)),
+        sliding_groups=tuple(_attention_groups(chunks, block_size_tokens, sliding_window) if sliding_window else ()),
         sample_rows=torch.tensor(samples, dtype=torch.int64),
     )
 
@@ -83,22 +86,34 @@ def _group_key(chunk: SequenceChunk, block_size_tokens: int) -> tuple[int, int]:
     return 1, chunk.sequence_id
 
 
-def _attention_groups(chunks: Sequence[SequenceChunk], block_size_tokens: int) -> Iterator[AttentionGroup]:
+def _attention_groups(
+    chunks: Sequence[SequenceChunk], block_size_tokens: int, window: int | None
+) -> Iterator[AttentionGroup]:
     first_row = 0
     for _, members in groupby(chunks, key=lambda chunk: _group_key(chunk, block_size_tokens)):
-        group = _attention_group(first_row, list(members), block_size_tokens)
+        group = _attention_group(first_row, list(members), block_size_tokens, window)
         yield group
         first_row = group.end_row
 
 
-def _attention_group(first_row: int, chunks: Sequence[SequenceChunk], block_size_tokens: int) -> AttentionGroup:
+def _attention_group(
+    first_row: int, chunks: Sequence[SequenceChunk], block_size_tokens: int, window: int | None
+) -> AttentionGroup:
     chunk_tokens = len(chunks[0].token_ids)
-    num_blocks = max(_num_context_blocks(chunk, block_size_tokens) for chunk in chunks)
-    tables = [chunk.block_table[: _num_context_blocks(chunk, block_size_tokens)] for chunk in chunks]
+    # What lies before the window of a chunk's first token is not gathered: its table begins at the first block in it.
+    first_blocks = [max(0, chunk.first_position + 1 - window) // block_size_tokens if window else 0 for chunk in chunks]
+    tables = [
+        chunk.block_table[first_block : _num_context_blocks(chunk, block_size_tokens)]
+        for first_block, chunk in zip(first_blocks, chunks, strict=True)
+    ]
+    num_blocks = max(len(table) for table in tables)
     first_positions = torch.tensor([chunk.first_position for chunk in chunks])
-    query_positions = first_positions[:, None] + torch.arange(chunk_tokens)
-    key_positions = torch.arange(num_blocks * block_size_tokens)
-    is_hidden = key_positions > query_positions[:, None, :, None]
+    query_positions = (first_positions[:, None] + torch.arange(chunk_tokens))[:, None, :, None]
+    first_slots = torch.tensor(first_blocks) * block_size_tokens
+    key_positions = first_slots[:, None, None, None] + torch.arange(num_blocks * block_size_tokens)
+    is_hidden = key_positions > query_positions
+    if window:
+        is_hidden |= key_positions <= query_positions - window
     return AttentionGroup(
         first_row=first_row,
         num_chunks=len(chunks),
