@@ -146,12 +146,10 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
 def test_a_type_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, tensors_of(SHAPES))
     content = {name: (array.shape[::-1], F32, array.tobytes()) for name, array in tensors_of(SHAPES).items()}
-    bfloat16 = 30
-    content["output_norm.weight"] = ((HIDDEN,), bfloat16, bytes(2 * HIDDEN))
+    float64 = 28
+    content["output_norm.weight"] = ((HIDDEN,), float64, bytes(8 * HIDDEN))
     path.write_bytes(gguf_bytes(METADATA, content))
-    with pytest.raises(
-        ModelFileError, match=r"'output_norm\.weight' is stored as BF16; F32, F16, Q4_1, Q8_0 can be read"
-    ):
+    with pytest.raises(ModelFileError, match=r"'output_norm\.weight' is stored as F64; F32, F16, .* can be read"):
         load(path)
 
 

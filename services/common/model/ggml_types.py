@@ -13,7 +13,7 @@ class GgmlType:
     block_bytes: int
 
 
-F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
+F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 3, 8, 12, 14, 30
 
 # From ggml.h and ggml-common.h of ggml-org/ggml. Numbers left out were removed there or never used in files.
 GGML_TYPES: Mapping[int, GgmlType] = {
@@ -26,9 +26,9 @@ GGML_TYPES: Mapping[int, GgmlType] = {
     Q8_0: GgmlType("Q8_0", 32, 34),
     10: GgmlType("Q2_K", 256, 84),
     11: GgmlType("Q3_K", 256, 110),
-    12: GgmlType("Q4_K", 256, 144),
+    Q4_K: GgmlType("Q4_K", 256, 144),
     13: GgmlType("Q5_K", 256, 176),
-    14: GgmlType("Q6_K", 256, 210),
+    Q6_K: GgmlType("Q6_K", 256, 210),
     15: GgmlType("Q8_K", 256, 292),
     16: GgmlType("IQ2_XXS", 256, 66),
     17: GgmlType("IQ2_XS", 256, 74),
