@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
-from services.common.model.gguf import read_gguf
+from services.common.model.stored_model import read_stored_model
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
@@ -59,7 +59,8 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
     # Imported here, as it takes longer than all the rest and the front should not hear nothing until then.
     from services.worker.runner.start import start_cpu_runner
 
-    return start_cpu_runner(read_gguf(config.model_path), config, lambda share: report("loading weights", share))
+    model = read_stored_model(config.model_path)
+    return start_cpu_runner(model, config, lambda share: report("loading weights", share))
 
 
 def ready(limits: EngineLimits) -> engine_pb2.EngineReady:

@@ -12,14 +12,14 @@ from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.runner.attention import paged_attention
 from services.worker.runner.batch import BatchInputs, make_batch
 from services.worker.runner.kv_cache import PagedKvCache
-from services.worker.runner.models.llama_weights import LlamaConfig
+from services.worker.runner.models.decoder_weights import DecoderConfig
 
 GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
 NUM_BLOCKS = 64
 
 
-def a_config(num_heads: int = 6, num_kv_heads: int = 2) -> LlamaConfig:
-    return LlamaConfig(
+def a_config(num_heads: int = 6, num_kv_heads: int = 2) -> DecoderConfig:
+    return DecoderConfig(
         num_layers=2,
         hidden_size=num_heads * 8,
         intermediate_size=32,
@@ -52,7 +52,7 @@ def a_chunk(sequence_id: int, first_position: int, num_tokens: int, blocks: Sequ
 
 
 def check(
-    config: LlamaConfig, block_size_tokens: int, sizes: Sequence[tuple[int, int]], window: int | None = None
+    config: DecoderConfig, block_size_tokens: int, sizes: Sequence[tuple[int, int]], window: int | None = None
 ) -> None:
     """Compare chunks, given as (first position, tokens), with naive attention over the same keys and values."""
     generator = torch.Generator().manual_seed(len(sizes))

@@ -7,6 +7,7 @@ import torch
 
 from services.worker.runner.linear import Linear, PackedLinear, PlainLinear
 from services.worker.runner.rope import rotary_table
+from services.worker.runner.rotary_frequencies import rotary_frequencies
 
 
 @pytest.mark.parametrize("kind", [PackedLinear, PlainLinear])
@@ -28,7 +29,7 @@ def test_a_linear_layer_is_a_product_and_keeps_its_own_weight(
 
 def test_rotation_turns_halves_by_the_angle_of_the_position() -> None:
     heads = torch.tensor([[[1.0, 0.0, 0.0, 1.0]], [[1.0, 2.0, 3.0, 4.0]]])
-    rotary_table(num_positions=8, head_dim=4, theta=100.0).at(torch.tensor([0, 3])).rotate_(heads)
+    rotary_table(8, rotary_frequencies(head_dim=4, theta=100.0)).at(torch.tensor([0, 3])).rotate_(heads)
     assert heads[0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
     turned = []
     for x, y, frequency in ((1.0, 3.0, 1.0), (2.0, 4.0, 0.1)):
@@ -40,6 +41,6 @@ def test_rotation_turns_halves_by_the_angle_of_the_position() -> None:
 
 def test_part_of_a_larger_tensor_is_turned_in_place() -> None:
     whole = torch.ones((2, 5, 4))
-    rotary_table(8, 4, 100.0).at(torch.tensor([1, 2])).rotate_(whole[:, :3])
+    rotary_table(8, rotary_frequencies(4, 100.0)).at(torch.tensor([1, 2])).rotate_(whole[:, :3])
     assert bool((whole[:, :3] != 1).all())
     assert bool((whole[:, 3:] == 1).all())

@@ -23,9 +23,10 @@ from services.worker.runner.batch import make_batch
 from services.worker.runner.cpu_runner import CpuRunner
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.linear import make_cpu_linear
-from services.worker.runner.models.llama import LlamaModel
-from services.worker.runner.models.llama_weights import LlamaConfig
-from services.worker.weights.gguf_llama import load_llama, read_llama_config
+from services.worker.runner.models.decoder import Decoder
+from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.weights.gguf_decoder import open_gguf_decoder
+from services.worker.weights.load_decoder import load_decoder
 from tests.unit.engine_builders import PretendedFront, add, add_command, release_command, shutdown_command
 
 REFERENCE = Path(__file__).parent.parent / "reference"
@@ -42,15 +43,16 @@ SHORT_CASES = [case for case in CASES if len(case["prompt_token_ids"]) + len(cas
 
 @dataclass(frozen=True)
 class DefaultModel:
-    config: LlamaConfig
-    model: LlamaModel
+    config: DecoderConfig
+    model: Decoder
 
 
 @pytest.fixture(scope="module")
 def default_model() -> DefaultModel:
-    file = read_gguf(default_model_path())
-    config = read_llama_config(file)
-    return DefaultModel(config, LlamaModel(config, load_llama(file, config, make_cpu_linear, lambda share: None)))
+    stored = open_gguf_decoder(read_gguf(default_model_path()))
+    return DefaultModel(
+        stored.config, Decoder(stored.config, load_decoder(stored, make_cpu_linear, lambda share: None))
+    )
 
 
 class FinishingFront(PretendedFront):

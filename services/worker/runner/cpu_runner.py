@@ -7,7 +7,7 @@ import torch
 from services.worker.engine.step_plan import StepPlan, StepResult
 from services.worker.runner.batch import make_batch
 from services.worker.runner.kv_cache import PagedKvCache
-from services.worker.runner.models.llama import LlamaModel
+from services.worker.runner.models.decoder import Decoder
 from services.worker.runner.sampling import Draw, sample
 
 
@@ -25,14 +25,14 @@ class FinishedStep:
 class CpuRunner:
     """A model and its KV cache in this process: a `Runner` of the engine."""
 
-    def __init__(self, model: LlamaModel, cache: PagedKvCache) -> None:
+    def __init__(self, model: Decoder, cache: PagedKvCache) -> None:
         self._model = model
         self._cache = cache
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> FinishedStep:
         """Compute a step."""
-        batch = make_batch(plan, self._cache.block_size_tokens)
+        batch = make_batch(plan, self._cache.block_size_tokens, self._model.config.sliding_window)
         logits = self._model.forward(batch, self._cache)
         draws = [Draw(chunk.sampling, chunk.sample_index) for chunk in plan.chunks if chunk.sample_index is not None]
         sampled = iter(sample(logits, draws))

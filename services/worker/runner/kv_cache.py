@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.worker.runner.models.llama_weights import LlamaConfig
+from services.worker.runner.models.decoder_weights import DecoderConfig
 
 
 class PagedKvCache:
@@ -15,7 +15,7 @@ class PagedKvCache:
     value of a slot lie side by side, so that one copy writes both and one gather reads both.
     """
 
-    def __init__(self, config: LlamaConfig, num_blocks: int, block_size_tokens: int) -> None:
+    def __init__(self, config: DecoderConfig, num_blocks: int, block_size_tokens: int) -> None:
         self.block_size_tokens = block_size_tokens
         shape = (num_blocks, block_size_tokens, 2, config.num_kv_heads, config.head_dim)
         # Zeros, since what lies behind a sequence's end is multiplied by a weight of 0, and 0 * NaN would be NaN. From
@@ -40,6 +40,6 @@ class PagedKvCache:
         return keys, values
 
 
-def kv_block_bytes(config: LlamaConfig, block_size_tokens: int) -> int:
+def kv_block_bytes(config: DecoderConfig, block_size_tokens: int) -> int:
     """Return the memory that one block takes, over all layers."""
     return config.num_layers * block_size_tokens * 2 * config.kv_size * torch.float32.itemsize

@@ -27,9 +27,8 @@ class RotaryAngles:
         torch.addcmul(halves * self.cos, swapped, self.signed_sin, out=halves)
 
 
-def rotary_table(num_positions: int, head_dim: int, theta: float) -> RotaryAngles:
-    """Return the angles of all positions: position * theta^(-2i / head_dim) for pair i."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def rotary_table(num_positions: int, frequencies: Tensor) -> RotaryAngles:
+    """Return the angles of all positions: position * frequency. frequencies: [head_dim / 2]."""
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)[:, None, None, :]
     cos, sin = angles.cos(), angles.sin()
     return RotaryAngles(cos=torch.cat((cos, cos), dim=2), signed_sin=torch.cat((-sin, sin), dim=2))

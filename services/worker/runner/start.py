@@ -3,30 +3,32 @@
 import torch
 
 from services.common.config import ConfigError
-from services.common.model.gguf import GgufFile
+from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
 from services.worker.runner.cpu_runner import CpuRunner
 from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
 from services.worker.runner.linear import make_cpu_linear
-from services.worker.runner.models.llama import LlamaModel
-from services.worker.weights.gguf_llama import Progress, load_llama, read_llama_config
+from services.worker.runner.models.decoder import Decoder
+from services.worker.weights.load_decoder import Progress, load_decoder
+from services.worker.weights.open_decoder import open_decoder
 
 
 def start_cpu_runner(
-    file: GgufFile, engine_config: EngineConfig, on_progress: Progress
+    model: StoredModel, engine_config: EngineConfig, on_progress: Progress
 ) -> tuple[EngineLimits, CpuRunner]:
     """Load a model and allocate its KV cache.
 
     Sets the process's number of threads. Raises ModelFileError, and ConfigError if the memory holds no block.
     """
     torch.set_num_threads(engine_config.threads)
-    config = read_llama_config(file)
+    stored = open_decoder(model)
+    config = stored.config
     block_bytes = kv_block_bytes(config, engine_config.block_size_tokens)
     num_blocks = engine_config.kv_cache_bytes // block_bytes
     if num_blocks == 0:
         raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
-    model = LlamaModel(config, load_llama(file, config, make_cpu_linear, on_progress))
+    decoder = Decoder(config, load_decoder(stored, make_cpu_linear, on_progress))
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=engine_config.block_size_tokens,
@@ -35,4 +37,4 @@ def start_cpu_runner(
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary_size,
     )
-    return limits, CpuRunner(model, PagedKvCache(config, num_blocks, engine_config.block_size_tokens))
+    return limits, CpuRunner(decoder, PagedKvCache(config, num_blocks, engine_config.block_size_tokens))

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file as float32."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,17 +10,7 @@ from services.common.model.errors import ModelFileError
 from services.common.model.ggml_types import GGML_TYPES
 from services.common.model.gguf import GgufFile, TensorInfo
 from services.worker.weights.dequantize import SUPPORTED_TYPES, dequantize
-
-
-@dataclass(frozen=True, slots=True)
-class StoredMatrix:
-    """Rows of a matrix under one name in the file."""
-
-    name: str
-    num_rows: int
-    num_rotary_heads: int = 0
-    """Set for the query and key projections, whose rows GGUF stores for a rotary embedding of neighbouring pairs: they
-    are put back into the order for halves."""
+from services.worker.weights.stored_decoder import StoredMatrix
 
 
 class GgufTensors:
@@ -35,6 +25,14 @@ class GgufTensors:
         except (OSError, RuntimeError) as cause:
             raise ModelFileError(file.path, f"cannot be read: {cause}") from cause
         self._read: set[str] = set()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file.tensors
 
     def vector(self, name: str, length: int) -> Tensor:
         """Return a tensor of one dimension: [length]. Raises ModelFileError."""

@@ -1,15 +1,16 @@
-"""The shape of a Llama model, and its weights as its forward pass takes them."""
+"""The shape of a decoder, and its weights as its forward pass takes them."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from services.worker.runner.linear import Linear
+from services.worker.runner.rotary_frequencies import Llama3Scaling
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """Sizes of a Llama model."""
+class DecoderConfig:
+    """Sizes and constants of a decoder."""
 
     num_layers: int
     hidden_size: int
@@ -21,6 +22,10 @@ class LlamaConfig:
     context_tokens: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: Llama3Scaling | None = None
+    sliding_window: int | None = None
+    """Tokens that a sliding layer's token sees, itself included. None: no layer slides."""
+    sliding_layers: frozenset[int] = frozenset()
 
     @property
     def q_size(self) -> int:
@@ -34,13 +39,15 @@ class LlamaConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaLayerWeights:
+class DecoderLayerWeights:
     """One layer. Matrices of the same input are one; their outputs lie side by side, in the order of the name."""
 
     attention_norm: Tensor
     """[hidden_size]"""
     qkv_proj: Linear
     """hidden_size to q_size + 2 * kv_size; the rotary embedding turns dimensions (i, i + head_dim / 2) of a head."""
+    qk_norm: Tensor | None
+    """[num_heads + num_kv_heads, head_dim], a row a head. None: queries and keys are not normalized."""
     o_proj: Linear
     """q_size to hidden_size"""
     mlp_norm: Tensor
@@ -52,13 +59,15 @@ class LlamaLayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaWeights:
-    """All weights of a Llama model."""
+class DecoderWeights:
+    """All weights of a decoder."""
 
     embedding: Tensor
     """[vocabulary_size, hidden_size]"""
-    layers: tuple[LlamaLayerWeights, ...]
+    layers: tuple[DecoderLayerWeights, ...]
     norm: Tensor
     """[hidden_size]"""
     lm_head: Linear
     """hidden_size to vocabulary_size"""
+    rotary_frequencies: Tensor
+    """Radians a position, for each pair of a head's dimensions: [head_dim / 2]."""

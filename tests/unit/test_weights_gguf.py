@@ -12,8 +12,9 @@ from services.common.model.errors import ModelFileError
 from services.common.model.ggml_types import F16, F32
 from services.common.model.gguf import read_gguf
 from services.worker.runner.linear import PlainLinear
-from services.worker.runner.models.llama_weights import LlamaWeights
-from services.worker.weights.gguf_llama import load_llama, read_llama_config
+from services.worker.runner.models.decoder_weights import DecoderWeights
+from services.worker.weights.gguf_decoder import open_gguf_decoder
+from services.worker.weights.load_decoder import load_decoder
 from tests.unit.gguf_files import F32 as FLOAT
 from tests.unit.gguf_files import STRING, U32, Value, gguf_bytes
 
@@ -65,10 +66,9 @@ def write(
     return path
 
 
-def load(path: Path, progress: list[float] | None = None) -> LlamaWeights:
-    file = read_gguf(path)
+def load(path: Path, progress: list[float] | None = None) -> DecoderWeights:
     on_progress = (progress if progress is not None else []).append
-    return load_llama(file, read_llama_config(file), PlainLinear, on_progress)
+    return load_decoder(open_gguf_decoder(read_gguf(path)), PlainLinear, on_progress)
 
 
 def matrix_of(linear: object) -> list[list[float]]:
@@ -162,13 +162,16 @@ def test_a_tensor_that_a_llama_does_not_have_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"general.architecture": (STRING, "mamba")}, "the architecture is 'mamba'; this engine computes 'llama' only"),
+        ({"general.architecture": (STRING, "mamba")}, "the architecture is 'mamba'; this engine computes"),
         ({"llama.block_count": None}, "metadata key 'llama.block_count' is missing"),
-        ({"llama.block_count": (U32, 0)}, "a size in the metadata is below 1"),
-        ({"llama.attention.head_count": (U32, 0)}, "a size in the metadata is below 1"),
-        ({"llama.attention.head_count": (U32, 3)}, "the heads do not divide what they share"),
+        ({"llama.block_count": (U32, 0)}, "a size of the model is below 1"),
+        ({"llama.attention.head_count": (U32, 0)}, "a size of the model is below 1"),
+        ({"llama.attention.head_count": (U32, 3)}, "its heads do not divide what they share"),
         ({"llama.rope.scaling.type": (STRING, "yarn")}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.rope.dimension_count": (U32, 2)}, "llama.rope.dimension_count is 2; this engine supports 4 only"),
+        (
+            {"llama.rope.dimension_count": (U32, 2)},
+            "llama.rope.dimension_count is 2; this engine supports 4, the length of a key, only",
+        ),
         ({"llama.block_count": (U32, 2)}, "tensor 'blk.1.attn_norm.weight' is missing"),
     ],
 )

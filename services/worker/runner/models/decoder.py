@@ -1,25 +1,27 @@
-"""Llama: one forward pass, in the order of the paper (Touvron et al., 2023; grouped queries as in Llama 2).
+"""A decoder: one forward pass for Llama (Touvron et al., 2023), Mistral, Qwen2 and Qwen3.
 
-float32 throughout. All state is passed in: weights at construction, the cache and the batch at each call.
+What sets the families apart is in the weights (biases, norms of queries and keys) and in the config (a window), not
+here. float32 throughout. All state is passed in: weights at construction, the cache and the batch at each call.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from services.worker.runner.attention import paged_attention
 from services.worker.runner.batch import BatchInputs
 from services.worker.runner.kv_cache import PagedKvCache
-from services.worker.runner.models.llama_weights import LlamaConfig, LlamaLayerWeights, LlamaWeights
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
 from services.worker.runner.rope import RotaryAngles, rotary_table
 
 
-class LlamaModel:
-    """A Llama decoder."""
+class Decoder:
+    """A decoder of any of the families."""
 
-    def __init__(self, config: LlamaConfig, weights: LlamaWeights) -> None:
-        self._config = config
+    def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
+        self.config = config
         self._weights = weights
-        self._rotary = rotary_table(config.context_tokens, config.head_dim, config.rope_theta)
+        self._rotary = rotary_table(config.context_tokens, weights.rotary_frequencies)
 
     def forward(self, batch: BatchInputs, cache: PagedKvCache) -> Tensor:
         """Compute a batch, writing its keys and values to the cache.
@@ -32,30 +34,35 @@ class LlamaModel:
             hidden += self._attention(index, layer, hidden, angles, batch, cache)
             hidden += self._mlp(layer, hidden)
         if batch.sample_rows.numel() == 0:
-            return hidden.new_empty((0, self._config.vocabulary_size))
+            return hidden.new_empty((0, self.config.vocabulary_size))
         return self._weights.lm_head(self._norm(hidden[batch.sample_rows], self._weights.norm))
 
     def _attention(
         self,
         index: int,
-        layer: LlamaLayerWeights,
+        layer: DecoderLayerWeights,
         hidden: Tensor,
         angles: RotaryAngles,
         batch: BatchInputs,
         cache: PagedKvCache,
     ) -> Tensor:
-        config = self._config
+        config = self.config
         num_tokens = hidden.shape[0]
         qkv = layer.qkv_proj(self._norm(hidden, layer.attention_norm))
         heads = qkv.view(num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        angles.rotate_(heads[:, : config.num_heads + config.num_kv_heads])
+        queries_and_keys = heads[:, : config.num_heads + config.num_kv_heads]
+        if layer.qk_norm is not None:
+            normalized = rms_norm(queries_and_keys, (config.head_dim,), None, config.rms_norm_eps)
+            torch.mul(normalized, layer.qk_norm, out=queries_and_keys)
+        angles.rotate_(queries_and_keys)
         queries, kv = heads[:, : config.num_heads], heads[:, config.num_heads :]
         cache.write(index, batch.slot_mapping, kv.view(num_tokens, 2, config.num_kv_heads, config.head_dim))
-        return layer.o_proj(paged_attention(queries, cache, index, batch.attention_groups).flatten(1))
+        groups = batch.sliding_groups if index in config.sliding_layers else batch.attention_groups
+        return layer.o_proj(paged_attention(queries, cache, index, groups).flatten(1))
 
-    def _mlp(self, layer: LlamaLayerWeights, hidden: Tensor) -> Tensor:
+    def _mlp(self, layer: DecoderLayerWeights, hidden: Tensor) -> Tensor:
         gate, up = layer.gate_up_proj(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=1)
         return layer.down_proj(silu(gate).mul_(up))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(hidden, (self._config.hidden_size,), weight, self._config.rms_norm_eps)
+        return rms_norm(hidden, (self.config.hidden_size,), weight, self.config.rms_norm_eps)

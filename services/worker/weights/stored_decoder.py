@@ -1,0 +1,118 @@
+"""A decoder as its files hold it: what it is, where its tensors are, and under which names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.weights.families import Family
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """Rows of a matrix under one name in the files."""
+
+    name: str
+    num_rows: int
+    num_rotary_heads: int = 0
+    """Above 0: the rows are stored for a rotary embedding of neighbouring pairs, and put into the order for halves."""
+
+
+class StoredTensors(Protocol):
+    """Tensors in files, read as float32; keeps count of those read."""
+
+    @property
+    def path(self) -> Path:
+        """What an error about these files names."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def vector(self, name: str, length: int) -> Tensor:
+        """Return a tensor of one dimension: [length]. Raises ModelFileError."""
+        ...
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
+        """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+        ...
+
+    def check_all_read(self) -> None:
+        """Raise ModelFileError if there is a tensor that was never read: the model is not what it was taken for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """Names of a decoder's tensors. Those of a layer follow its prefix and are followed by `.weight` or `.bias`."""
+
+    embedding: str
+    norm: str
+    lm_head: str
+    layer_prefix: str
+    """With the layer's number for `{}`."""
+    attention_norm: str
+    q_proj: str
+    k_proj: str
+    v_proj: str
+    o_proj: str
+    q_norm: str
+    k_norm: str
+    mlp_norm: str
+    gate_proj: str
+    up_proj: str
+    down_proj: str
+
+
+FOLDER_NAMES = TensorNames(
+    embedding="model.embed_tokens.weight",
+    norm="model.norm.weight",
+    lm_head="lm_head.weight",
+    layer_prefix="model.layers.{}.",
+    attention_norm="input_layernorm",
+    q_proj="self_attn.q_proj",
+    k_proj="self_attn.k_proj",
+    v_proj="self_attn.v_proj",
+    o_proj="self_attn.o_proj",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
+    mlp_norm="post_attention_layernorm",
+    gate_proj="mlp.gate_proj",
+    up_proj="mlp.up_proj",
+    down_proj="mlp.down_proj",
+)
+GGUF_NAMES = TensorNames(
+    embedding="token_embd.weight",
+    norm="output_norm.weight",
+    lm_head="output.weight",
+    layer_prefix="blk.{}.",
+    attention_norm="attn_norm",
+    q_proj="attn_q",
+    k_proj="attn_k",
+    v_proj="attn_v",
+    o_proj="attn_output",
+    q_norm="attn_q_norm",
+    k_norm="attn_k_norm",
+    mlp_norm="ffn_norm",
+    gate_proj="ffn_gate",
+    up_proj="ffn_up",
+    down_proj="ffn_down",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDecoder:
+    """A decoder that can be loaded."""
+
+    config: DecoderConfig
+    family: Family
+    names: TensorNames
+    tensors: StoredTensors
+    is_tied: bool
+    """The embedding is the head too."""
+    rotary_pairs: bool = False
+    """Queries and keys are stored for a rotary embedding of neighbouring pairs."""
+    rotary_divisors: str | None = None
+    """Name of a tensor, [head_dim / 2], that the rotary frequencies are divided by. None: they are not."""
