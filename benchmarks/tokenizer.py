@@ -27,7 +27,7 @@ from gen.shoal.fleet.v1.tokenizer_pb2 import EncodeRequest
 from services.common import rpc
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
-from services.tokenizer.encoding import build_tokenizer
+from services.tokenizer.gguf_tokenizer import build_tokenizer
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and it is 2024 already. "
 PROMPT_BYTES = (256, 1024, 4096, 16384, 65536)

@@ -8,8 +8,8 @@ from pathlib import Path
 from services.common import log
 from services.common.config import parse
 from services.common.model.errors import ModelFileError
-from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
+from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
 from services.tokenizer.config import TokenizerConfig
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
@@ -36,7 +36,8 @@ async def _serve(config: TokenizerConfig) -> None:
     stop = termination()
     model_path = Path(config.model_path) if config.model_path else default_model_path()
     pool = Pool(model_path, _limits(config))
-    service = TokenizerService(pool, describe_model(read_gguf(model_path), config.pool), config.max_input_bytes)
+    description = describe_model(read_stored_model(model_path), config.pool)
+    service = TokenizerService(pool, description, config.max_input_bytes)
     server = Server([SERVICE_NAME])
     server.grpc.add_generic_rpc_handlers((handlers(service),))
     async with asyncio.TaskGroup() as tasks:

@@ -12,7 +12,9 @@ class TokenizerConfig:
 
     listen: str = option("127.0.0.1:0", "host:port to serve gRPC on; port 0: any free one")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
-    model_path: str = option("", "the model's GGUF file; empty: the default model, from its installed package")
+    model_path: str = option(
+        "", "the model's GGUF file or folder; empty: the default model, from its installed package"
+    )
     processes: int = option(0, "pool processes; 0: one a core, at least 2", minimum=0, maximum=1024)
     max_input_bytes: int = option(4 << 20, "most bytes of one serialized input", minimum=1, maximum=15 << 20)
     max_queued_inputs: int = option(1024, "most inputs waiting for a process; more are refused", minimum=1)

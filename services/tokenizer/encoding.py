@@ -3,38 +3,20 @@
 Knows nothing of gRPC: a pool process would take twice the memory and start half as fast with it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 
 from google.protobuf.message import DecodeError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from gen.shoal.fleet.v1 import tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.model.errors import ModelFileError
-from services.common.model.gguf import GgufFile
+from services.common.model.stored_model import StoredModel
 from services.common.text.stop import stop_texts
+from services.common.text.stored_vocabulary import read_vocabulary
 from services.common.text.text_stream import TextStream
-from services.common.text.vocabulary import CONTROL, USER_DEFINED, read_vocabulary
-from services.tokenizer.chat_template import ChatTemplate, TemplateError
-from services.tokenizer.pieces import cut_text, is_cut_by
-
-PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-}
-SPECIAL_TOKEN_KEYS: Mapping[str, str] = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
-TEMPLATE_KEY = "tokenizer.chat_template"
+from services.tokenizer.chat_template import TemplateError
+from services.tokenizer.pieces import cut_text, may_be_cut
+from services.tokenizer.stored_tokenizer import read_tokenizer
 
 
 class InputError(Exception):
@@ -52,13 +34,14 @@ class TextCodec:
     Raises ModelFileError if the model's tokenizer or template is not supported.
     """
 
-    def __init__(self, file: GgufFile, now: Callable[[], datetime] = datetime.now) -> None:
-        self._tokenizer = build_tokenizer(file)
-        self._may_cut = not any(
-            is_cut_by(token.content) for token in self._tokenizer.get_added_tokens_decoder().values()
-        )
-        self._template = _read_template(file, now)
-        self._vocabulary = read_vocabulary(file)
+    def __init__(self, model: StoredModel, now: Callable[[], datetime] = datetime.now) -> None:
+        read = read_tokenizer(model, now)
+        self._tokenizer = read.tokenizer
+        self._template = read.template
+        self._prompt_prefix = read.prompt_prefix
+        self._prompt_suffix = read.prompt_suffix
+        self._may_cut = may_be_cut(read.tokenizer)
+        self._vocabulary = read_vocabulary(model)
 
     def encode(self, payload: bytes) -> bytes:
         """Serialized EncodeRequest to EncodeResponse. Raises InputError."""
@@ -66,9 +49,12 @@ class TextCodec:
         _parse(request, payload)
         text = self._text(request)
         response = tokenizer_pb2.EncodeResponse()
+        is_prompt = request.HasField("prompt")  # A template writes its special tokens itself.
+        response.token_ids.extend(self._prompt_prefix if is_prompt else ())
         for piece in cut_text(text) if self._may_cut else (text,):
             # Not `encode`, which also finds each token's place in the text: half as fast for long texts.
             response.token_ids.extend(self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+        response.token_ids.extend(self._prompt_suffix if is_prompt else ())
         return response.SerializeToString()
 
     def decode(self, payload: bytes) -> bytes:
@@ -111,61 +97,6 @@ class TextCodec:
             )
         except TemplateError as error:
             raise InputError("chat.messages", str(error)) from error
-
-
-def build_tokenizer(file: GgufFile) -> Tokenizer:
-    """Build the `tokenizers` library's byte-level BPE from a model's file. Nothing is added to texts.
-
-    Raises ModelFileError if the file lacks something or names a pre-tokenizer that is not known here.
-    """
-    pre = file.require("tokenizer.ggml.pre", str)
-    if pre not in PRE_TOKENIZERS:
-        raise ModelFileError(file.path, f"its pre-tokenizer {pre!r} is not supported; {sorted(PRE_TOKENIZERS)} are")
-    tokens = file.require_tuple("tokenizer.ggml.tokens", str)
-    kinds = file.require_tuple("tokenizer.ggml.token_type", int)
-    merges = [_merge(text) for text in file.require_tuple("tokenizer.ggml.merges", str)]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library raises Exception itself
-        raise ModelFileError(file.path, f"its tokens and merges are no byte-level BPE: {error}") from error
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_added_tokens(tokens, kinds, CONTROL))
-    tokenizer.add_tokens(_added_tokens(tokens, kinds, USER_DEFINED))
-    return tokenizer
-
-
-def _merge(text: str) -> tuple[str, str]:
-    left, _, right = text.partition(" ")
-    return left, right
-
-
-def _added_tokens(tokens: tuple[str, ...], kinds: tuple[int, ...], wanted: int) -> list[AddedToken]:
-    """Tokens that are recognised inside text before BPE sees it."""
-    return [
-        AddedToken(token, special=wanted == CONTROL, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind == wanted
-    ]
-
-
-def _read_template(file: GgufFile, now: Callable[[], datetime]) -> ChatTemplate | None:
-    """None if the model has no template: it then takes prompts only."""
-    if TEMPLATE_KEY not in file.metadata:
-        return None
-    tokens = file.require_tuple("tokenizer.ggml.tokens", str)
-    special_tokens = {}
-    for name, key in SPECIAL_TOKEN_KEYS.items():
-        if key in file.metadata:
-            token_id = file.require(key, int)
-            if not 0 <= token_id < len(tokens):
-                raise ModelFileError(file.path, f"metadata key {key!r} is {token_id}, which is no token")
-            special_tokens[name] = tokens[token_id]
-    try:
-        return ChatTemplate(file.require(TEMPLATE_KEY, str), special_tokens, now)
-    except TemplateError as error:
-        raise ModelFileError(file.path, str(error)) from error
 
 
 def _parse(message: tokenizer_pb2.EncodeRequest | tokenizer_pb2.DecodeRequest, payload: bytes) -> None:

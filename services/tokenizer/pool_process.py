@@ -1,4 +1,4 @@
-"""One process of the pool: reads the model's file, then answers one frame at a time until the front is gone.
+"""One process of the pool: reads the model's files, then answers one frame at a time until the front is gone.
 
 Started by the pool as `python -m services.tokenizer.pool_process <socket's file descriptor> <model's path>`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.common.model.errors import ModelFileError
-from services.common.model.gguf import read_gguf
+from services.common.model.stored_model import read_stored_model
 from services.tokenizer.encoding import InputError, TextCodec
 from services.tokenizer.frames import HEADER, Answer, Operation, frame
 
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     descriptor, model_path = arguments
     try:
-        codec = TextCodec(read_gguf(Path(model_path)))
+        codec = TextCodec(read_stored_model(Path(model_path)))
     except ModelFileError as error:
         # The socket stays open until the message is out: the front kills a process that hangs up.
         sys.exit(f"tokenizer: {error}")

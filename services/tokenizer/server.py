@@ -10,8 +10,8 @@ import grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2
 from services.common.errors import InvalidRequest
-from services.common.model.gguf import GgufFile
-from services.common.text.vocabulary import read_vocabulary
+from services.common.model.stored_model import StoredModel, context_tokens
+from services.common.text.stored_vocabulary import read_vocabulary
 from services.tokenizer.frames import Operation
 from services.tokenizer.pool import Pool
 
@@ -52,13 +52,12 @@ class TokenizerService:
         return await self.pool.submit(operation, payload)
 
 
-def describe_model(file: GgufFile, name: str) -> tokenizer_pb2.DescribeResponse:
+def describe_model(model: StoredModel, name: str) -> tokenizer_pb2.DescribeResponse:
     """Gather the facts of a model that is served by the given name. Raises ModelFileError if one is missing."""
-    architecture = file.require("general.architecture", str)
-    vocabulary = read_vocabulary(file)
+    vocabulary = read_vocabulary(model)
     return tokenizer_pb2.DescribeResponse(
         model=name,
-        context_tokens=file.require(f"{architecture}.context_length", int),
+        context_tokens=context_tokens(model),
         vocabulary_tokens=vocabulary.num_tokens,
         end_token_ids=vocabulary.end_token_ids,
     )

@@ -9,9 +9,9 @@ import uvloop
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import Parsed, parse
-from services.common.model.gguf import read_gguf
+from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import connect
-from services.common.text.vocabulary import read_vocabulary
+from services.common.text.stored_vocabulary import read_vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
 from services.worker.front.worker import Worker
@@ -23,7 +23,7 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
     """Run until SIGTERM, or until the fleet drained this worker."""
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
-    vocabulary = read_vocabulary(read_gguf(config.model_path))
+    vocabulary = read_vocabulary(read_stored_model(config.model_path))
     redis = await connect(config.redis_url)
     server = rpc.Server([])
     address = await server.start(config.listen)

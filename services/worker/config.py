@@ -12,7 +12,7 @@ class WorkerConfig:
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
-    model_path: Path = option(..., "the model's GGUF file")
+    model_path: Path = option(..., "the model's GGUF file or folder")
     listen: str = option("127.0.0.1:0", "address of the front's gRPC server; port 0: any")
     kv_cache_bytes: int = option(1 << 30, "memory of the KV cache", minimum=1 << 20)
     block_size_tokens: int = option(16, "token slots a block", minimum=1, maximum=256)

@@ -11,7 +11,7 @@ class EngineConfig:
     """An engine's flags: each field is required, under its name."""
 
     fd: int = field(metadata={"help": "the engine's end of a pair of connected stream sockets"})
-    model_path: Path = field(metadata={"help": "a GGUF file"})
+    model_path: Path = field(metadata={"help": "a GGUF file, or a folder in the layout of Hugging Face"})
     kv_cache_bytes: int = field(metadata={"help": "memory of the KV cache, taken at start"})
     block_size_tokens: int = field(metadata={"help": "token slots a block"})
     max_sequences: int = field(metadata={"help": "most sequences in a step"})

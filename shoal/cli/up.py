@@ -31,7 +31,9 @@ def add_to(commands: Any) -> None:
     )
     for kind in ("workers", "gateways", "schedulers", "tokenizers"):
         parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
-    parser.add_argument("--model", type=Path, metavar="PATH", help="a GGUF file (SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="a GGUF file, or a folder of Hugging Face (SmolLM2-135M-Instruct)"
+    )
     parser.add_argument("--redis", default="", metavar="URL", help="a Redis or Valkey to use (an embedded one)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data of the embedded Redis (in .shoal)")
     parser.add_argument(

@@ -10,7 +10,7 @@ class FleetOptions:
     """How many of each service, of which model, on which Redis."""
 
     model_path: Path
-    """A GGUF file."""
+    """A GGUF file, or a folder in the layout of Hugging Face."""
     workers: int = 1
     gateways: int = 1
     schedulers: int = 1
@@ -24,6 +24,8 @@ class FleetOptions:
 
     @property
     def pool(self) -> str:
-        """The pool's and the model's name: the file's, without its ending and quantization, in lower case."""
-        stem = re.sub(r"[.-](i?q\d\w*|b?f\d+)$", "", self.model_path.stem.lower())
+        """The pool's and the model's name: the file's without ending, or the folder's, without quantization."""
+        is_file = self.model_path.suffix.lower() == ".gguf"  # What follows a dot in a folder's name is no ending.
+        name = self.model_path.stem if is_file else self.model_path.name
+        stem = re.sub(r"[.-](i?q\d\w*|b?f\d+)$", "", name.lower())
         return re.sub(r"[^a-z0-9._-]+", "-", stem) or "model"

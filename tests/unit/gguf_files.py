@@ -4,7 +4,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from services.common.text.vocabulary import byte_level_alphabet
+from services.common.text.byte_level import byte_level_alphabet
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 ALIGNMENT = 32

@@ -28,9 +28,10 @@ def flags(process: ProcessPlan) -> dict[str, str]:
         ("model-f16.gguf", "model"),
         ("my model.gguf", "my-model"),
         ("iq4_xs.gguf", "iq4_xs"),
+        ("models/Qwen2.5-0.5B", "qwen2.5-0.5b"),
     ],
 )
-def test_the_model_is_named_after_its_file(file: str, pool: str) -> None:
+def test_the_model_is_named_after_its_file_or_folder(file: str, pool: str) -> None:
     assert FleetOptions(Path(file)).pool == pool
 
 

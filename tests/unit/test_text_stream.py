@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
 from services.common.text.detokenizer import Detokenizer
+from services.common.text.gguf_vocabulary import read_gguf_vocabulary
 from services.common.text.stop import stop_texts
 from services.common.text.text_stream import TextStream
-from services.common.text.vocabulary import Vocabulary, read_vocabulary
+from services.common.text.vocabulary import Vocabulary
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "smollm2_greedy.jsonl"
 
@@ -40,7 +41,7 @@ def shown_at_once(tokens: list[int], stops: list[str]) -> tuple[str, int | None]
 
 @pytest.fixture(scope="module")
 def default_vocabulary() -> Vocabulary:
-    return read_vocabulary(read_gguf(default_model_path()))
+    return read_gguf_vocabulary(read_gguf(default_model_path()))
 
 
 def test_the_default_models_answers_read_as_the_reference_says(default_vocabulary: Vocabulary) -> None:

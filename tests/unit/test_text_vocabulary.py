@@ -7,13 +7,15 @@ import pytest
 from services.common.model.errors import ModelFileError
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
-from services.common.text.vocabulary import Vocabulary, byte_level_alphabet, read_vocabulary
+from services.common.text.byte_level import byte_level_alphabet
+from services.common.text.gguf_vocabulary import read_gguf_vocabulary
+from services.common.text.vocabulary import Vocabulary
 from tests.unit.gguf_files import ARRAY, I32, STRING, U32, Value, tiny_model, tiny_tokenizer_metadata
 
 
 def read(folder: Path, **changes: Value) -> Vocabulary:
     metadata = tiny_tokenizer_metadata() | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return read_vocabulary(read_gguf(tiny_model(folder, metadata)))
+    return read_gguf_vocabulary(read_gguf(tiny_model(folder, metadata)))
 
 
 def test_every_byte_has_its_own_printable_character() -> None:
@@ -34,7 +36,7 @@ def test_tokens_are_their_bytes_and_special_tokens_show_nothing(tmp_path: Path) 
 
 
 def test_the_default_models_special_tokens_and_end_token() -> None:
-    vocabulary = read_vocabulary(read_gguf(default_model_path()))
+    vocabulary = read_gguf_vocabulary(read_gguf(default_model_path()))
     assert vocabulary.num_tokens == 49152
     assert vocabulary.end_token_ids == (2,)
     assert [token_id for token_id, shown in enumerate(vocabulary.token_bytes) if not shown] == list(range(17))

@@ -14,7 +14,8 @@ from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage
 from services.common.model.errors import ModelFileError
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
-from services.tokenizer.encoding import InputError, TextCodec, build_tokenizer
+from services.tokenizer.encoding import InputError, TextCodec
+from services.tokenizer.gguf_tokenizer import build_tokenizer
 from services.tokenizer.pieces import cut_text
 from tests.unit.gguf_files import ARRAY, STRING, U32, Value, tiny_model, tiny_tokenizer_metadata
 

@@ -1,0 +1,18 @@
+"""The patterns by which Llama 3 and Qwen2 split text into words before BPE, as in their own tokenizer.json."""
+
+from tokenizers import Regex, pre_tokenizers
+
+_BEFORE_DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_AFTER_DIGITS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = _BEFORE_DIGITS + r"\p{N}{1,3}" + _AFTER_DIGITS
+QWEN2_PATTERN = _BEFORE_DIGITS + r"\p{N}" + _AFTER_DIGITS
+
+
+def split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Return the step that splits text by a pattern and writes each part in the byte-level alphabet."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
