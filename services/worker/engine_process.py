@@ -17,11 +17,11 @@ from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
 from services.common.model.gguf import read_gguf
-from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.pipe import EnginePipe
 
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         limits, runner = load(config, pipe)
         pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
-        EngineLoop(Planner(limits, BlockPool(limits.num_blocks)), runner, pipe, monotonic_ms).run()
+        step_time = StepTimeModel()
+        EngineLoop(Planner(limits, step_time), step_time, runner, pipe, monotonic_ms).run()
     except FrontGoneError:
         print("engine: the front is gone", file=sys.stderr)
         return 1

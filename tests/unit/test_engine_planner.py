@@ -1,13 +1,13 @@
-"""What a step holds: every decode, then prefill chunks in order of arrival. Nothing admitted runs out of blocks."""
+"""What a step holds: every decode, then prefill chunks in order of arrival."""
 
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.planner import Planner
 from services.worker.engine.sequence import SequenceId
 from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_time import StepTimeModel
 from tests.unit.engine_builders import STOP_TOKEN, PretendedRunner, add, limits_of
 
 
@@ -16,7 +16,7 @@ class Engine:
 
     def __init__(self, limits: EngineLimits | None = None) -> None:
         self.limits = limits or limits_of()
-        self.planner = Planner(self.limits, BlockPool(self.limits.num_blocks))
+        self.planner = Planner(self.limits, StepTimeModel())
         self.runner = PretendedRunner(self.limits)
         self.outputs: list[engine_pb2.SequenceOutput] = []
 
@@ -100,7 +100,7 @@ def test_an_ended_sequence_leaves_all_its_blocks() -> None:
     engine = Engine()
     engine.planner.add(add(1, prompt=9, max_tokens=5), now_ms=0)
     engine.step()
-    assert engine.planner.num_free_blocks == engine.limits.num_blocks - 4
+    assert engine.planner.num_free_blocks == engine.limits.num_blocks - 3
     engine.steps()
     assert engine.planner.num_free_blocks == engine.limits.num_blocks
 

@@ -13,12 +13,13 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
-from services.worker.engine.block_pool import BlockId, BlockPool
+from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.batch import make_batch
 from services.worker.runner.cpu_runner import CpuRunner
 from services.worker.runner.kv_cache import PagedKvCache
@@ -78,12 +79,14 @@ def generate(
         block_size_tokens=block_size_tokens,
         max_sequences=32,
         max_prefill_tokens_per_step=max_prefill_tokens_per_step,
+        step_budget_ms=1e9,
         context_tokens=default.config.context_tokens,
         vocabulary_size=default.config.vocabulary_size,
     )
     runner = CpuRunner(default.model, PagedKvCache(default.config, num_blocks, block_size_tokens))
     front = FinishingFront([*looks])
-    EngineLoop(Planner(limits, BlockPool(num_blocks)), runner, front, lambda: time.monotonic() * 1000).run()
+    step_time = StepTimeModel()
+    EngineLoop(Planner(limits, step_time), step_time, runner, front, lambda: time.monotonic() * 1000).run()
     answers: dict[int, Answer] = {}
     for output in front.outputs:
         tokens, _ = answers.get(output.sequence_id, ([], output.end))
@@ -111,8 +114,8 @@ def expected(case: Case, known: int = 0) -> Answer:
 
 
 def test_all_cases_at_once_give_the_references_tokens(default_model: DefaultModel) -> None:
-    answers = generate(default_model, [greedy(number, case) for number, case in enumerate(CASES)])
-    assert answers == {number: expected(case) for number, case in enumerate(CASES)}
+    answers = generate(default_model, [greedy(number, case) for number, case in enumerate(CASES, 1)])
+    assert answers == {number: expected(case) for number, case in enumerate(CASES, 1)}
 
 
 @pytest.mark.parametrize(("chunk_tokens", "block_size_tokens"), [(5, 3), (17, 16), (64, 1)])
@@ -121,11 +124,11 @@ def test_chunks_and_blocks_of_odd_sizes_change_no_token(
 ) -> None:
     answers = generate(
         default_model,
-        [greedy(number, case) for number, case in enumerate(SHORT_CASES)],
+        [greedy(number, case) for number, case in enumerate(SHORT_CASES, 1)],
         max_prefill_tokens_per_step=chunk_tokens,
         block_size_tokens=block_size_tokens,
     )
-    assert answers == {number: expected(case) for number, case in enumerate(SHORT_CASES)}
+    assert answers == {number: expected(case) for number, case in enumerate(SHORT_CASES, 1)}
 
 
 def test_a_sequence_alone_gives_the_references_tokens(default_model: DefaultModel) -> None:

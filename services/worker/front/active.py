@@ -73,7 +73,7 @@ class ActiveRequest:
 
     def sequences(self, remaining_ms: int) -> list[engine_pb2.AddSequence]:
         """What the engine is given: each choice that has not ended."""
-        return [
+        adds = [
             engine_pb2.AddSequence(
                 sequence_id=choice.sequence_id,
                 payload=self.payload,
@@ -86,6 +86,9 @@ class ActiveRequest:
             for number, choice in enumerate(self.choices)
             if choice.end is None
         ]
+        for add in adds[1:]:
+            add.fork_of = adds[0].sequence_id
+        return adds
 
     def forced(self, tokens: Sequence[Sequence[int]]) -> None:
         """The reader holds these beyond what was known (`run.resume` has noted them): their text is taken along."""
@@ -95,7 +98,9 @@ class ActiveRequest:
     def sampled(self, choice: int, output: engine_pb2.SequenceOutput, now_s: float) -> bool:
         """Take an engine's output. True: a stop text ended the choice, and the engine does not know."""
         state = self.choices[choice]
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        if choice == 0 and output.token_ids:
+            # Further choices find what the first has computed: nothing was saved that another request had paid for.
+            self.cached_tokens = output.cached_tokens
         if output.token_ids and self._first_token_s is None:
             self._first_token_s = now_s
         hidden = output.end == engine_pb2.SEQUENCE_END_STOP_TOKEN

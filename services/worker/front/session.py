@@ -79,7 +79,7 @@ class Session:
         self._vocabulary = vocabulary
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
-        self._in_flight: Sequence[int] = ()
+        self._in_flight: dict[int, Sequence[int]] = {}
         self._departing = False
         self._links: GatewayLinks
         self._tasks: asyncio.TaskGroup
@@ -109,7 +109,7 @@ class Session:
             reason = str(error)
             # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
             if isinstance(error, EngineDiedError) and not error.on_request:
-                suspects = self._in_flight
+                suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
         except* LostError:
             reason = "worker was lost"
@@ -239,17 +239,18 @@ class Session:
             match event.WhichOneof("event"):
                 case "begins":
                     self.predicted_step_ms = event.begins.predicted_ms
-                    self._in_flight = event.begins.sequence_ids
+                    self._in_flight[event.begins.step] = event.begins.sequence_ids
                     self.progress.set()
                 case "done":
                     await self._step_done(event.done)
 
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
-        self.predicted_step_ms = 0
+        self._in_flight.pop(done.step, None)
+        if not self._in_flight:
+            self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
-        self._in_flight = ()
         now_s = time.monotonic()
         for output in done.outputs:
             await self._output(output, now_s)
