@@ -110,7 +110,7 @@ class Requests:
                 raise Internal(f"an attach was answered {verdict}")
 
     async def return_to(self, stream: Stream, gateway: str) -> None:
-        """Become the reader again: the leader took this gateway for dead, but the client is still here."""
+        """Become the reader again: Redis does not know, or no longer, that this stream's client is here."""
         with self._streams.arriving(stream.key):
             attached = await self._store.attach(moves.Attach(stream.key, gateway, stream.delivered()))
             if attached.answer.verdict != Verdict.OK:
@@ -120,7 +120,7 @@ class Requests:
                 self._departures.add(stream.key, attached.answer.index)
             else:
                 stream.reader.number = attached.answer.index
-                logger.warning("returned to a request that was taken for left", extra={"request": stream.key})
+                logger.warning("returned to a request", extra={"request": stream.key, "reader": stream.reader.number})
 
     async def cancel(self, key: RequestKey) -> Peek:
         """Ask for the end, and tell where the request stands just after. Raises NotFound."""

@@ -298,6 +298,37 @@ async def test_a_client_that_reads_nothing_costs_bounded_memory_and_nobody_else_
     assert slow.answer.num_deltas < 50, "what waited was sent together"
 
 
+async def test_a_stream_whose_reader_redis_lost_attaches_again(fleet: Fleet) -> None:
+    first, second = await fleet.gateway(), await fleet.gateway()
+    started = await fleet.started(first)
+    attached = second.attach(started.answer.request_id)
+    await attached.accepted()
+    lost = await fleet.record(started.key)
+    await fleet.rewrite(started.key, gateway=(await fleet.gateway()).fleet_address, reader=1)
+    record = await fleet.record_until(started.key, lambda record: record.gateway == lost.gateway)
+    assert record.reader == 2
+    worker = await fleet.link(second)
+    assert (await worker.open(started.key, started.attempt, reader=2)).resumes
+    await worker.send(started.key, started.attempt, 0, "ab")
+    await attached.until_text("ab")
+
+
+async def test_a_stream_whose_readers_number_was_given_again_elsewhere_ends(fleet: Fleet) -> None:
+    started = await fleet.started(await fleet.gateway())
+    await fleet.rewrite(started.key, gateway=(await fleet.gateway()).fleet_address, reader=1)
+    assert (await started.answer.error()).reason == "SUPERSEDED"
+
+
+async def test_a_stream_is_not_ended_by_its_own_attach_whose_answer_was_lost(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await fleet.store.attach(moves.Attach(started.key, (await fleet.record(started.key)).gateway, ()))
+    await fleet.record_until(started.key, lambda record: record.reader == 3)
+    assert (await started.worker.open(started.key, started.attempt, reader=3)).resumes
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+
+
 async def test_a_reader_that_was_wrongly_taken_for_gone_is_there_again(fleet: Fleet) -> None:
     started = await fleet.started(await fleet.gateway())
     await fleet.store.leave(moves.Leave(started.key, 1))
