@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
 from services.common.errors import AlreadyExists, Internal, NotFound
-from services.common.ids import RequestKey, new_nonce
+from services.common.ids import GatewayId, RequestKey, new_nonce
 from services.common.record import moves
 from services.common.record.history import NOTHING, Held, rebased
 from services.common.record.reader import Reader
@@ -79,7 +79,7 @@ class Requests:
                 case verdict:
                     raise Internal(f"a submit was answered {verdict}")
 
-    async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str) -> Stream:
+    async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: GatewayId) -> Stream:
         """Read a request on for a client, behind what it holds. The stream of an ended one has all that is left.
 
         Raises NotFound; Aborted if it has ended, and differs from what is held.
@@ -109,7 +109,7 @@ class Requests:
             case verdict:
                 raise Internal(f"an attach was answered {verdict}")
 
-    async def return_to(self, stream: Stream, gateway: str) -> None:
+    async def return_to(self, stream: Stream, gateway: GatewayId) -> None:
         """Become the reader again: Redis does not know, or no longer, that this stream's client is here."""
         with self._streams.arriving(stream.key):
             attached = await self._store.attach(moves.Attach(stream.key, gateway, stream.delivered()))

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from services.common.errors import Exhausted, Internal, ShoalError, Unavailable
+from services.common.ids import GatewayId
 from services.common.record.states import ENDED
 from services.common.store.connection import Recovering, StoreError
 from services.common.store.requests import Peek, RequestStore
@@ -27,10 +28,10 @@ MAX_FAILED_REPLAYS = 10
 
 
 class Watch:
-    """The watch over all open streams. `clock`: the loop's, in s; `gateway`: this one's fleet address."""
+    """The watch over all open streams. `clock`: the loop's, in s; `gateway`: this one."""
 
     def __init__(
-        self, streams: OpenStreams, store: RequestStore, requests: Requests, replay: Replay, gateway: str,
+        self, streams: OpenStreams, store: RequestStore, requests: Requests, replay: Replay, gateway: GatewayId,
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._streams = streams
