@@ -65,10 +65,10 @@ class Requests:
                         move.key, move.payload, num_prompt_tokens, move.digest,
                         submitted.accepted_at_ms, submitted.deadline_at_ms, move.resume_ms,
                     )  # fmt: skip
-                    stream = Stream(accepted, Reader(1, move.num_choices), self._clock())
-                    self._streams.install(stream)
                     logger.info("accepted", extra={"request": move.key})
-                    return stream
+                    return await self._open(
+                        Stream(accepted, Reader(1, move.num_choices), self._clock()), (), move.gateway
+                    )
                 case Verdict.KNOWN:
                     # Also when the reply to a first try was lost: then this reads what that one stored.
                     return await self._attach(move.key, (), move.gateway)
@@ -102,12 +102,30 @@ class Requests:
                 await self._replay.end(stream, record)
                 return stream
             case Verdict.OK:
-                stream = self._stream(record, held)
-                self._streams.install(stream)
                 logger.info("attached", extra={"request": key, "reader": record.reader})
-                return stream
+                return await self._open(self._stream(record, held), held, gateway)
             case verdict:
                 raise Internal(f"an attach was answered {verdict}")
+
+    async def _open(self, stream: Stream, held: tuple[Held, ...], gateway: str) -> Stream:
+        """Make it the stream of its request here, or end it as superseded, if a later one is here already.
+
+        A higher number is later, unless Redis lost the attach that drew it, and gives numbers again: then the record
+        names this reader, which attaches again until its number is the highest.
+        """
+        if self._streams.has_higher(stream) and await self._counts(stream, gateway):
+            return await self._attach(stream.key, held, gateway)
+        self._streams.install(stream)
+        return stream
+
+    async def _counts(self, stream: Stream, gateway: str) -> bool:
+        """Whether the record names its reader."""
+        try:
+            (peek,) = await retried(lambda: self._store.peek([stream.key]))
+        except BaseException:
+            self._departures.add(stream.key, stream.reader.number)
+            raise
+        return peek is not None and (peek.gateway, peek.reader) == (gateway, stream.reader.number)
 
     async def return_to(self, stream: Stream, gateway: GatewayId) -> None:
         """Become the reader again: Redis does not know, or no longer, that this stream's client is here."""

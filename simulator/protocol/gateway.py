@@ -217,7 +217,7 @@ class Gateway(Process):
 
     def _open(self, link: Link, stream: Stream | None, message: Open) -> None:
         key, attempt, number, opens = message
-        if self._attaching[key] and (stream is None or stream.reader.number < number):
+        if self._attaching[key] and (stream is None or stream.reader.number != number):
             # The script that made this gateway the reader has run, and its answer is on its way here.
             self._early.setdefault(key, []).append((link, message))
             return

@@ -331,6 +331,31 @@ async def test_a_stream_is_not_ended_by_its_own_attach_whose_answer_was_lost(fle
     await started.answer.until_text("ab")
 
 
+async def test_an_attach_is_served_though_a_stream_here_has_a_number_that_redis_lost(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    earlier = [gateway.attach(started.answer.request_id) for _ in range(3)]
+    for answer in earlier:
+        await answer.accepted()
+    await fleet.rewrite(started.key, (await fleet.record(started.key)).gateway, reader=1)
+    last = gateway.attach(started.answer.request_id)
+    await last.accepted()
+    assert (await earlier[-1].error()).reason == "SUPERSEDED"
+    reader = (await fleet.record(started.key)).reader
+    assert (await started.worker.open(started.key, started.attempt, reader)).resumes
+    await started.send(0, "ab")
+    await last.until_text("ab")
+
+
+async def test_whether_a_later_reader_counts_is_the_records_word_not_a_workers(fleet: Fleet) -> None:
+    started = await fleet.started(await fleet.gateway())
+    await started.worker.close(started.key, reader=5)
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+    await fleet.finish(started.key, started.attempt, "ab")
+    await started.answer.end()
+
+
 async def test_a_reader_that_was_wrongly_taken_for_gone_is_there_again(fleet: Fleet) -> None:
     started = await fleet.started(await fleet.gateway())
     await fleet.store.leave(moves.Leave(started.key, 1))
