@@ -10,7 +10,7 @@ from gen.shoal.fleet.v1 import request_pb2
 from services.common.errors import AlreadyExists, Internal, NotFound
 from services.common.ids import GatewayId, RequestKey, new_nonce
 from services.common.record import moves
-from services.common.record.history import NOTHING, Held, rebased
+from services.common.record.history import NOTHING, Held
 from services.common.record.reader import Reader
 from services.common.record.record import Record
 from services.common.record.transitions import Verdict
@@ -18,6 +18,7 @@ from services.common.store.ids import claim_id, pool_of
 from services.common.store.requests import Peek, RequestStore
 from services.gateway.admission import backlog_full
 from services.gateway.departures import Departures
+from services.gateway.joining import Joining, completed
 from services.gateway.open_streams import OpenStreams
 from services.gateway.replay import Replay, diverged
 from services.gateway.store_retry import retried
@@ -40,6 +41,7 @@ class Requests:
         self._streams = streams
         self._departures = departures
         self._replay = replay
+        self._joining = Joining(store, streams, clock)
         self._clock = clock
 
     async def submit(self, move: moves.Submit, num_prompt_tokens: int) -> Stream:
@@ -82,9 +84,11 @@ class Requests:
     async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: GatewayId) -> Stream:
         """Read a request on for a client, behind what it holds. The stream of an ended one has all that is left.
 
-        Raises NotFound; Aborted if it has ended, and differs from what is held.
+        Raises NotFound; InvalidRequest if tokens are missing before those that are stated; Aborted if it has ended, and
+        differs from what is held.
         """
         await self._check_owned(key)
+        held = await self._joining.joined(key, held)
         with self._streams.arriving(key):
             return await self._attach(key, held, gateway)
 
@@ -187,13 +191,8 @@ class Requests:
             record.accepted_at_ms, record.deadline_at_ms, record.resume_ms,
         )  # fmt: skip
         claims = [held[choice] if choice < len(held) else NOTHING for choice in range(record.num_choices)]
-        whole = [_completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
+        whole = [completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
         return Stream(accepted, Reader(record.reader, record.num_choices, whole), self._clock())
-
-
-def _completed(claim: Held, journal: tuple[int, ...]) -> Held:
-    """A claim that states all its tokens, those that the client leaves out as the journal has them; if it has them."""
-    return replace(claim, tokens=rebased(journal, claim)) if claim.start <= len(journal) else claim
 
 
 def unknown(key: RequestKey) -> NotFound:

@@ -8,12 +8,13 @@ from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import delivery_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
-from services.common.errors import Aborted, DeadlineExceeded, Internal, NotFound
-from services.common.ids import fleet_address
+from services.common.errors import Aborted, DeadlineExceeded, Internal, InvalidRequest, NotFound
+from services.common.ids import RequestKey, fleet_address
 from services.common.record import moves
-from services.common.record.record import Attempt
+from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.store.connection import command
+from services.common.store.requests import RequestStore
 from tests.conftest import RedisServer
 from tests.contract.gateway_fleet import Fleet, a_fleet, frame, tokens_of
 
@@ -165,6 +166,61 @@ async def test_an_attach_may_leave_out_the_tokens_it_holds(fleet: Fleet) -> None
     answer = await started.worker.open(started.key, started.attempt, reader=2)
     (choice,) = answer.resumes[0].choices
     assert (choice.count, list(choice.token_ids)) == (2, tokens_of("ab")), "the journal knows them"
+
+
+async def test_an_attach_that_leaves_a_gap_behind_what_the_fleet_knows_is_refused_and_changes_nothing(
+    fleet: Fleet,
+) -> None:
+    first, other = await fleet.gateway(), await fleet.gateway()
+    started = await fleet.started(first, request_id="running")
+    await fleet.store.append([moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("ab")))])
+    await first.generate(request_id="queued").accepted()
+    for answer, words in (
+        (other.attach("running", 5), ("index 5", "2 tokens")),
+        (other.attach("running", 5, "de"), ("index 3", "2 tokens")),
+        (other.attach("queued", 1), ("index 1", "0 tokens")),
+    ):
+        error = await answer.error()
+        assert isinstance(error, InvalidRequest)
+        assert (error.reason, error.field) == ("HISTORY_GAP", "held_token_ids")
+        assert all(word in error.message for word in words)
+    assert (await fleet.record(started.key)).reader == 1
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+
+
+@pytest.mark.parametrize("held", ["abcde", "cde"])
+async def test_a_client_that_holds_more_than_the_journal_states_it_and_goes_on(fleet: Fleet, held: str) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await fleet.store.append([moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("ab")))])
+    await gateway.attach(started.answer.request_id, 5, held).accepted()
+    answer = await started.worker.open(started.key, started.attempt, reader=2)
+    assert answer.resumes[0].choices[0].token_ids == tokens_of("abcde")
+
+
+async def test_what_a_stream_here_was_given_is_known_though_it_is_not_journaled(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await started.send(0, "abcd")
+    await started.answer.until_text("abcd")
+    await fleet.requeue(started.key)
+    await gateway.attach(started.answer.request_id, 3).accepted()
+    assert (await fleet.record(started.key)).journal == (tuple(tokens_of("abc")),)
+
+
+async def test_what_a_worker_is_about_to_journal_is_waited_for(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = await fleet.started(await fleet.gateway())
+    read, journal = RequestStore.read, moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("abcd")))
+
+    async def read_just_before_it_is_journaled(self: RequestStore, key: RequestKey) -> tuple[Record, int] | None:
+        found = await read(self, key)
+        await self.append([journal])
+        return found
+
+    monkeypatch.setattr(RequestStore, "read", read_just_before_it_is_journaled)
+    await (await fleet.gateway()).attach(started.answer.request_id, 4).accepted()
+    assert (await fleet.record(started.key)).reader == 2
 
 
 async def test_a_queued_request_follows_what_its_client_holds(fleet: Fleet) -> None:
