@@ -16,7 +16,7 @@ from services.common.record.reader import Acceptance, Refused
 from services.common.record.record import Attempt
 from services.gateway.departures import Departures
 from services.gateway.endings import told_by_worker
-from services.gateway.open_streams import OpenStreams, superseded
+from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
         for close in message.closes:
             stream = self._streams.get(close.key)
             if stream is not None and stream.reader.number <= close.reader:
-                stream.finish(superseded())
+                # Not yet the end: Redis may have lost that reader, and given its number again. The record knows.
+                stream.doubted = True
 
     def _take(self, message: delivery_pb2.DeliverRequest, link: "_Link") -> None:
         now_s = self._clock()
@@ -95,7 +96,8 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
     def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:
         key, attempt, reader = wish.key, _attempt(wish.attempt), wish.reader
         stream = self._streams.get(key)
-        if (stream is None or stream.reader.number < reader) and self._streams.is_arriving(key):
+        # A number that is drawn again after lost writes may be lower than the one that the stream here still has.
+        if (stream is None or stream.reader.number != reader) and self._streams.is_arriving(key):
             self._streams.when_settled(key, (link, attempt), lambda: self._open(wish, link))
             return
         refused = Refused.NO_READER if stream is None else stream.open(attempt, reader)

@@ -12,6 +12,7 @@ from gen.shoal.fleet.v1 import delivery_pb2_grpc
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
+from services.common.ids import new_gateway_id
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
@@ -92,18 +93,19 @@ async def _serve(
         links = DeliveryService(streams, departures, tasks, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
-        limits = Limits(fleet_address, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
+        gateway = new_gateway_id(fleet_address)
+        limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
         generation = Generation(model, tokenizer, capacity, backlog, requests, limits)
-        service = InferenceService(model, fleet_address, calls, generation, requests, tokenizer)
+        service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         background = [
             tasks.create_task(part.run())
             for part in (
                 departures,
                 backlog,
-                Lease(GatewayLease(redis), fleet_address, streams, readiness, clock),
-                HoldingsPoster(Recovery(redis, config.pool), streams, fleet_address, readiness, clock),
-                Watch(streams, store, requests, replay, fleet_address, clock),
+                Lease(GatewayLease(redis), gateway, streams, readiness, clock),
+                HoldingsPoster(Recovery(redis, config.pool), streams, gateway, readiness, clock),
+                Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
         ready(await public.start(config.listen), fleet_address)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted
-from services.common.ids import TenantId, new_nonce, new_request_id, request_key
+from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
 from services.common.record import moves
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
@@ -35,8 +35,8 @@ class Caller:
 class Limits:
     """What is written with each request."""
 
-    gateway: str
-    """This gateway's fleet address."""
+    gateway: GatewayId
+    """This gateway."""
     backlog_limit: int
     resume_ms: int
     anonymous_resume_ms: int

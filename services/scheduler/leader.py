@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
-from services.common.ids import WorkerId, new_nonce
+from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.transitions import Verdict
 from services.common.store.connection import MAX_BLOCK_MS, StoreError
@@ -166,9 +166,22 @@ class Reign:
                 # What it has is found by the next looks at registrations: it left, or it will be lost.
                 self.view.forget_worker(worker)
                 logger.info("worker is gone", extra=fields)
-            case _:
+            case verdict:
                 self.view.queue.drop(queued.key, queued.attempt)
-                logger.info("not placed", extra={**fields, "verdict": answer.verdict})
+                logger.info("not placed", extra={**fields, "verdict": verdict})
+                if verdict == Verdict.STALE:
+                    await self._find(queued.key)
+
+    async def _find(self, key: RequestKey) -> None:
+        """Count what the view lacks of the worker that has a request which was taken for waiting.
+
+        An earlier try of this leader's, under the same fence, ran after its connection had died and the inboxes had
+        been read. If the request waits under another attempt instead, that comes by the intake.
+        """
+        (peek,) = await self._store.requests.peek([key])
+        if peek is not None and self.view.knows(peek.worker):
+            for start in await self._store.inbox(peek.worker).outstanding():
+                self.view.found(peek.worker, _reservation(start), self._clock())
 
     async def _check_registrations(self) -> None:
         """Learn who came, who drains, who left, and whose registration expired."""

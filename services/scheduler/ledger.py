@@ -161,6 +161,13 @@ class Ledger:
             raise OverCommittedError(f"{reservation} on {worker} with {account.num_free_blocks} free blocks")
         account.add(reservation)
 
+    def take(self, worker: WorkerId, reservation: Reservation) -> None:
+        """Count a request that the worker has already, whether or not there was room for it."""
+        account = self._accounts[worker]
+        known = account.reservations.get(reservation.key)
+        if known is None or known.attempt != reservation.attempt:
+            account.add(reservation)
+
     def release(self, worker: WorkerId, key: RequestKey) -> bool:
         """A request left its worker. False: nothing was reserved for it there."""
         account = self._accounts.get(worker)

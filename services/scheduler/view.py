@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
 from services.common.ids import NO_WORKER, RequestKey, WorkerId
 from services.common.record.record import Attempt
-from services.common.record.states import ON_WORKER, RequestState
+from services.common.record.states import ENDED, ON_WORKER
 from services.common.store.events import Event
 from services.common.store.intake import Queued
 from services.common.store.requests import Peek
@@ -83,15 +83,27 @@ class View:
         self.ledger.reserve(placement.worker, placement.reservation)
         self._watch(placement.worker, now_ms)
 
+    def found(self, worker: WorkerId, reservation: Reservation, now_ms: float) -> None:
+        """The worker's inbox has a request: it is counted there, room or not, unless it is already."""
+        self.ledger.take(worker, reservation)
+        self._watch(worker, now_ms)
+
     def live(self) -> list[Live]:
         """Every request that is known not to have ended."""
         queued = [Live(queued.key, queued.attempt, NO_WORKER) for queued in self.queue.in_order()]
         return queued + [Live(held.key, held.attempt, worker) for worker, held in self.ledger.holdings()]
 
     def agrees(self, live: Live, peek: Peek) -> bool:
-        """Whether Redis has a request under the same attempt at the same place."""
-        states = {RequestState.QUEUED} if live.worker == NO_WORKER else ON_WORKER
-        return peek.attempt == live.attempt and peek.worker == live.worker and peek.state in states
+        """Whether Redis has a request under the same attempt at the same place.
+
+        One that is taken for waiting and that a worker has agrees too: its placement is under way here, or an earlier
+        one was not heard of, which the next try to place it finds out.
+        """
+        if peek.attempt != live.attempt:
+            return False
+        if live.worker == NO_WORKER:
+            return peek.state not in ENDED
+        return peek.state in ON_WORKER and peek.worker == live.worker
 
     def forget(self, live: Live, now_ms: float) -> None:
         """Redis does not agree, and it is right. What replaced this attempt comes by the intake."""

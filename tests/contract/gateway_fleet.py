@@ -19,6 +19,7 @@ from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
+from services.common.store.keys import Keys
 from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
@@ -307,6 +308,10 @@ class Fleet:
         found = await self.store.read(key)
         assert found, f"no record of {key}"
         return found[0]
+
+    async def rewrite(self, key: RequestKey, gateway: str, reader: int) -> None:
+        """Let Redis have another reader, as when it lost its last writes."""
+        await self.redis.hset(Keys(self.pool).request(key), mapping={"gateway": gateway, "reader": reader})
 
     async def record_until(self, key: RequestKey, condition: Callable[[Record], bool]) -> Record:
         """The record once the condition holds of it."""

@@ -12,6 +12,9 @@ from redis.asyncio import Redis
 from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.states import RequestState
+from services.common.record.transitions import Answer
+from services.common.store.connection import StoreUnavailable
+from services.common.store.requests import RequestStore
 from tests.contract.scheduler_pool import QUICK, SchedulerPool, SkewedClock, scheduler_pool, until
 
 FAR = 3_600_000
@@ -173,6 +176,32 @@ async def test_a_leader_whose_lease_was_taken_places_nothing_more(fleet: Schedul
     start = await worker.next_start()
     assert start.key == key
     assert len(leader.reigns) >= 2
+
+
+@pytest.mark.parametrize("scan_ms", [QUICK.scan_ms, FAR])
+async def test_what_an_earlier_try_of_the_leader_placed_late_is_watched_like_the_rest(
+    fleet: SchedulerPool, monkeypatch: pytest.MonkeyPatch, scan_ms: int
+) -> None:
+    place, tries = RequestStore.place, list[moves.Place]()
+
+    async def first_runs_late(self: RequestStore, move: moves.Place) -> Answer:
+        tries.append(move)
+        if len(tries) == 1:
+            raise StoreUnavailable("the connection died")  # Redis runs it when the next reign has read everything
+        if len(tries) == 2:
+            assert (await place(self, tries[0])).verdict == "ok"
+        return await place(self, move)
+
+    monkeypatch.setattr(RequestStore, "place", first_runs_late)
+    await fleet.a_scheduler(replace(QUICK, scan_ms=scan_ms))
+    await fleet.recovered()
+    silent = await fleet.a_worker()
+    await fleet.submit("r")
+    start = await silent.next_start()
+    assert start.attempt.number == 1
+    silent.alive.clear()
+    other = await fleet.a_worker()
+    assert (await other.next_start()).attempt.number == 2
 
 
 async def test_a_request_that_expires_in_the_queue_is_never_placed(fleet: SchedulerPool) -> None:

@@ -127,6 +127,7 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.changed = asyncio.Condition()
+        self.num_streams = 0
         self.late_answer: tuple[Held, ...] | None = None
         """What an answer to an earlier open says, which comes before that to each open but the first."""
         self.on_end: Callable[[delivery_pb2.EndFrame], object] | None = None
@@ -142,6 +143,7 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     async def Deliver(  # noqa: N802
         self, request_iterator: AsyncIterator[delivery_pb2.DeliverRequest], context: object
     ) -> AsyncIterator[delivery_pb2.DeliverResponse]:
+        self.num_streams += 1
         async for message in request_iterator:
             response = delivery_pb2.DeliverResponse()
             for open_ in message.opens:

@@ -1,17 +1,22 @@
 """What waits for a slow client is joined, complete, and bounded; what workers ask too early is answered later."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
+from gen.shoal.fleet.v1 import delivery_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Aborted, Unavailable
 from services.common.ids import RequestKey
 from services.common.record.history import Held
 from services.common.record.reader import Acceptance, Reader
 from services.common.record.record import Attempt
+from services.common.store.requests import RequestStore
+from services.gateway.delivery import DeliveryService
+from services.gateway.departures import Departures
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Accepted, Stream
 
@@ -108,3 +113,43 @@ def test_what_is_asked_of_an_arriving_request_is_answered_when_it_has_settled() 
         assert not asked
     assert asked == ["last"], "once, and as it was asked last"
     assert not streams.is_arriving(KEY)
+
+
+async def _next(link: AsyncIterator[delivery_pb2.DeliverResponse]) -> delivery_pb2.DeliverResponse:
+    return await anext(link)
+
+
+class ACall:
+    """A worker's call, as far as the gateway's side of it looks."""
+
+    def __init__(self) -> None:
+        self.when_done: list[Callable[[object], object]] = []
+
+    def add_done_callback(self, callback: Callable[[object], object]) -> None:
+        self.when_done.append(callback)
+
+
+async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again_is_answered_later() -> None:
+    streams, stream = OpenStreams(), a_stream(number=5)
+    streams.install(stream)
+    call = ACall()
+    wishes: asyncio.Queue[delivery_pb2.DeliverRequest] = asyncio.Queue()
+
+    async def messages() -> AsyncIterator[delivery_pb2.DeliverRequest]:
+        while True:
+            yield await wishes.get()
+
+    async with asyncio.TaskGroup() as tasks:
+        departures = Departures(RequestStore(Redis(), "unused", 1))
+        link = DeliveryService(streams, departures, tasks, lambda: 0.0).Deliver(messages(), call)
+        answer = tasks.create_task(_next(link))
+        with streams.arriving(KEY):
+            attempt = delivery_pb2.AttemptId(number=FIRST.number, nonce=FIRST.nonce)
+            wish = delivery_pb2.Open(key=KEY, attempt=attempt, reader=3)
+            wishes.put_nowait(delivery_pb2.DeliverRequest(opens=[wish]))
+            while not wishes.empty():
+                await asyncio.sleep(0)
+            stream.reader.number = 3
+        assert [resume.key for resume in (await answer).resumes] == [KEY]
+        for callback in call.when_done:
+            callback(call)

@@ -57,6 +57,6 @@ def id_key(tenant: str, request_id: str) -> str:
     return f"id:{tenant}/{request_id}"
 
 
-def gateway_key(address: str) -> str:
-    """String: exists while the gateway at this fleet address beats. Outside pools."""
-    return f"gateway:{address}"
+def gateway_key(gateway: str) -> str:
+    """String: exists while the gateway with this id beats. Outside pools."""
+    return f"gateway:{gateway}"

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.ids import RequestKey, WorkerId, new_nonce, new_worker_id
+from services.common.ids import RequestKey, WorkerId, fleet_address, new_nonce, new_worker_id
 from services.common.record import moves
 from services.common.record.history import Held
 from services.common.record.record import Attempt
@@ -179,7 +179,8 @@ class Session:
         active = self._holding(message.key, message.attempt)
         if not active:
             return
-        if active.run.gateway != message.gateway:
+        # One that was started anew at the same address is told nothing of who read before.
+        if fleet_address(active.run.gateway) != fleet_address(message.gateway):
             self._links.close(active)
         active.run.redirect(message.gateway, message.reader)
         self._links.open(active)
