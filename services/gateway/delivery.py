@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 
 from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, WorkerId
 from services.common.record.reader import Acceptance, Refused
 from services.common.record.record import Attempt
 from services.gateway.departures import Departures
 from services.gateway.endings import told_by_worker
+from services.gateway.hints import Hints
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Stream
 
@@ -34,10 +35,12 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
     """The RPC of DeliveryService. `tasks` owns one reading task a link; `clock` is the loop's, in s."""
 
     def __init__(
-        self, streams: OpenStreams, departures: Departures, tasks: asyncio.TaskGroup, clock: Callable[[], float]
-    ) -> None:
+        self, streams: OpenStreams, departures: Departures, hints: Hints, tasks: asyncio.TaskGroup,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._streams = streams
         self._departures = departures
+        self._hints = hints
         self._tasks = tasks
         self._clock = clock
 
@@ -48,9 +51,16 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
         link = _Link()
         reading = self._tasks.create_task(self._read(request_iterator, link), name="delivery link")
         # Called however the call ends; a generator's `finally` may come late, when it is collected.
-        context.add_done_callback(lambda _: reading.cancel())
+        context.add_done_callback(lambda _: self._ended(link, reading))
         while (answers := await link.answers()) is not None:
             yield answers
+
+    def _ended(self, link: "_Link", reading: asyncio.Task[None]) -> None:
+        reading.cancel()
+        # Workers keep a stream for as long as their session lives, and close their registration when it ends well: a
+        # registered worker's stream ends only by its death, or by what lies between.
+        if link.worker:
+            self._hints.add(WorkerId(link.worker))
 
     async def _read(self, messages: AsyncIterator[delivery_pb2.DeliverRequest], link: "_Link") -> None:
         try:

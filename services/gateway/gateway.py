@@ -26,6 +26,7 @@ from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
 from services.gateway.departures import Departures
 from services.gateway.generation import Generation, Limits
+from services.gateway.hints import Hints
 from services.gateway.holdings import HoldingsPoster
 from services.gateway.lease import Lease
 from services.gateway.model import Model
@@ -84,13 +85,15 @@ async def _serve(
     replay = Replay(tokenizer)
     calls = OpenCalls(config.max_streams)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
-    capacity = Capacity(WorkerDirectory(redis, config.pool), clock)
+    workers = WorkerDirectory(redis, config.pool)
+    hints = Hints(workers)
+    capacity = Capacity(workers, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
     readiness = Readiness(public)
     async with asyncio.TaskGroup() as tasks:
-        links = DeliveryService(streams, departures, tasks, clock)
+        links = DeliveryService(streams, departures, hints, tasks, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
@@ -102,6 +105,7 @@ async def _serve(
             tasks.create_task(part.run())
             for part in (
                 departures,
+                hints,
                 backlog,
                 Lease(GatewayLease(redis), gateway, streams, readiness, clock),
                 HoldingsPoster(Recovery(redis, config.pool), streams, gateway, readiness, clock),
@@ -113,9 +117,10 @@ async def _serve(
         await _drain(config, public, readiness, calls, streams)
         if not await departures.flush(FLUSH_S):
             logger.warning("some readers' departures were not written; the leader finds them by this gateway's lease")
-        await fleet.stop(0)
         for task in background:
             task.cancel()
+        # Behind the hints: the streams that this breaks are no worker's death.
+        await fleet.stop(0)
 
 
 async def _drain(

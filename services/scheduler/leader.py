@@ -9,11 +9,12 @@ import logging
 from dataclasses import dataclass
 from typing import NoReturn
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import WorkerInfo
 from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.transitions import Verdict
 from services.common.store.connection import MAX_BLOCK_MS, StoreError
+from services.common.store.events import Released
 from services.common.store.inbox import Outstanding
 from services.common.store.leader_feed import read_leader
 from services.common.store.streams import FIRST
@@ -35,7 +36,7 @@ READ_COUNT = 500
 PLACE_COUNT = 100
 """Most placements between two reads, so that the order of the queue and the workers' room stay fresh."""
 NEWEST_EVENTS = 500
-"""Of these, a new leader takes each worker's last report."""
+"""Of these, a new leader takes each worker's last report, and what is hinted at behind it."""
 STRIKES = 2
 """Looks in a row at which a registration is found expired, before its worker is lost."""
 
@@ -90,7 +91,7 @@ class Reign:
             self._position.events = newest[-1][0]
         await self._check_registrations()
         for _, event in newest:
-            if isinstance(event, WorkerReport):
+            if not isinstance(event, Released):
                 self.view.take_event(event, self._clock())
         while not await self._read(block_ms=0):
             pass
@@ -208,8 +209,13 @@ class Reign:
 
     async def _lose_silent(self) -> None:
         """Take their requests from workers that make no progress."""
-        for loss in self.view.liveness.lost(self._clock()):
-            await self._lose(loss.worker, f"worker lost: no progress for {loss.silent_ms:.0f} ms")
+        judged_at_ms = self._clock()
+        # Whatever reached Redis up to now is read first: this process may have stood still since its last read.
+        if not self.view.liveness.lost(judged_at_ms) or not await self._read(block_ms=0):
+            return
+        for loss in self.view.liveness.lost(judged_at_ms):
+            hinted = ", and a gateway's link to it broke" if loss.hinted else ""
+            await self._lose(loss.worker, f"worker lost: no progress for {loss.silent_ms:.0f} ms{hinted}")
 
     async def _lose(self, worker: WorkerId, why: str) -> None:
         """Requeue all that a worker has, and retire it. If it lives, it comes back under a new id."""

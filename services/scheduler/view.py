@@ -6,7 +6,7 @@ All of it is rebuilt from Redis at the start of a reign, and kept up by what the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken, WorkerInfo, WorkerReport
 from services.common.ids import NO_WORKER, RequestKey, WorkerId
 from services.common.record.record import Attempt
 from services.common.record.states import ENDED, ON_WORKER
@@ -69,7 +69,11 @@ class View:
             self.ledger.reported(event)
             self.liveness.reported(event, now_ms)
             return None if self.knows(worker) else worker
-        if self.ledger.release(event.worker, event.key):
+        if isinstance(event, LinkBroken):
+            account = self.ledger.accounts.get(WorkerId(event.worker_id))
+            if account is not None:
+                self.liveness.hinted(account.worker, account.info.report_interval_ms, now_ms)
+        elif self.ledger.release(event.worker, event.key):
             self._watch(event.worker, now_ms)
         return None
 

@@ -19,6 +19,7 @@ from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
+from services.common.store.events import Events
 from services.common.store.keys import Keys
 from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
@@ -175,14 +176,16 @@ class FakeWorker:
     def __init__(self, call: Any) -> None:
         self.call = call
 
-    async def open(self, key: RequestKey, attempt: Attempt, reader: int = 1) -> delivery_pb2.DeliverResponse:
+    async def open(
+        self, key: RequestKey, attempt: Attempt, reader: int = 1, worker: str = "fake"
+    ) -> delivery_pb2.DeliverResponse:
         """Ask to send; returns the answer."""
-        await self.ask(key, attempt, reader)
+        await self.ask(key, attempt, reader, worker)
         return await self.answer()
 
-    async def ask(self, key: RequestKey, attempt: Attempt, reader: int = 1) -> None:
+    async def ask(self, key: RequestKey, attempt: Attempt, reader: int = 1, worker: str = "fake") -> None:
         wish = delivery_pb2.Open(key=key, attempt=_attempt_id(attempt), reader=reader)
-        await self.call.write(delivery_pb2.DeliverRequest(worker_id="fake", opens=[wish]))
+        await self.call.write(delivery_pb2.DeliverRequest(worker_id=worker, opens=[wish]))
 
     async def answer(self) -> delivery_pb2.DeliverResponse:
         async with asyncio.timeout(WITHIN_S):
@@ -312,6 +315,11 @@ class Fleet:
     async def rewrite(self, key: RequestKey, gateway: str, reader: int) -> None:
         """Let Redis have another reader, as when it lost its last writes."""
         await self.redis.hset(Keys(self.pool).request(key), mapping={"gateway": gateway, "reader": reader})
+
+    async def links_broken(self) -> list[str]:
+        """Workers whose streams the leader was told to be broken, in order."""
+        events = await Events(self.redis, self.pool).newest(100)
+        return [event.worker_id for _, event in events if isinstance(event, request_pb2.LinkBroken)]
 
     async def record_until(self, key: RequestKey, condition: Callable[[Record], bool]) -> Record:
         """The record once the condition holds of it."""

@@ -219,6 +219,7 @@ class SchedulerPool:
             block_size_tokens=16,
             max_sequences=max_sequences,
             max_prefill_tokens_per_step=max_prefill_tokens_per_step,
+            report_interval_ms=int(1000 * REPORT_S),
         )
         worker = FakeWorker(self.store, info)
         registered = asyncio.Event()

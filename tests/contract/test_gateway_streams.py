@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from gen.shoal.fleet.v1 import delivery_pb2
+from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Aborted, DeadlineExceeded, Internal, InvalidRequest, NotFound
-from services.common.ids import RequestKey, fleet_address
+from services.common.ids import RequestKey, WorkerId, fleet_address
 from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
@@ -228,6 +228,25 @@ async def test_a_queued_request_follows_what_its_client_holds(fleet: Fleet) -> N
     request_id = await gateway.generate(request_id="a").accepted()
     await gateway.attach(request_id, 2, "xy").accepted()
     assert (await fleet.record(fleet.key("a"))).journal == (tuple(tokens_of("xy")),)
+
+
+# Links
+
+
+async def test_the_leader_is_told_once_that_the_stream_of_a_worker_broke_unless_its_session_ended(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    for worker, ended_well in (("well", True), ("gone", False), ("last", False)):
+        link = await fleet.link(gateway)
+        await fleet.directory.register(request_pb2.WorkerInfo(worker_id=worker), 60_000)
+        await link.open(fleet.key("nobody"), Attempt(1, "n"), worker=worker)
+        link.call.cancel()
+        if ended_well:
+            await fleet.directory.close(WorkerId(worker))
+        else:
+            async with asyncio.timeout(10):
+                while worker not in await fleet.links_broken():
+                    await asyncio.sleep(0.01)
+    assert await fleet.links_broken() == ["gone", "last"]
 
 
 # Ends

@@ -9,6 +9,7 @@ from statistics import median
 import pytest
 from redis.asyncio import Redis
 
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken
 from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.states import RequestState
@@ -75,6 +76,21 @@ async def test_a_silent_workers_requests_go_on_elsewhere(fleet: SchedulerPool) -
     assert (await silent.finish(first)).verdict == "stale"
     assert (await other.finish(second)).verdict == "ok"
     await until(lambda: _has(scheduler.reigns[-1].view.live(), 0))
+
+
+async def test_a_silent_worker_whose_link_to_a_gateway_broke_is_found_by_its_missing_report(
+    fleet: SchedulerPool,
+) -> None:
+    await fleet.a_scheduler(replace(QUICK, lost_after_ms=FAR))
+    silent = await fleet.a_worker()
+    await fleet.recovered()
+    first = await fleet.given(silent, "r")
+    silent.alive.clear()
+    assert await fleet.store.workers.link_broken(LinkBroken(worker_id=silent.id))
+    other = await fleet.a_worker()
+    assert (await other.next_start()).attempt.number == 2
+    decisions = (await fleet.record(first.key)).decisions
+    assert any(decision.detail.endswith("a gateway's link to it broke") for decision in decisions)
 
 
 async def test_a_worker_that_reports_but_makes_no_step_is_lost(fleet: SchedulerPool) -> None:

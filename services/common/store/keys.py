@@ -21,7 +21,7 @@ class Keys:
         self.intake = f"{self.prefix}intake"
         """Stream of queued requests."""
         self.events = f"{self.prefix}events"
-        """Stream of workers' reports and freed reservations."""
+        """Stream of workers' reports, freed reservations and broken links."""
         self.leader = f"{self.prefix}leader"
         """The current leader's fence `<epoch>:<holder>`; expires."""
         self.epoch = f"{self.prefix}epoch"
