@@ -66,14 +66,24 @@ class FinishingFront(PretendedFront):
 Answer = tuple[list[int], engine_pb2.SequenceEnd.ValueType]
 
 
-def generate(
+@dataclass(frozen=True)
+class Ran:
+    """What an engine did."""
+
+    answers: dict[int, Answer]
+    """Each sequence's tokens and end."""
+    cached_tokens: dict[int, int]
+    num_preemptions: int
+
+
+def run(
     default: DefaultModel,
     *looks: list[engine_pb2.EngineCommand],
     max_prefill_tokens_per_step: int = 512,
     block_size_tokens: int = 16,
     num_blocks: int = 1024,
-) -> dict[int, Answer]:
-    """Run an engine on the commands of its first looks at the front; each sequence's tokens and end."""
+) -> Ran:
+    """Run an engine on the commands of its first looks at the front."""
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=block_size_tokens,
@@ -86,12 +96,18 @@ def generate(
     runner = CpuRunner(default.model, PagedKvCache(default.config, num_blocks, block_size_tokens))
     front = FinishingFront([*looks])
     step_time = StepTimeModel()
-    EngineLoop(Planner(limits, step_time), step_time, runner, front, lambda: time.monotonic() * 1000).run()
+    planner = Planner(limits, step_time)
+    EngineLoop(planner, step_time, runner, front, lambda: time.monotonic() * 1000).run()
     answers: dict[int, Answer] = {}
     for output in front.outputs:
         tokens, _ = answers.get(output.sequence_id, ([], output.end))
         answers[output.sequence_id] = [*tokens, *output.token_ids], output.end
-    return answers
+    cached_tokens = {output.sequence_id: output.cached_tokens for output in front.outputs}
+    return Ran(answers, cached_tokens, planner.num_preemptions)
+
+
+def generate(default: DefaultModel, *looks: list[engine_pb2.EngineCommand], **sizes: int) -> dict[int, Answer]:
+    return run(default, *looks, **sizes).answers
 
 
 def greedy(sequence_id: int, case: Case, *, known: int = 0, held: bool = False) -> engine_pb2.EngineCommand:
@@ -141,6 +157,39 @@ def test_a_sequence_continued_from_its_first_tokens_ends_as_if_undisturbed(defau
     forced = case["output_token_ids"][4:7]
     looks = [[greedy(1, case, known=4, held=True)], [], [release_command(1, forced)]]
     assert generate(default_model, *looks) == {1: expected(case, known=7)}
+
+
+def test_a_prefix_found_in_the_cache_changes_no_token(default_model: DefaultModel) -> None:
+    # Two chats share a prefix of about 1,060 tokens; the short cases are each asked twice.
+    shared = [case for case in CASES if len(case["prompt_token_ids"]) > 1000][:2]
+    asked = [*shared, *SHORT_CASES, *SHORT_CASES]
+    looks = [[greedy(number, case)] for number, case in enumerate(asked, 1)]
+    ran = run(default_model, *looks)
+    assert ran.answers == {number: expected(case) for number, case in enumerate(asked, 1)}
+    assert ran.cached_tokens[2] > 1000
+    assert any(ran.cached_tokens[number] for number in range(len(asked) - len(SHORT_CASES) + 1, len(asked) + 1))
+
+
+def test_preemption_changes_no_token(default_model: DefaultModel) -> None:
+    most = max(len(case["prompt_token_ids"]) + case["max_tokens"] for case in SHORT_CASES)
+    num_blocks = -(-most // 4) + 8
+    ran = run(
+        default_model,
+        [greedy(number, case) for number, case in enumerate(SHORT_CASES, 1)],
+        block_size_tokens=4,
+        num_blocks=num_blocks,
+    )
+    assert ran.answers == {number: expected(case) for number, case in enumerate(SHORT_CASES, 1)}
+    assert ran.num_preemptions > 0
+
+
+def test_choices_that_share_a_prompt_give_what_each_gives_alone(default_model: DefaultModel) -> None:
+    commands = [sampled(number, SHORT_CASES[0], choice=number - 1) for number in (1, 2, 3)]
+    alone = [generate(default_model, [command])[number] for number, command in enumerate(commands, 1)]
+    for command in commands[1:]:
+        command.add.fork_of = 1
+    together = generate(default_model, commands)
+    assert [together[number] for number in (1, 2, 3)] == alone
 
 
 def sampled(sequence_id: int, case: Case, *, choice: int = 0, known: Sequence[int] = ()) -> engine_pb2.EngineCommand:
