@@ -24,6 +24,7 @@ from services.common.errors import (
     Unavailable,
     from_rpc,
 )
+from services.common.ids import fleet_address
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.store.connection import StoreUnavailable, command, connect
@@ -370,7 +371,7 @@ async def test_while_redis_is_away_nothing_is_accepted_and_health_says_so(
         own_redis_server.start()
         posted = await _posted(fleet)
         (held,) = posted.requests
-        assert (held.key, held.reader, held.gateway) == (started.key, 1, gateway.fleet_address)
+        assert (held.key, held.reader, fleet_address(held.gateway)) == (started.key, 1, gateway.fleet_address)
         assert list(held.choices[0].ids) == tokens_of("abcd"), "more than Redis was ever told"
         assert held.attempt == started.attempt.number
         assert held.payload.max_tokens
@@ -399,4 +400,4 @@ async def _posted(fleet: Fleet) -> request_pb2.Holdings:
 
 async def test_the_lease_beats(fleet: Fleet) -> None:
     gateway = await fleet.gateway()
-    assert await command(fleet.redis, "EXISTS", f"gateway:{gateway.fleet_address}") == 1
+    assert len(await command(fleet.redis, "KEYS", f"gateway:{gateway.fleet_address}#*")) == 1
