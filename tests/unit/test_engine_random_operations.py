@@ -109,13 +109,16 @@ class EngineMachine(RuleBasedStateMachine):
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
             )
+            command.choice = choice
             if penalties:
                 command.payload.sampling.presence_penalty = 1.0
             self.next_id += 1
             self.commands[command.sequence_id] = command
             self.tokens[command.sequence_id] = [*prompt, *known[choice:]]
-            if prompt_logprobs is not None or logprobs is not None:
-                self.scored_to[command.sequence_id] = len(prompt) if prompt_logprobs is None else min(1, len(prompt))
+            if prompt_logprobs is not None and choice == 0:
+                self.scored_to[command.sequence_id] = min(1, len(prompt))
+            elif logprobs is not None:
+                self.scored_to[command.sequence_id] = len(prompt)
             self.runner.salts[command.sequence_id] = salt
             if held:
                 self.held.add(command.sequence_id)
