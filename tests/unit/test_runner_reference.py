@@ -185,7 +185,8 @@ def scored(
 ) -> tuple[list[inference_pb2.TokenLogprobs], dict[int, inference_pb2.TokenLogprobs]]:
     """Run one sequence; what is told of its sampled tokens, and of given ones by their positions."""
     front = run(default, [add_command(sequence)], max_prefill_tokens_per_step=chunk_tokens)
-    sampled, given = [], {}
+    sampled: list[inference_pb2.TokenLogprobs] = []
+    given: dict[int, inference_pb2.TokenLogprobs] = {}
     for output in front.outputs:
         sampled += output.logprobs
         for position, logprobs in enumerate(output.given_logprobs, output.given_from):

@@ -41,15 +41,17 @@ def _penalize_repetition(logits: Tensor, token_ids: Sequence[int], penalty: floa
 
     A negative logit is multiplied where the paper divides, as everybody does since: dividing would raise it.
     """
-    ids = torch.tensor(token_ids, dtype=torch.int64).unique()
+    ids = torch.from_numpy(np.unique(np.array(token_ids, dtype=np.int64)))
     seen = logits[ids]
     logits[ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
 
 
 def _penalize_occurrences(logits: Tensor, token_ids: Sequence[int], parameters: SamplingParameters) -> None:
     """OpenAI's definition, of generated tokens: logit - count * frequency penalty - (count > 0) * presence penalty."""
-    ids, counts = torch.tensor(token_ids, dtype=torch.int64).unique(return_counts=True)
-    logits[ids] -= counts * parameters.frequency_penalty + parameters.presence_penalty
+    ids, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
+    logits[torch.from_numpy(ids)] -= (
+        torch.from_numpy(counts) * parameters.frequency_penalty + parameters.presence_penalty
+    )
 
 
 def _allowed(mask: bytes, vocabulary_size: int) -> Tensor:
