@@ -21,6 +21,9 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
+MAX_LOGPROB_ENTRIES = 1_000_000
+"""Of one request, over prompt and choices. An entry takes 11 bytes, and the end of a request is one message and one
+value in Redis: 11 MB, where a message may have 16."""
 MAX_LOGIT_BIASES = 1_024
 MAX_TOP_K = 1_000_000
 MAX_TEMPERATURE = 100
@@ -144,6 +147,16 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
         if held < (valid.max_tokens or 1):
             raise _too_large_for_workers(num_prompt_tokens, valid, room)
         most = min(most, held)
+    told = _most_told(num_prompt_tokens, valid)
+    if told is not None:
+        if told < (valid.max_tokens or 1):
+            raise InvalidRequest(
+                f"prompt_logprobs of {num_prompt_tokens} tokens and logprobs of {valid.n} x max_tokens "
+                f"{valid.max_tokens or 1} are more than {MAX_LOGPROB_ENTRIES} log-probabilities; ask for less",
+                reason="TOO_MANY_LOGPROBS",
+                field="prompt_logprobs" if valid.logprobs is None else "logprobs",
+            )
+        most = min(most, told)
     if valid.max_tokens is None:
         return most
     if valid.max_tokens > most:
@@ -154,6 +167,15 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
             field="max_tokens",
         )
     return valid.max_tokens
+
+
+def _most_told(num_prompt_tokens: int, valid: ValidRequest) -> int | None:
+    """Most tokens a choice may have for all log-probabilities to be told at the end; None: any number."""
+    of_prompt = 0 if valid.prompt_logprobs is None else num_prompt_tokens * (1 + valid.prompt_logprobs)
+    left = MAX_LOGPROB_ENTRIES - of_prompt
+    if valid.logprobs is not None:
+        return left // (valid.n * (1 + valid.logprobs))
+    return None if left >= 0 else 0
 
 
 def held_by_client(request: inference_pb2.AttachRequest, model: Model) -> tuple[Held, ...]:

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.record.history import Held
+from services.worker.front import gateway_links
 from tests.contract.worker_front import Bench, serve_gateway
 
 
@@ -136,3 +137,19 @@ async def test_a_request_cut_off_keeps_what_was_told(bench: Bench) -> None:
     stored = await outcome(bench, "a")
     assert stored.reasons == [pb.FINISH_REASON_CANCELLED]
     assert [told.logprob for told in stored.logprobs[0].tokens] == [-10]
+
+
+async def test_a_full_message_leaves_the_other_requests_to_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_links, "FULL_MESSAGE_BYTES", 1)
+    keys = [await bench.submit(name, max_tokens=2, logprobs=1) for name in "abc"]
+    seen = [bench.gateway.expect(key) for key in keys]
+    for key in keys:
+        await bench.place(key)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == 3)
+    bench.engine.step()
+    bench.engine.step()
+    await bench.gateway.until(lambda: all(each.end for each in seen))
+    assert [each.logprobs() for each in seen] == [[-10, -11]] * 3
+    assert bench.gateway.most_frames == 1

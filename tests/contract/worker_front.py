@@ -159,6 +159,8 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.changed = asyncio.Condition()
+        self.most_frames = 0
+        """In one message."""
         self.late_answer: tuple[Held, ...] | None = None
         """What an answer to an earlier open says, which comes before that to each open but the first."""
         self.on_end: Callable[[delivery_pb2.EndFrame], object] | None = None
@@ -178,6 +180,7 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
             response = delivery_pb2.DeliverResponse()
             for open_ in message.opens:
                 self._open(open_, response)
+            self.most_frames = max(self.most_frames, len(message.frames))
             for frame in message.frames:
                 self._frame(frame)
             for end in message.ends:

@@ -197,6 +197,26 @@ def test_prompt_and_answer_may_fill_context_and_cache_to_the_last_token() -> Non
     assert fitted(60, 20, a_room(80)) == 20
 
 
+def test_log_probabilities_are_bounded_by_what_one_message_can_tell() -> None:
+    large = Model("large", context_tokens=1_000_000, vocabulary_tokens=500, end_token_ids=())
+
+    def most(num_prompt_tokens: int, **fields: Any) -> int:
+        return fitted_max_tokens(num_prompt_tokens, validate(a_request(**fields), large), large, None)
+
+    assert most(10) == 999_990
+    assert most(10, logprobs=0) == 999_990
+    assert most(10, logprobs=19, n=5) == 10_000
+    assert most(1_000, logprobs=9, prompt_logprobs=19) == 98_000
+    assert most(50_000, prompt_logprobs=19) == 950_000
+    for fields, field in (
+        ({"logprobs": 19, "n": 5, "max_tokens": 10_001}, "logprobs"),
+        ({"prompt_logprobs": 20}, "prompt_logprobs"),
+    ):
+        with pytest.raises(InvalidRequest, match="1000000 log-probabilities") as caught:
+            most(50_000 if "prompt_logprobs" in fields else 10, **fields)
+        assert (caught.value.reason, caught.value.field) == ("TOO_MANY_LOGPROBS", field)
+
+
 @given(
     prompt_tokens=st.integers(1, 90),
     n=st.integers(1, 16),
