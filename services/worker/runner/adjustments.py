@@ -25,8 +25,9 @@ def adjusted(
     if not (parameters.logit_bias or (seen and parameters.has_penalties) or allowed_tokens is not None):
         return logits
     logits = logits.clone()
-    for token_id, bias in parameters.logit_bias:
-        logits[token_id] += bias
+    if parameters.logit_bias:
+        token_ids, biases = zip(*parameters.logit_bias, strict=True)
+        logits[torch.tensor(token_ids)] += torch.tensor(biases)
     if seen and parameters.repetition_penalty != 1:
         _penalize_repetition(logits, (*seen.prompt, *seen.generated), parameters.repetition_penalty)
     if seen and (parameters.frequency_penalty or parameters.presence_penalty):
