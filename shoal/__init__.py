@@ -26,6 +26,7 @@ from shoal._client import Client, Stream
 from shoal._prompt import Message
 from shoal._retries import RetryPolicy
 from shoal._values import (
+    Choice,
     Decision,
     Delta,
     Finished,
@@ -35,6 +36,7 @@ from shoal._values import (
     RequestInfo,
     RequestState,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Choice",
     "Client",
     "DeadlineExceeded",
     "Decision",
@@ -64,6 +67,7 @@ __all__ = [
     "ShoalError",
     "Stream",
     "Timings",
+    "TokenLogprobs",
     "Unauthenticated",
     "Unavailable",
     "Usage",

@@ -1,6 +1,6 @@
 """What may be asked: the arguments of `generate` and `count_tokens`, put into protos."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
@@ -24,7 +24,20 @@ class Options(TypedDict, total=False):
     """0: greedy."""
     top_p: float
     top_k: int
+    min_p: float
     seed: int
+    """The same seed gives the same answers, choice by choice."""
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]]
+    """Added to the logits of these token ids."""
+    n: int
+    """Number of choices: see `Stream.choices`."""
+    logprobs: int
+    """Most probable tokens to tell of at each token's place; 0: the token's own log-probability alone."""
+    prompt_logprobs: int
+    """The same at each place of the prompt; they come with the end."""
     max_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
@@ -35,7 +48,9 @@ class Options(TypedDict, total=False):
     priority: Priority | str
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
 
 
 def generate_request(
@@ -86,6 +101,9 @@ def _request(
         stop_token_ids=options.get("stop_token_ids", ()),
         ignore_eos=options.get("ignore_eos", False),
         deadline_ms=options.get("deadline_ms", 0),
+        n=options.get("n", 0),
+        logprobs=options.get("logprobs"),
+        prompt_logprobs=options.get("prompt_logprobs"),
     )
     if "max_tokens" in options:
         request.max_tokens = options["max_tokens"]
@@ -102,6 +120,9 @@ def _request(
 
 def _sampling(options: Options) -> pb.Sampling | None:
     given = {name: options[name] for name in _SAMPLING if name in options}  # type: ignore[literal-required]
+    if "logit_bias" in options:
+        # Keys that come out of JSON are strings.
+        given["logit_bias"] = {int(token_id): bias for token_id, bias in dict(options["logit_bias"]).items()}
     return pb.Sampling(**given) if given else None
 
 

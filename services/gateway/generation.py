@@ -102,6 +102,8 @@ class Generation:
             stop=valid.stop,
             stop_token_ids=valid.stop_token_ids,
             n=valid.n,
+            logprobs=valid.logprobs,
+            prompt_logprobs=valid.prompt_logprobs,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
             cache_salt=cache_salt(caller.tenant),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from services.common.blocks import blocks_of_request
 from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
 
@@ -40,8 +41,8 @@ class Reservation:
         return self.prompt_tokens + self.generated_tokens
 
     def num_blocks(self, block_size_tokens: int) -> int:
-        """Blocks needed at most; a prompt's blocks are counted for each sequence, though they may be shared."""
-        return -(-(self.prompt_tokens + self.max_tokens) // block_size_tokens) * self.num_choices
+        """Blocks needed at most."""
+        return blocks_of_request(self.prompt_tokens, self.max_tokens, self.num_choices, block_size_tokens)
 
 
 class Account:

@@ -264,11 +264,49 @@ def test_what_never_fits_fails_with_the_reason(sequence: engine_pb2.AddSequence,
 def test_what_is_not_supported_fails_by_name_instead_of_being_ignored() -> None:
     engine = Engine()
     sequence = add(1)
-    sequence.payload.sampling.repetition_penalty = 1.2
-    sequence.payload.sampling.logit_bias[7] = 1.0
+    sequence.payload.response_format.json_object = True
     engine.planner.add(sequence, now_ms=0)
     engine.step()
-    assert engine.outputs[0].error == "this engine does not support repetition_penalty, logit_bias"
+    assert engine.outputs[0].error == "this engine does not support response_format"
+
+
+def test_a_bias_for_a_token_that_there_is_not_fails_with_the_reason() -> None:
+    engine = Engine()
+    sequence = add(1)
+    sequence.payload.sampling.logit_bias[1000] = 1.0
+    engine.planner.add(sequence, now_ms=0)
+    engine.step()
+    assert engine.outputs[0].error == "token id 1000 is not in the vocabulary of 1000"
+
+
+def given_logprobs(engine: Engine) -> dict[int, float]:
+    """Log-probabilities of given tokens, by position; of the pretended runner: minus the token."""
+    return {
+        position: told.logprob
+        for output in engine.outputs
+        for position, told in enumerate(output.given_logprobs, output.given_from)
+    }
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 8])
+def test_known_tokens_that_are_the_whole_answer_end_it_once_their_log_probabilities_are_told(chunk_tokens: int) -> None:
+    engine = Engine(limits_of(max_prefill_tokens_per_step=chunk_tokens))
+    engine.planner.add(add(1, prompt=3, max_tokens=4, known=[7, 8, 9, 6], logprobs=0), now_ms=0)
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7, 4: -8, 5: -9, 6: -6}
+    assert (engine.tokens(1), engine.ends()) == ([], {1: engine_pb2.SEQUENCE_END_LENGTH})
+    assert engine.planner.num_free_blocks == engine.limits.num_blocks
+
+
+def test_forced_tokens_that_complete_the_answer_have_their_log_probabilities_told_too() -> None:
+    engine = Engine()
+    engine.planner.add(add(1, prompt=3, max_tokens=4, known=[7], held=True, logprobs=0), now_ms=0)
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7}
+    engine.planner.release(SequenceId(1), [8, STOP_TOKEN])
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7, 4: -8, 5: -STOP_TOKEN}
+    assert (engine.tokens(1), engine.ends()) == ([], {1: engine_pb2.SEQUENCE_END_STOP_TOKEN})
 
 
 def test_tokens_left_to_prefill_are_counted_over_all_sequences() -> None:

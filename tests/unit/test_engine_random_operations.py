@@ -37,6 +37,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.held: set[int] = set()
         self.tokens: dict[int, list[int]] = {}
         """Prompt and answer, as far as the front was told."""
+        self.num_sampled: Counter[int] = Counter()
+        self.scored_to: dict[int, int] = {}
+        """Of those with log-probabilities: position of the next given token to be told of."""
         self.admitted: list[int] = []
         self.aborted: set[int] = set()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
@@ -106,11 +109,16 @@ class EngineMachine(RuleBasedStateMachine):
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
             )
+            command.choice = choice
             if penalties:
                 command.payload.sampling.presence_penalty = 1.0
             self.next_id += 1
             self.commands[command.sequence_id] = command
             self.tokens[command.sequence_id] = [*prompt, *known[choice:]]
+            if prompt_logprobs is not None and choice == 0:
+                self.scored_to[command.sequence_id] = min(1, len(prompt))
+            elif logprobs is not None:
+                self.scored_to[command.sequence_id] = len(prompt)
             self.runner.salts[command.sequence_id] = salt
             if held:
                 self.held.add(command.sequence_id)
@@ -198,6 +206,7 @@ class EngineMachine(RuleBasedStateMachine):
                 # With planning ahead, nothing of company, preemption or sharing shows.
                 assert token == next_token(tokens)
                 tokens.append(token)
+                self.num_sampled[output.sequence_id] += 1
             self._note_logprobs(output)
             if output.end:
                 # An end that was not told yet is told, even if the front gave the sequence up meanwhile.
@@ -207,7 +216,13 @@ class EngineMachine(RuleBasedStateMachine):
     def _note_logprobs(self, output: engine_pb2.SequenceOutput) -> None:
         tokens = self.tokens[output.sequence_id]
         given = [-scored.logprob for scored in output.given_logprobs]
-        assert given == tokens[output.given_from : output.given_from + len(given)]
+        if given:
+            assert output.given_from == self.scored_to[output.sequence_id], "each is told once, in order"
+            assert given == tokens[output.given_from : output.given_from + len(given)]
+            self.scored_to[output.sequence_id] += len(given)
+        if output.end in (engine_pb2.SEQUENCE_END_STOP_TOKEN, engine_pb2.SEQUENCE_END_LENGTH):
+            num_given = len(tokens) - self.num_sampled[output.sequence_id]
+            assert self.scored_to.get(output.sequence_id, num_given) == num_given, "all of them are told"
         if output.token_ids and self.commands[output.sequence_id].payload.HasField("logprobs"):
             assert [-scored.logprob for scored in output.logprobs] == list(output.token_ids)
 

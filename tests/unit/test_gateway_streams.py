@@ -33,8 +33,10 @@ def a_stream(number: int = 1, num_choices: int = 1, held: Sequence[Held] = ()) -
     return stream
 
 
-def a_delta(index: int, tokens: Sequence[int], choice: int = 0) -> pb.Delta:
-    return pb.Delta(choice=choice, index=index, text="".join(f"<{token}>" for token in tokens), token_ids=tokens)
+def a_delta(index: int, tokens: Sequence[int], choice: int = 0, *, with_logprobs: bool = False) -> pb.Delta:
+    told = [pb.TokenLogprobs(logprob=-token, top=[pb.TokenLogprob(token_id=token)]) for token in tokens]
+    text = "".join(f"<{token}>" for token in tokens)
+    return pb.Delta(choice=choice, index=index, text=text, token_ids=tokens, logprobs=told if with_logprobs else ())
 
 
 async def deltas_of(stream: Stream) -> list[pb.Delta]:
@@ -43,20 +45,25 @@ async def deltas_of(stream: Stream) -> list[pb.Delta]:
 
 
 @given(
-    pieces=st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 99), min_size=1, max_size=4)), max_size=300)
+    pieces=st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 99), min_size=1, max_size=4)), max_size=300),
+    with_logprobs=st.booleans(),
 )
-def test_a_client_that_reads_late_gets_all_of_it_in_one_delta_a_choice(pieces: list[tuple[int, list[int]]]) -> None:
+def test_a_client_that_reads_late_gets_all_of_it_in_one_delta_a_choice(
+    pieces: list[tuple[int, list[int]]], with_logprobs: bool
+) -> None:
     stream = a_stream(num_choices=2, held=(Held(7), Held(0)))
     counts, tokens = [7, 0], ([], [])  # type: tuple[list[int], tuple[list[int], list[int]]]
     for choice, piece in pieces:
-        assert stream.take(FIRST, a_delta(counts[choice], piece, choice), 1) is Acceptance.NEW
+        delta = a_delta(counts[choice], piece, choice, with_logprobs=with_logprobs)
+        assert stream.take(FIRST, delta, 1) is Acceptance.NEW
         counts[choice] += len(piece)
         tokens[choice].extend(piece)
     stream.finish(pb.Finished())
     deltas = asyncio.run(deltas_of(stream))
     assert [delta.choice for delta in deltas] == [choice for choice in (0, 1) if tokens[choice]]
     for delta in deltas:
-        assert delta == a_delta((7, 0)[delta.choice], tokens[delta.choice], delta.choice)
+        whole = tokens[delta.choice]
+        assert delta == a_delta((7, 0)[delta.choice], whole, delta.choice, with_logprobs=with_logprobs)
 
 
 def test_what_waits_takes_no_more_than_its_text_and_tokens() -> None:
@@ -64,6 +71,17 @@ def test_what_waits_takes_no_more_than_its_text_and_tokens() -> None:
     for index in range(5_000):
         stream.take(FIRST, a_delta(index, [7]), 1)
     assert stream.num_waiting_bytes == 5_000 * (len("<7>") + 4)
+
+
+def test_log_probabilities_that_wait_are_counted_until_they_are_sent() -> None:
+    stream = a_stream()
+    for index in range(100):
+        stream.take(FIRST, a_delta(index, [7], with_logprobs=True), 1)
+    each = a_delta(0, [7], with_logprobs=True).logprobs[0].ByteSize()
+    assert stream.num_waiting_bytes == 100 * (len("<7>") + 4 + each)
+    stream.finish(pb.Finished())
+    asyncio.run(deltas_of(stream))
+    assert stream.num_waiting_bytes == 0
 
 
 async def test_tokens_that_come_while_the_client_is_sent_others_go_in_front_of_the_end() -> None:

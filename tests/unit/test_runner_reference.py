@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gen.shoal.fleet.v1 import engine_pb2
+from gen.shoal.inference.v1 import inference_pb2
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
 from services.worker.engine.block_pool import BlockId
@@ -74,6 +75,7 @@ class Ran:
     """Each sequence's tokens and end."""
     cached_tokens: dict[int, int]
     num_preemptions: int
+    outputs: list[engine_pb2.SequenceOutput]
 
 
 def run(
@@ -103,7 +105,7 @@ def run(
         tokens, _ = answers.get(output.sequence_id, ([], output.end))
         answers[output.sequence_id] = [*tokens, *output.token_ids], output.end
     cached_tokens = {output.sequence_id: output.cached_tokens for output in front.outputs}
-    return Ran(answers, cached_tokens, planner.num_preemptions)
+    return Ran(answers, cached_tokens, planner.num_preemptions, front.outputs)
 
 
 def generate(default: DefaultModel, *looks: list[engine_pb2.EngineCommand], **sizes: int) -> dict[int, Answer]:
@@ -209,20 +211,101 @@ def test_sampled_tokens_depend_on_neither_company_nor_interruption(default_model
     assert other_choice != undisturbed
 
 
-def test_log_probabilities_are_the_references(default_model: DefaultModel) -> None:
-    config = default_model.config
-    for case in cases_of("smollm2_logprobs.jsonl"):
-        token_ids = [*case["prompt_token_ids"], *case["output_token_ids"]]
-        cache = PagedKvCache(config, -(-len(token_ids) // 16), 16)
-        greedy_parameters = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
-        blocks = tuple(BlockId(block) for block in range(len(token_ids)))
-        chunk = SequenceChunk(SequenceId(1), tuple(token_ids), 0, blocks, greedy_parameters, None)
-        first_row = len(case["prompt_token_ids"]) - 1
-        with torch.inference_mode():
-            batch = make_batch(StepPlan(1, (chunk,)), 16)
-            rows = torch.arange(first_row, len(token_ids) - 1)
-            logprobs = default_model.model.forward(replace(batch, sample_rows=rows), cache).log_softmax(dim=1)
-        for row, step in zip(logprobs, case["steps"], strict=True):
-            assert float(row[step["token_id"]]) == pytest.approx(step["logprob"], abs=1e-3)
-            for token_id, logprob in step["top5"]:
-                assert float(row[token_id]) == pytest.approx(logprob, abs=1e-3)
+LOGPROB_CASES = cases_of("smollm2_logprobs.jsonl")
+ASKED_TOP = 5
+
+
+def directly(default: DefaultModel, token_ids: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token, by one pass of the model over all of them: [num_tokens, vocabulary]."""
+    cache = PagedKvCache(default.config, -(-len(token_ids) // 16), 16)
+    blocks = tuple(BlockId(block) for block in range(len(token_ids)))
+    chunk = SequenceChunk(SequenceId(1), tuple(token_ids), 0, blocks, SamplingParameters(), None)
+    with torch.inference_mode():
+        hidden = default.model.forward(make_batch(StepPlan(1, (chunk,)), 16), cache)
+        return default.model.logits(hidden).log_softmax(dim=1)
+
+
+def scored(
+    default: DefaultModel, sequence: engine_pb2.AddSequence, chunk_tokens: int = 512
+) -> tuple[list[inference_pb2.TokenLogprobs], dict[int, inference_pb2.TokenLogprobs]]:
+    """Run one sequence; what is told of its sampled tokens, and of given ones by their positions."""
+    front = run(default, [add_command(sequence)], max_prefill_tokens_per_step=chunk_tokens)
+    sampled: list[inference_pb2.TokenLogprobs] = []
+    given: dict[int, inference_pb2.TokenLogprobs] = {}
+    for output in front.outputs:
+        sampled += output.logprobs
+        for position, logprobs in enumerate(output.given_logprobs, output.given_from):
+            assert position not in given, "each is told once"
+            given[position] = logprobs
+    return sampled, given
+
+
+def check(told: Sequence[inference_pb2.TokenLogprobs], case: Case, first: int = 0) -> None:
+    assert len(told) == len(case["steps"]) - first
+    for logprobs, step in zip(told, case["steps"][first:], strict=True):
+        assert logprobs.logprob == pytest.approx(step["logprob"], abs=1e-3)
+        assert [top.token_id for top in logprobs.top] == [token_id for token_id, _ in step["top5"]]
+        assert [top.logprob for top in logprobs.top] == pytest.approx([top for _, top in step["top5"]], abs=1e-3)
+
+
+def asking(case: Case, *, known: int = 0, top: int | None = ASKED_TOP, prompt_top: int | None = None) -> Any:
+    return add(
+        1,
+        case["prompt_token_ids"],
+        max_tokens=len(case["output_token_ids"]),
+        known=case["output_token_ids"][:known],
+        logprobs=top,
+        prompt_logprobs=prompt_top,
+    )
+
+
+@pytest.mark.parametrize("case", LOGPROB_CASES, ids=lambda case: case["name"])
+def test_log_probabilities_are_the_references(default_model: DefaultModel, case: Case) -> None:
+    sampled, given = scored(default_model, asking(case))
+    check(sampled, case)
+    assert not given
+
+
+def test_penalties_and_temperature_do_not_change_what_is_told_of_the_models_own_distribution(
+    default_model: DefaultModel,
+) -> None:
+    case = LOGPROB_CASES[0]
+    sequence = asking(case, top=0)
+    sequence.payload.sampling.temperature = 3.0
+    sequence.payload.sampling.repetition_penalty = 1.5
+    sequence.payload.sampling.logit_bias[11] = 2.0
+    front = run(default_model, [add_command(sequence)])
+    tokens = [token for output in front.outputs for token in output.token_ids]
+    told = [logprobs for output in front.outputs for logprobs in output.logprobs]
+    expected_logprobs = directly(default_model, [*case["prompt_token_ids"], *tokens])[
+        len(case["prompt_token_ids"]) - 1 :
+    ]
+    assert [logprobs.logprob for logprobs in told] == pytest.approx(
+        [float(row[token]) for row, token in zip(expected_logprobs, tokens, strict=False)], abs=1e-3
+    )
+    assert not any(logprobs.top for logprobs in told), "0: the token's own alone"
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
+def test_known_tokens_are_scored_before_others_are_sampled(default_model: DefaultModel, chunk_tokens: int) -> None:
+    case = LOGPROB_CASES[0]
+    known, first = 9, len(case["prompt_token_ids"])
+    sampled, given = scored(default_model, asking(case, known=known), chunk_tokens)
+    check(sampled, case, known)
+    assert list(given) == list(range(first, first + known))
+    check([*given.values(), *sampled], case)
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
+def test_prompt_log_probabilities_are_the_models_own(default_model: DefaultModel, chunk_tokens: int) -> None:
+    case = LOGPROB_CASES[0]
+    prompt = case["prompt_token_ids"]
+    _, given = scored(default_model, asking(case, top=None, prompt_top=3), chunk_tokens)
+    logprobs = directly(default_model, prompt)
+    assert list(given) == list(range(1, len(prompt)))
+    for position, told in given.items():
+        row = logprobs[position - 1]
+        best = row.topk(3)
+        assert told.logprob == pytest.approx(float(row[prompt[position]]), abs=1e-3)
+        assert [top.token_id for top in told.top] == best.indices.tolist()
+        assert [top.logprob for top in told.top] == pytest.approx(best.values.tolist(), abs=1e-3)

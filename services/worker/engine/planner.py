@@ -149,8 +149,11 @@ class Planner:
             if computed.token_id is not None:
                 sequence.token_ids.append(computed.token_id)
                 sequence.num_pending_tokens -= 1
+            if computed.scored:
+                sequence.tell_from = _last_scored(chunk) + 1
             self._cache_full_blocks(sequence, chunk.context_tokens)
-            end = sequence.end_reached() if computed.token_id is not None else engine_pb2.SEQUENCE_END_UNSPECIFIED
+            is_over = computed.token_id is not None or (sequence.scores_only and sequence.is_told)
+            end = sequence.end_reached() if is_over else engine_pb2.SEQUENCE_END_UNSPECIFIED
             if computed.token_id is not None or computed.scored:
                 outputs.append(_output(sequence, chunk, computed, end))
             if end:
@@ -323,7 +326,10 @@ class Planner:
     # Ends
 
     def _end_if_complete(self, sequence: Sequence) -> None:
-        if end := sequence.end_reached():
+        """End a sequence that came with all its tokens, once the log-probabilities of these are told."""
+        end = sequence.end_reached()
+        sequence.scores_only = bool(end)
+        if end and sequence.is_told:
             self._end_without_step(sequence, end)
 
     def _end_without_step(self, sequence: Sequence, end: engine_pb2.SequenceEnd.ValueType, error: str = "") -> None:
@@ -360,7 +366,6 @@ def _seen(sequence: Sequence) -> SeenTokens:
 def _output(
     sequence: Sequence, chunk: SequenceChunk, computed: ChunkResult, end: engine_pb2.SequenceEnd.ValueType
 ) -> engine_pb2.SequenceOutput:
-    last_scored = chunk.context_tokens - (chunk.sample_index is not None)
     return engine_pb2.SequenceOutput(
         sequence_id=sequence.id,
         token_ids=[] if computed.token_id is None else [computed.token_id],
@@ -368,8 +373,13 @@ def _output(
         cached_tokens=sequence.num_cached_tokens or 0,
         logprobs=[_logprobs(computed.logprobs)] if computed.logprobs else [],
         given_logprobs=[_logprobs(scored) for scored in computed.scored],
-        given_from=last_scored + 1 - len(computed.scored) if computed.scored else 0,
+        given_from=_last_scored(chunk) + 1 - len(computed.scored) if computed.scored else 0,
     )
+
+
+def _last_scored(chunk: SequenceChunk) -> int:
+    """Position of the last of a chunk's `scored_token_ids`."""
+    return chunk.context_tokens - (chunk.sample_index is not None)
 
 
 def _logprobs(logprobs: TokenLogprobs) -> inference_pb2.TokenLogprobs:

@@ -82,6 +82,11 @@ class SamplingParameters:
         """Whether the choice of a token depends on those before it."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
+    @property
+    def num_scored_logprobs(self) -> int:
+        """Most probable tokens reported with each given token: of the prompt or known, as more are asked for."""
+        return max(self.num_logprobs or 0, self.num_prompt_logprobs or 0)
+
 
 @dataclass(slots=True)
 class Sequence:
@@ -106,7 +111,11 @@ class Sequence:
     deadline_ms: float | None
     """In the engine's time."""
     score_from: int | None
+    """Position of the next given token whose log-probability is to be computed; None: of none."""
+    tell_from: int | None
     """Position of the next given token whose log-probability is to be told; None: of none."""
+    scores_only: bool = False
+    """It came with all its tokens: it ends once their log-probabilities are told."""
     state: SequenceState = SequenceState.WAITING
     block_table: tuple[BlockId, ...] = ()
     block_hashes: list[BlockHash] = field(default_factory=list)
@@ -144,6 +153,7 @@ class Sequence:
             alone_until_tokens=add.alone_until_tokens,
             deadline_ms=now_ms + add.remaining_ms if add.remaining_ms else None,
             score_from=score_from,
+            tell_from=score_from,
         )
 
     @property
@@ -165,11 +175,13 @@ class Sequence:
     def num_ready_tokens(self) -> int:
         """Tokens that a step may compute now.
 
-        The last one is computed by the step that samples its successor. So a held sequence leaves it; and so does one
-        whose pending token is its last whatever it is, or must be known to choose the next.
+        The last one is computed by the step that samples its successor. So a sequence leaves it that is held or samples
+        nothing any more; and so does one whose pending token is its last whatever it is, or must be known to choose
+        the next.
         """
         num_tokens = self.num_tokens - self.num_computed_tokens
-        return num_tokens - 1 if self.held or (self.num_pending_tokens and not self._goes_on_unseen) else num_tokens
+        is_last_left = self.held or self.scores_only or (self.num_pending_tokens and not self._goes_on_unseen)
+        return num_tokens - 1 if is_last_left else num_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -181,6 +193,11 @@ class Sequence:
         """Whether its steps may hold no other sequence, and it waits for one or is in one."""
         is_suspect = len(self.token_ids) - self.num_prompt_tokens < self.alone_until_tokens
         return is_suspect and self.num_ready_tokens + self.num_pending_tokens > 0
+
+    @property
+    def is_told(self) -> bool:
+        """Whether no log-probability of a token that it was given is missing."""
+        return self.tell_from is None or self.tell_from >= len(self.token_ids)
 
     @property
     def has_computed_prompt(self) -> bool:

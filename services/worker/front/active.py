@@ -21,13 +21,17 @@ class ChoiceEnd:
 
 
 class _Choice:
-    """One choice: its text, token by token, so that a stream can go on at any index."""
+    """One choice: its text, token by token, so that a stream can go on at any index.
 
-    __slots__ = ("_stream", "end", "pieces", "sequence_id")
+    `logprobs` are those of its first tokens, as far as the engine has told them, if they are asked for.
+    """
+
+    __slots__ = ("_stream", "end", "logprobs", "pieces", "sequence_id")
 
     def __init__(self, sequence_id: int, vocabulary: Vocabulary, stops: tuple[StopText, ...]) -> None:
         self.sequence_id = sequence_id
         self.pieces: list[str] = []
+        self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.end: ChoiceEnd | None = None
         self._stream = TextStream(vocabulary, stops)
 
@@ -57,6 +61,8 @@ class ActiveRequest:
         self.payload = start.payload
         self.suspect_until = start.suspect_until
         self.cached_tokens = 0
+        self.prompt_logprobs: list[inference_pb2.TokenLogprobs] = []
+        """As inference.v1.Finished.prompt_logprobs; choice 0's sequence tells them."""
         self.ending = False
         """Its end is being written: nothing more is taken for it."""
         self.num_opens = 0
@@ -72,7 +78,7 @@ class ActiveRequest:
             self._take_known(choice, tokens)
 
     def sequences(self, remaining_ms: int) -> list[engine_pb2.AddSequence]:
-        """What the engine is given: each choice that has not ended."""
+        """What the engine is given: each choice that has not ended, or whose log-probabilities it is to tell."""
         adds = [
             engine_pb2.AddSequence(
                 sequence_id=choice.sequence_id,
@@ -84,7 +90,7 @@ class ActiveRequest:
                 alone_until_tokens=self.suspect_until,
             )
             for number, choice in enumerate(self.choices)
-            if choice.end is None
+            if choice.end is None or self.lacks_logprobs(number)
         ]
         for add in adds[1:]:
             add.fork_of = adds[0].sequence_id
@@ -98,6 +104,12 @@ class ActiveRequest:
     def sampled(self, choice: int, output: engine_pb2.SequenceOutput, now_s: float) -> bool:
         """Take an engine's output. True: a stop text ended the choice, and the engine does not know."""
         state = self.choices[choice]
+        self._take_given_logprobs(choice, output)
+        if state.end:
+            # It ended under an earlier attempt; only what is told of its tokens was still missing. While it is held,
+            # its reader may know of more tokens.
+            is_over = self.run.sampling and not self.lacks_logprobs(choice)
+            return is_over and output.end == engine_pb2.SEQUENCE_END_UNSPECIFIED
         if choice == 0 and output.token_ids:
             # Further choices find what the first has computed: nothing was saved that another request had paid for.
             self.cached_tokens = output.cached_tokens
@@ -106,6 +118,8 @@ class ActiveRequest:
         hidden = output.end == engine_pb2.SEQUENCE_END_STOP_TOKEN
         for position, token in enumerate(output.token_ids):
             self.run.sampled(choice, (token,))
+            if self.payload.HasField("logprobs"):
+                state.logprobs.append(_with_top(output.logprobs[position], self.payload.logprobs))
             if hidden and position == len(output.token_ids) - 1:
                 state.pieces.append("")
             elif state.feed(token):
@@ -118,8 +132,15 @@ class ActiveRequest:
 
     @property
     def complete(self) -> bool:
-        """Whether every choice has ended."""
-        return all(choice.end for choice in self.choices)
+        """Whether every choice has ended, and all that is told of its tokens is here."""
+        return all(choice.end and not self.lacks_logprobs(number) for number, choice in enumerate(self.choices))
+
+    def lacks_logprobs(self, choice: int) -> bool:
+        """Whether log-probabilities are asked for that the choice's sequence has not told yet."""
+        if self.payload.HasField("logprobs") and len(self.choices[choice].logprobs) < len(self.run.known[choice]):
+            return True
+        asks_of_prompt = choice == 0 and self.payload.HasField("prompt_logprobs")
+        return asks_of_prompt and len(self.prompt_logprobs) < len(self.payload.prompt_token_ids) - 1
 
     @property
     def num_tokens(self) -> int:
@@ -127,8 +148,10 @@ class ActiveRequest:
         return max(len(known) for known in self.run.known)
 
     def token_frames(self) -> list[delivery_pb2.TokenFrame]:
-        """What the reader has not been sent, as messages."""
-        return [self._token_frame(frame) for frame in self.run.frames()]
+        """What the reader has not been sent, as messages; tokens wait for their log-probabilities."""
+        asked = self.payload.HasField("logprobs")
+        num_ready = [len(choice.logprobs) for choice in self.choices] if asked else None
+        return [self._token_frame(frame) for frame in self.run.frames(num_ready)]
 
     def outcome(self, now_s: float) -> request_pb2.Outcome:
         """The end as the record keeps it, of a request whose every choice has ended or which is cut off now."""
@@ -147,6 +170,10 @@ class ActiveRequest:
                 first_token_ms=self._since_acceptance_ms(self._first_token_s or now_s),
                 finished_ms=self._since_acceptance_ms(now_s),
             ),
+            logprobs=[request_pb2.ChoiceLogprobs(tokens=choice.logprobs) for choice in self.choices]
+            if self.payload.HasField("logprobs")
+            else [],
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _since_acceptance_ms(self, at_s: float) -> int:
@@ -164,18 +191,33 @@ class ActiveRequest:
             elif len(state.pieces) == self.payload.max_tokens:
                 state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_LENGTH, hidden=False))
 
+    def _take_given_logprobs(self, choice: int, output: engine_pb2.SequenceOutput) -> None:
+        """Log-probabilities of tokens that the engine was given: of the prompt, then of known ones; in order."""
+        state, num_prompt_tokens = self.choices[choice], len(self.payload.prompt_token_ids)
+        for position, told in enumerate(output.given_logprobs, output.given_from):
+            if position < num_prompt_tokens:
+                self.prompt_logprobs.append(_with_top(told, self.payload.prompt_logprobs))
+            elif self.payload.HasField("logprobs"):
+                state.logprobs.append(_with_top(told, self.payload.logprobs))
+
     def _token_frame(self, frame: Frame) -> delivery_pb2.TokenFrame:
-        pieces = self.choices[frame.choice].pieces
+        choice, end = self.choices[frame.choice], frame.index + len(frame.tokens)
         return delivery_pb2.TokenFrame(
             key=self.run.key,
             attempt=attempt_id(self.run),
             delta=inference_pb2.Delta(
                 choice=frame.choice,
                 index=frame.index,
-                text="".join(pieces[frame.index : frame.index + len(frame.tokens)]),
+                text="".join(choice.pieces[frame.index : end]),
                 token_ids=frame.tokens,
+                logprobs=choice.logprobs[frame.index : end],
             ),
         )
+
+
+def _with_top(told: inference_pb2.TokenLogprobs, num_top: int) -> inference_pb2.TokenLogprobs:
+    """A copy with so many of the most probable tokens: the engine tells of all given tokens as many."""
+    return inference_pb2.TokenLogprobs(logprob=told.logprob, top=told.top[:num_top])
 
 
 def attempt_id(run: Run) -> delivery_pb2.AttemptId:

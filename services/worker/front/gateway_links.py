@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 MAX_REQUESTS_A_MESSAGE = 512
+FULL_MESSAGE_BYTES = 4 * 1024 * 1024
+"""A message that has so much takes no further request. One request may add 11 MB of log-probabilities, if its gateway
+was away for long; the most that gRPC takes is 16."""
 
 OnResume = Callable[[ActiveRequest, Sequence[Held]], Awaitable[None]]
 OnRefusal = Callable[[ActiveRequest, delivery_pb2.Refusal], Awaitable[None]]
@@ -206,11 +209,18 @@ class _Link:
             active = self._opens.pop(key)
             run, number = active.run, active.num_opens
             message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader, number=number))
+        num_bytes = 0
         for key in list(self._changed)[:MAX_REQUESTS_A_MESSAGE]:
+            if num_bytes >= FULL_MESSAGE_BYTES:
+                break
             active = self._changed.pop(key)
-            message.frames.extend(active.token_frames())
+            frames = active.token_frames()
+            message.frames.extend(frames)
+            num_bytes += sum(frame.ByteSize() for frame in frames)
             if key in self._ends and active.run.open:
-                message.ends.append(self._ends[key])
+                end = self._ends[key]
+                message.ends.append(end)
+                num_bytes += end.ByteSize()
                 self.forget(active)
         message.closes.extend(self._closes)
         self._closes.clear()

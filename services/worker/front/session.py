@@ -216,8 +216,8 @@ class Session:
             await self._give_back(run.key, run.attempt, why, floor=floor, tries=END_TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
-        for choice, forced in zip(active.choices, begin.forced, strict=True):
-            if choice.end is None:
+        for number, (choice, forced) in enumerate(zip(active.choices, begin.forced, strict=True)):
+            if choice.end is None or active.lacks_logprobs(number):
                 release = engine_pb2.ReleaseSequence(sequence_id=choice.sequence_id, forced_token_ids=forced)
                 await self._engine.send(engine_pb2.EngineCommand(release=release))
             elif choice.sequence_id in self._sequences:
@@ -415,6 +415,7 @@ def _end_frame(
             further_reasons=outcome.reasons[1:],
             usage=outcome.usage,
             timings=outcome.timings,
+            prompt_logprobs=outcome.prompt_logprobs,
         ),
         error=error,
     )
