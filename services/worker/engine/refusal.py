@@ -42,7 +42,6 @@ def _why_unsupported(payload: request_pb2.RequestPayload) -> str | None:
         "presence_penalty": sampling.presence_penalty != 0,
         "logit_bias": len(sampling.logit_bias) > 0,
         "logprobs": payload.HasField("logprobs"),
-        "response_format": payload.response_format.WhichOneof("format") is not None,
     }
     names = [name for name, is_asked in asked.items() if is_asked]
     return f"this engine does not support {', '.join(names)}" if names else None
