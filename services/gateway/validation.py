@@ -20,6 +20,10 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_REGEX_BYTES = 4_096
+MAX_FORMAT_CHOICES = 1_024
+MAX_CHOICES_BYTES = 1 << 16
 MAX_LOGIT_BIASES = 1_024
 MAX_TOP_K = 1_000_000
 MAX_TEMPERATURE = 100
@@ -44,6 +48,8 @@ class ValidRequest:
     stop_token_ids: tuple[int, ...]
     """The model's own included, unless the caller ignores them."""
     n: int
+    response_format: inference_pb2.ResponseFormat | None
+    """Within its static limits; whether it can be kept, the tokenizer says."""
     priority: inference_pb2.Priority.ValueType
     time_to_first_token_ms: int
     deadline_ms: int
@@ -69,6 +75,7 @@ def validate(request: inference_pb2.GenerateRequest, model: Model) -> ValidReque
         stop=_stop(request.stop),
         stop_token_ids=_stop_token_ids(request, model),
         n=n,
+        response_format=_response_format(request),
         priority=_priority(request.priority),
         time_to_first_token_ms=request.time_to_first_token_ms,
         deadline_ms=request.deadline_ms,
@@ -211,7 +218,6 @@ def _refuse_unsupported(request: inference_pb2.GenerateRequest) -> None:
     asked = {
         "n": request.n > 1,
         "logprobs": request.HasField("logprobs"),
-        "response_format": request.HasField("response_format"),
         "sampling.min_p": sampling.min_p != 0,
         "sampling.repetition_penalty": repetition_penalty != 1,
         "sampling.frequency_penalty": sampling.frequency_penalty != 0,
@@ -221,6 +227,43 @@ def _refuse_unsupported(request: inference_pb2.GenerateRequest) -> None:
     for name, is_asked in asked.items():
         if is_asked:
             raise InvalidRequest(f"{name} is not supported yet; leave it out", reason="NOT_SUPPORTED_YET", field=name)
+
+
+def _response_format(request: inference_pb2.GenerateRequest) -> inference_pb2.ResponseFormat | None:
+    if not request.HasField("response_format"):
+        return None
+    form = request.response_format
+    match form.WhichOneof("format"):
+        case "json_object":
+            if not form.json_object:
+                raise _invalid("response_format.json_object", "false", "expected true, or no response_format")
+        case "json_schema":
+            _check_bytes("response_format.json_schema", form.json_schema, MAX_SCHEMA_BYTES)
+        case "regex":
+            _check_bytes("response_format.regex", form.regex, MAX_REGEX_BYTES)
+        case "choices":
+            _check_texts(form.choices.texts)
+        case _:
+            limit = "give one of json_object, json_schema, regex, choices"
+            raise _invalid("response_format", "of no form", limit)
+    return form
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    field = "response_format.choices.texts"
+    if not 1 <= len(texts) <= MAX_FORMAT_CHOICES:
+        raise _invalid(field, f"of length {len(texts)}", f"give 1 to {MAX_FORMAT_CHOICES}")
+    if "" in texts:
+        raise _invalid(f"{field}[{list(texts).index('')}]", "empty", "give at least 1 character")
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes > MAX_CHOICES_BYTES:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give at most {MAX_CHOICES_BYTES} bytes together")
+
+
+def _check_bytes(field: str, text: str, most: int) -> None:
+    num_bytes = len(text.encode())
+    if not 1 <= num_bytes <= most:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give 1 to {most} bytes")
 
 
 def _choices(n: int) -> int:

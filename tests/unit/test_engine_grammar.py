@@ -56,7 +56,8 @@ FORMS = [
     ResponseFormat(regex="(ab|c)*[0-9]{2,4}"),
     ResponseFormat(choices=ResponseFormat.Choices(texts=["yes", "yes, please", "nö"])),
 ]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class HandExecutor(Executor):

@@ -36,6 +36,10 @@ def a_chat(*roles: str) -> pb.Chat:
     return pb.Chat(messages=[pb.ChatMessage(role=role, content="hi") for role in roles])
 
 
+def one_of(*texts: str) -> pb.ResponseFormat:
+    return pb.ResponseFormat(choices=pb.ResponseFormat.Choices(texts=texts))
+
+
 def refusal(request: pb.GenerateRequest) -> ShoalError:
     with pytest.raises(ShoalError) as caught:
         validate(request, MODEL)
@@ -73,6 +77,25 @@ def refusal(request: pb.GenerateRequest) -> ShoalError:
         ({"request_id": "a\x00b"}, "request_id", "'a\\x00b'", "A-Z a-z 0-9"),
         ({"request_id": "x" * 1_000_000}, "request_id", "1000000 characters", "1 to 128"),
         ({"request_id": "a/b"}, "request_id", "'a/b'", "A-Z a-z 0-9"),
+        ({"response_format": pb.ResponseFormat()}, "response_format", "no form", "json_schema, regex, choices"),
+        (
+            {"response_format": pb.ResponseFormat(json_object=False)},
+            "response_format.json_object",
+            "false",
+            "expected true",
+        ),
+        (
+            {"response_format": pb.ResponseFormat(json_schema=" " * 65_537)},
+            "response_format.json_schema",
+            "65537 bytes",
+            "1 to 65536",
+        ),
+        ({"response_format": pb.ResponseFormat(json_schema="")}, "response_format.json_schema", "0 bytes", "1 to"),
+        ({"response_format": pb.ResponseFormat(regex="é" * 2_049)}, "response_format.regex", "4098 bytes", "4096"),
+        ({"response_format": one_of()}, "response_format.choices.texts", "length 0", "1 to 1024"),
+        ({"response_format": one_of(*["a"] * 1_025)}, "response_format.choices.texts", "length 1025", "1 to 1024"),
+        ({"response_format": one_of("a", "")}, "response_format.choices.texts[1]", "empty", "at least 1"),
+        ({"response_format": one_of("a" * 65_537)}, "response_format.choices.texts", "65537 bytes", "65536"),
         ({"priority": 7}, "priority", "7", "Priority"),
     ],
 )
@@ -97,7 +120,6 @@ def test_no_input_at_all_is_refused() -> None:
     [
         ({"n": 2}, "n"),
         ({"logprobs": 0}, "logprobs"),
-        ({"response_format": pb.ResponseFormat(json_object=True)}, "response_format"),
         ({"sampling": pb.Sampling(min_p=0.5)}, "sampling.min_p"),
         ({"sampling": pb.Sampling(repetition_penalty=1.5)}, "sampling.repetition_penalty"),
         ({"sampling": pb.Sampling(frequency_penalty=0.5)}, "sampling.frequency_penalty"),
