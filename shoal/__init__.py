@@ -23,7 +23,7 @@ from services.common.errors import (
 )
 from shoal._async_client import AsyncClient, AsyncStream
 from shoal._client import Client, Stream
-from shoal._prompt import Message
+from shoal._prompt import Message, ResponseFormat
 from shoal._retries import RetryPolicy
 from shoal._values import (
     Choice,
@@ -63,6 +63,7 @@ __all__ = [
     "Priority",
     "RequestInfo",
     "RequestState",
+    "ResponseFormat",
     "RetryPolicy",
     "ShoalError",
     "Stream",

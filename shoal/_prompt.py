@@ -1,7 +1,8 @@
 """What may be asked: the arguments of `generate` and `count_tokens`, put into protos."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import InvalidRequest
@@ -14,6 +15,19 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class ResponseFormat(TypedDict, total=False):
+    """The form that an answer shall have. Give exactly one."""
+
+    json_object: bool
+    """Any JSON object."""
+    json_schema: Mapping[str, Any] | str
+    """JSON that fits this schema, given as a mapping or as its text."""
+    regex: str
+    """Text that matches, as a whole."""
+    choices: Sequence[str]
+    """One of these texts."""
 
 
 class Options(TypedDict, total=False):
@@ -46,6 +60,7 @@ class Options(TypedDict, total=False):
     request_id: str
     """Idempotency key. Left out, the library draws one, so that a retry never runs twice."""
     priority: Priority | str
+    response_format: ResponseFormat | Mapping[str, Any]
 
 
 _SAMPLING = (
@@ -109,6 +124,8 @@ def _request(
         request.max_tokens = options["max_tokens"]
     if "priority" in options:
         request.priority = PRIORITIES[Priority(options["priority"])]
+    if "response_format" in options:
+        request.response_format.CopyFrom(_response_format(options["response_format"]))
     if prompt is not None:
         request.prompt = prompt
     elif messages is not None:
@@ -124,6 +141,17 @@ def _sampling(options: Options) -> pb.Sampling | None:
         # Keys that come out of JSON are strings.
         given["logit_bias"] = {int(token_id): bias for token_id, bias in dict(options["logit_bias"]).items()}
     return pb.Sampling(**given) if given else None
+
+
+def _response_format(form: ResponseFormat | Mapping[str, Any]) -> pb.ResponseFormat:
+    if len(form) != 1:
+        raise ValueError(f"response_format has {sorted(form)}; give one of json_object, json_schema, regex, choices")
+    given: dict[str, Any] = dict(form)
+    if "choices" in given:
+        given["choices"] = pb.ResponseFormat.Choices(texts=given["choices"])
+    if not isinstance(given.get("json_schema", ""), str):
+        given["json_schema"] = json.dumps(given["json_schema"])
+    return pb.ResponseFormat(**given)
 
 
 def _chat(messages: Sequence[Message | Mapping[str, str]]) -> pb.Chat:

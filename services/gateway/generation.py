@@ -11,6 +11,7 @@ from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, 
 from services.common.record import moves
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
+from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import cache_salt
 from services.gateway.model import Model
 from services.gateway.requests import Requests
@@ -55,6 +56,7 @@ class Generation:
         self._backlog = backlog
         self._requests = requests
         self._limits = limits
+        self._formats = AcceptedFormats(tokenizer)
 
     async def start(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
         """The stream of an accepted request; whatever is raised before that has stored nothing.
@@ -72,6 +74,8 @@ class Generation:
             prompt = valid.token_ids
             if valid.text is not None:
                 prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+            if valid.response_format is not None:
+                await self._formats.check(valid.response_format, caller.time_left_s())
             max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
             return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
 
@@ -104,6 +108,7 @@ class Generation:
             n=valid.n,
             logprobs=valid.logprobs,
             prompt_logprobs=valid.prompt_logprobs,
+            response_format=valid.response_format,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
             cache_salt=cache_salt(caller.tenant),

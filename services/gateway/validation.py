@@ -24,6 +24,10 @@ MAX_LOGPROBS = 20
 MAX_LOGPROB_ENTRIES = 1_000_000
 """Of one request, over prompt and choices. An entry takes 11 bytes, and the end of a request is one message and one
 value in Redis: 11 MB, where a message may have 16."""
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_REGEX_BYTES = 4_096
+MAX_FORMAT_CHOICES = 1_024
+MAX_CHOICES_BYTES = 1 << 16
 MAX_LOGIT_BIASES = 1_024
 MAX_TOP_K = 1_000_000
 MAX_TEMPERATURE = 100
@@ -55,6 +59,8 @@ class ValidRequest:
     """Most probable tokens to report with each token; None: no log-probabilities."""
     prompt_logprobs: int | None
     """The same with each prompt token."""
+    response_format: inference_pb2.ResponseFormat | None
+    """Within its static limits; whether it can be kept, the tokenizer says."""
     priority: inference_pb2.Priority.ValueType
     time_to_first_token_ms: int
     deadline_ms: int
@@ -70,10 +76,6 @@ def validate(request: inference_pb2.GenerateRequest, model: Model) -> ValidReque
     check_model(request.model, model)
     text, token_ids = _input(request, model)
     n = _choices(request.n)
-    if request.HasField("response_format"):
-        raise InvalidRequest(
-            "response_format is not supported yet; leave it out", reason="NOT_SUPPORTED_YET", field="response_format"
-        )
     return ValidRequest(
         request_id=request.request_id,
         text=text,
@@ -85,6 +87,7 @@ def validate(request: inference_pb2.GenerateRequest, model: Model) -> ValidReque
         n=n,
         logprobs=_logprobs(request, "logprobs"),
         prompt_logprobs=_logprobs(request, "prompt_logprobs"),
+        response_format=_response_format(request),
         priority=_priority(request.priority),
         time_to_first_token_ms=request.time_to_first_token_ms,
         deadline_ms=request.deadline_ms,
@@ -263,6 +266,43 @@ def _logprobs(request: inference_pb2.GenerateRequest, field: Literal["logprobs",
     if num_top > MAX_LOGPROBS:
         raise _invalid(field, str(num_top), f"expected at most {MAX_LOGPROBS}")
     return num_top
+
+
+def _response_format(request: inference_pb2.GenerateRequest) -> inference_pb2.ResponseFormat | None:
+    if not request.HasField("response_format"):
+        return None
+    form = request.response_format
+    match form.WhichOneof("format"):
+        case "json_object":
+            if not form.json_object:
+                raise _invalid("response_format.json_object", "false", "expected true, or no response_format")
+        case "json_schema":
+            _check_bytes("response_format.json_schema", form.json_schema, MAX_SCHEMA_BYTES)
+        case "regex":
+            _check_bytes("response_format.regex", form.regex, MAX_REGEX_BYTES)
+        case "choices":
+            _check_texts(form.choices.texts)
+        case _:
+            limit = "give one of json_object, json_schema, regex, choices"
+            raise _invalid("response_format", "of no form", limit)
+    return form
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    field = "response_format.choices.texts"
+    if not 1 <= len(texts) <= MAX_FORMAT_CHOICES:
+        raise _invalid(field, f"of length {len(texts)}", f"give 1 to {MAX_FORMAT_CHOICES}")
+    if "" in texts:
+        raise _invalid(f"{field}[{list(texts).index('')}]", "empty", "give at least 1 character")
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes > MAX_CHOICES_BYTES:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give at most {MAX_CHOICES_BYTES} bytes together")
+
+
+def _check_bytes(field: str, text: str, most: int) -> None:
+    num_bytes = len(text.encode())
+    if not 1 <= num_bytes <= most:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give 1 to {most} bytes")
 
 
 def _choices(n: int) -> int:

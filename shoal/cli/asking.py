@@ -1,9 +1,10 @@
 """Flags that `chat` and `generate` share: which fleet, and how it shall answer."""
 
 import argparse
+from pathlib import Path
 
 from shoal._gateways import parse_addresses
-from shoal._prompt import Options
+from shoal._prompt import Options, ResponseFormat
 from shoal._values import Priority
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
@@ -31,6 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--stop-token-id", action="append", type=int, dest="stop_token_ids", metavar="ID")
     how.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's end token")
     how.add_argument("--deadline-ms", type=int, help="give up after this time")
+    form = how.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=_schema, dest="response_format", metavar="FILE", help="JSON that fits it")
+    form.add_argument("--regex", type=_regex, dest="response_format", help="text that matches as a whole")
     how.add_argument("--priority", choices=[str(priority) for priority in Priority])
 
 
@@ -47,6 +51,17 @@ def answer_options(arguments: argparse.Namespace) -> Options:
         if value is not None:
             options[name] = value  # type: ignore[literal-required]
     return options
+
+
+def _schema(path: str) -> ResponseFormat:
+    try:
+        return {"json_schema": Path(path).read_text()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error}") from error
+
+
+def _regex(regex: str) -> ResponseFormat:
+    return {"regex": regex}
 
 
 def gateways_of(arguments: argparse.Namespace) -> tuple[str, ...]:

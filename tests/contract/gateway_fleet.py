@@ -13,7 +13,7 @@ from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc, request_pb2, tok
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
-from services.common.errors import ShoalError, from_rpc
+from services.common.errors import InvalidRequest, ShoalError, from_rpc
 from services.common.ids import RequestKey, WorkerId, new_nonce, request_key
 from services.common.record import moves
 from services.common.record.record import Attempt, Record
@@ -41,6 +41,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def __init__(self) -> None:
         self.refuses = 0
         """How many of the next calls find it away."""
+        self.checked: list[pb.ResponseFormat] = []
+        """Forms that it was asked about. It refuses the regex "[", as the real one does."""
 
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:  # noqa: N802
         await self._maybe_refuse(context)
@@ -51,6 +53,15 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         await self._maybe_refuse(context)
         shown = request.token_ids[: len(request.token_ids) - request.last_token_hidden]
         return tokenizer_pb2.DecodeResponse(text=text_of(shown[request.from_index :]))
+
+    async def CheckFormat(  # noqa: N802
+        self, request: tokenizer_pb2.CheckFormatRequest, context: Any
+    ) -> tokenizer_pb2.CheckFormatResponse:
+        self.checked.append(request.response_format)
+        if request.response_format.regex == "[":
+            field = "response_format.regex"
+            raise InvalidRequest(f"{field}: unclosed character class", reason="INVALID_INPUT", field=field)
+        return tokenizer_pb2.CheckFormatResponse()
 
     async def Describe(self, request: tokenizer_pb2.DescribeRequest, context: Any) -> tokenizer_pb2.DescribeResponse:  # noqa: N802
         return tokenizer_pb2.DescribeResponse(

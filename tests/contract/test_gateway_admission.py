@@ -77,6 +77,24 @@ async def test_every_kind_of_input_becomes_tokens(fleet: Fleet) -> None:
         assert len(payload.cache_salt) == 16
 
 
+async def test_the_form_of_an_answer_is_checked_once_and_stored(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    form = pb.ResponseFormat(regex="[a-z]+")
+    for request_id in ("first", "second"):
+        await gateway.generate(request_id=request_id, response_format=form).accepted()
+        payload = request_pb2.RequestPayload.FromString((await fleet.record(fleet.key(request_id))).payload)
+        assert payload.response_format == form
+    assert fleet.tokenizer.checked == [form]
+
+
+async def test_a_form_that_cannot_be_kept_is_refused_before_anything_is_stored(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    with pytest.raises(InvalidRequest, match="unclosed") as caught:
+        await gateway.generate(request_id="bad", response_format=pb.ResponseFormat(regex="[")).accepted()
+    assert caught.value.field == "response_format.regex"
+    await gateway.generate(request_id="bad").accepted()  # The id is free.
+
+
 async def test_one_token_over_the_context_is_refused_and_the_last_that_fits_is_not(fleet: Fleet) -> None:
     gateway = await fleet.gateway()
     error = await gateway.generate(prompt="x" * CONTEXT_TOKENS).error()

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gen.shoal.fleet.v1 import engine_pb2, request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.text.vocabulary import Vocabulary
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import FrontGoneError
 from services.worker.engine.step_plan import (
@@ -16,6 +18,8 @@ from services.worker.engine.step_plan import (
 )
 
 STOP_TOKEN = 999
+VOCABULARY = Vocabulary((*(bytes([byte]) for byte in range(256)), *[b""] * 744), (STOP_TOKEN,))
+"""A token for each byte, and tokens that say nothing."""
 
 
 def limits_of(
@@ -52,6 +56,8 @@ def add(
     salt: bytes = b"",
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    form: inference_pb2.ResponseFormat | None = None,
+    stop_token_ids: Iterable[int] = (STOP_TOKEN,),
 ) -> engine_pb2.AddSequence:
     """A sequence, greedy unless told; a prompt given as a number is so many tokens, others than its neighbours'."""
     first = 100 * (1 + (sequence_id - 1) % 8)
@@ -59,10 +65,11 @@ def add(
     payload = request_pb2.RequestPayload(
         prompt_token_ids=prompt_token_ids,
         max_tokens=max_tokens,
-        stop_token_ids=[STOP_TOKEN],
+        stop_token_ids=stop_token_ids,
         cache_salt=salt,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        response_format=form,
     )
     payload.sampling.temperature = temperature
     payload.sampling.seed = seed
@@ -109,7 +116,8 @@ class PretendedRunner:
 
     It fails when a chunk's context is not what the sequence's own tokens would have written: when a block is lost,
     skipped, overwritten, or shared with a sequence of another salt or other tokens. The token it samples is the number
-    of tokens in the context, unless `next_token` says otherwise; log-probabilities are minus the token.
+    of tokens in the context, unless `next_token` says otherwise, or the next higher one that is allowed;
+    log-probabilities are minus the token.
     """
 
     limits: EngineLimits
@@ -156,9 +164,17 @@ class PretendedRunner:
         scored = tuple(TokenLogprobs(-float(token), ()) for token in chunk.scored_token_ids)
         if chunk.sample_index is None:
             return ChunkResult(None, None, scored)
-        token = self._last_sampled[chunk.sequence_id] = self.next_token([*context])
+        token = self._last_sampled[chunk.sequence_id] = self._allowed(chunk, self.next_token([*context]))
         asked = chunk.sampling.num_logprobs is not None
         return ChunkResult(token, TokenLogprobs(-float(token), ()) if asked else None, scored)
+
+    def _allowed(self, chunk: SequenceChunk, wanted: int) -> int:
+        mask, num_tokens = chunk.allowed_tokens, self.limits.vocabulary_size
+        if mask is None:
+            return wanted
+        assert len(mask) == -(-num_tokens // 8)
+        candidates = (token % num_tokens for token in range(wanted, wanted + num_tokens))
+        return next(token for token in candidates if mask[token // 8] >> token % 8 & 1)
 
     def _slot(self, chunk: SequenceChunk, position: int) -> tuple[bytes, tuple[int, ...]]:
         return self._slots[self._place(chunk, position)]

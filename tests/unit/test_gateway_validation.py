@@ -39,6 +39,10 @@ def a_chat(*roles: str) -> pb.Chat:
     return pb.Chat(messages=[pb.ChatMessage(role=role, content="hi") for role in roles])
 
 
+def one_of(*texts: str) -> pb.ResponseFormat:
+    return pb.ResponseFormat(choices=pb.ResponseFormat.Choices(texts=texts))
+
+
 def refusal(request: pb.GenerateRequest) -> ShoalError:
     with pytest.raises(ShoalError) as caught:
         validate(request, MODEL)
@@ -83,6 +87,25 @@ def refusal(request: pb.GenerateRequest) -> ShoalError:
         ({"request_id": "a\x00b"}, "request_id", "'a\\x00b'", "A-Z a-z 0-9"),
         ({"request_id": "x" * 1_000_000}, "request_id", "1000000 characters", "1 to 128"),
         ({"request_id": "a/b"}, "request_id", "'a/b'", "A-Z a-z 0-9"),
+        ({"response_format": pb.ResponseFormat()}, "response_format", "no form", "json_schema, regex, choices"),
+        (
+            {"response_format": pb.ResponseFormat(json_object=False)},
+            "response_format.json_object",
+            "false",
+            "expected true",
+        ),
+        (
+            {"response_format": pb.ResponseFormat(json_schema=" " * 65_537)},
+            "response_format.json_schema",
+            "65537 bytes",
+            "1 to 65536",
+        ),
+        ({"response_format": pb.ResponseFormat(json_schema="")}, "response_format.json_schema", "0 bytes", "1 to"),
+        ({"response_format": pb.ResponseFormat(regex="é" * 2_049)}, "response_format.regex", "4098 bytes", "4096"),
+        ({"response_format": one_of()}, "response_format.choices.texts", "length 0", "1 to 1024"),
+        ({"response_format": one_of(*["a"] * 1_025)}, "response_format.choices.texts", "length 1025", "1 to 1024"),
+        ({"response_format": one_of("a", "")}, "response_format.choices.texts[1]", "empty", "at least 1"),
+        ({"response_format": one_of("a" * 65_537)}, "response_format.choices.texts", "65537 bytes", "65536"),
         ({"priority": 7}, "priority", "7", "Priority"),
     ],
 )
@@ -100,12 +123,6 @@ def test_a_bad_field_is_refused_by_name_with_its_value_and_its_limit(
 
 def test_no_input_at_all_is_refused() -> None:
     assert refusal(pb.GenerateRequest()).field == "input"
-
-
-def test_what_is_not_built_yet_is_refused_and_not_ignored() -> None:
-    error = refusal(a_request(response_format=pb.ResponseFormat(json_object=True)))
-    assert (error.field, error.reason) == ("response_format", "NOT_SUPPORTED_YET")
-    assert "not supported yet" in error.message
 
 
 def test_an_unknown_model_is_not_found_and_the_known_one_is_named() -> None:

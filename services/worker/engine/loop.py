@@ -15,6 +15,9 @@ from services.worker.engine.step_time import StepTimeModel
 Clock = Callable[[], float]
 """Milliseconds that never go back."""
 
+PREPARED_LOOK_MS = 1.0
+"""How soon an engine that does nothing else looks again whether a grammar is compiled."""
+
 
 class FrontChannel(Protocol):
     """The engine's connection to its front."""
@@ -127,6 +130,8 @@ class EngineLoop:
         return True
 
     def _idle_ms(self) -> float | None:
-        """How long nothing can happen by itself: until a sequence expires."""
+        """How long nothing can happen by itself: until a sequence expires, or may have its grammar."""
+        if self._planner.is_preparing:
+            return PREPARED_LOOK_MS
         deadline_ms = self._planner.next_deadline_ms
         return None if deadline_ms is None else max(0.0, deadline_ms - self._clock())

@@ -12,10 +12,13 @@ in order, and a token not yet known has its place by number.
 from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from concurrent.futures import Future
 
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.text.grammar import GrammarError
 from services.worker.engine.block_pool import BlockId, BlockPool
+from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.prefix_cache import PrefixCache, block_hash
 from services.worker.engine.refusal import why_refused, why_tokens_refused
@@ -36,16 +39,22 @@ from services.worker.engine.step_time import StepTimeModel, StepWork
 class Planner:
     """All sequences of an engine and the blocks they hold. Only the loop calls it; nothing else changes a sequence."""
 
-    def __init__(self, limits: EngineLimits, step_time: StepTimeModel) -> None:
-        """`step_time` is asked for predictions; whoever runs the steps teaches it."""
+    def __init__(self, limits: EngineLimits, step_time: StepTimeModel, grammars: Grammars | None = None) -> None:
+        """`step_time` is asked for predictions; whoever runs the steps teaches it.
+
+        `grammars`: None: answers of a given form are refused.
+        """
         self._limits = limits
         self._step_time = step_time
+        self._grammars = grammars
         self._cache = PrefixCache()
         self._pool = BlockPool(limits.num_blocks, self._cache)
         # Both in order of arrival. A preempted sequence goes to the head of those that wait, and nobody overtakes: so
         # all that run came before all that wait.
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._preparing: OrderedDict[SequenceId, tuple[Sequence, Future[SequenceGrammar]]] = OrderedDict()
+        """New ones whose grammar is compiled. They come to wait behind the others when it is there."""
         self._copies: dict[BlockId, BlockId] = {}
         """Sources by destination, for the next step: nothing is written before it, so they may wait for one."""
         self._ended_without_step: list[engine_pb2.SequenceOutput] = []
@@ -69,6 +78,11 @@ class Planner:
         return self._num_preemptions
 
     @property
+    def is_preparing(self) -> bool:
+        """Whether `plan` may find more to do in a moment, without another command."""
+        return bool(self._preparing)
+
+    @property
     def waiting_prefill_tokens(self) -> int:
         """Tokens, of prompts and forced ones, not yet computed. O(sequences)."""
         return sum(sequence.num_ready_tokens for sequence in self._sequences() if not sequence.is_decoding)
@@ -86,6 +100,8 @@ class Planner:
         self._waiting[sequence.id] = sequence
         if problem := why_refused(add.payload, sequence, self._limits):
             self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+        elif add.payload.response_format.WhichOneof("format"):
+            self._prepare(sequence, add.payload.response_format)
         elif not sequence.held:
             self._end_if_complete(sequence)
 
@@ -104,7 +120,8 @@ class Planner:
             return
         sequence.held = False
         sequence.token_ids.extend(forced_token_ids)
-        self._end_if_complete(sequence)
+        if sequence.id not in self._preparing:
+            self._follow_or_end(sequence)
 
     def expire(self, now_ms: float) -> None:
         """End every sequence whose time has run out. O(sequences)."""
@@ -119,6 +136,7 @@ class Planner:
 
     def plan(self) -> StepPlan | None:
         """Decide the next step and admit sequences for it; None if nothing can be computed now. O(running)."""
+        self._take_prepared()
         may_admit = self._make_room()
         alone = self._alone()
         chunks = self._chunk_alone(alone) if alone else self._chunks(may_admit)
@@ -152,13 +170,49 @@ class Planner:
             if computed.scored:
                 sequence.tell_from = _last_scored(chunk) + 1
             self._cache_full_blocks(sequence, chunk.context_tokens)
+            problem = _follow(sequence) if computed.token_id is not None else ""
             is_over = computed.token_id is not None or (sequence.scores_only and sequence.is_told)
             end = sequence.end_reached() if is_over else engine_pb2.SEQUENCE_END_UNSPECIFIED
+            if problem:
+                end = engine_pb2.SEQUENCE_END_FAILED
             if computed.token_id is not None or computed.scored:
-                outputs.append(_output(sequence, chunk, computed, end))
+                outputs.append(_output(sequence, chunk, computed, end, problem))
             if end:
                 self._end(sequence)
         return outputs
+
+    # Forms of answers
+
+    def _prepare(self, sequence: Sequence, form: inference_pb2.ResponseFormat) -> None:
+        """Have a new sequence's grammar compiled; it is not admitted before."""
+        if self._grammars is None:
+            problem = "this engine does not support response_format"
+            self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+            return
+        del self._waiting[sequence.id]
+        known = sequence.token_ids[sequence.num_prompt_tokens :]
+        self._preparing[sequence.id] = sequence, self._grammars.prepare(form, sequence.stop_token_ids, known)
+
+    def _take_prepared(self) -> None:
+        """Let those wait for room whose grammar is there. O(sequences that it is compiled for)."""
+        for sequence, prepared in [entry for entry in self._preparing.values() if entry[1].done()]:
+            del self._preparing[sequence.id]
+            self._waiting[sequence.id] = sequence
+            try:
+                sequence.grammar = prepared.result()
+            except GrammarError as error:
+                self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, str(error))
+                continue
+            if not sequence.held:
+                # It may have been released meanwhile, with further tokens.
+                self._follow_or_end(sequence)
+
+    def _follow_or_end(self, sequence: Sequence) -> None:
+        """A sequence that may sample has got tokens outside a step: it goes on behind them, or has ended with them."""
+        if problem := _follow(sequence):
+            self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+        else:
+            self._end_if_complete(sequence)
 
     # Blocks
 
@@ -310,6 +364,7 @@ class Planner:
             sample_index=sequence.num_generated_tokens if samples else None,
             scored_token_ids=_scored(sequence, first, end),
             seen=_seen(sequence) if samples and sequence.sampling.has_penalties else None,
+            allowed_tokens=sequence.grammar.allowed_tokens if samples and sequence.grammar else None,
         )
 
     def _count(self, chunk: SequenceChunk) -> None:
@@ -340,15 +395,31 @@ class Planner:
         """Forget a sequence and free its blocks."""
         self._waiting.pop(sequence.id, None)
         self._running.pop(sequence.id, None)
+        if entry := self._preparing.pop(sequence.id, None):
+            entry[1].cancel()
         self._release_blocks(sequence)
         sequence.move_to(SequenceState.ENDED)
 
     def _find(self, sequence_id: SequenceId) -> Sequence | None:
+        if entry := self._preparing.get(sequence_id):
+            return entry[0]
         return self._running.get(sequence_id) or self._waiting.get(sequence_id)
 
     def _sequences(self) -> Iterator[Sequence]:
         yield from self._running.values()
         yield from self._waiting.values()
+        yield from (sequence for sequence, _ in self._preparing.values())
+
+
+def _follow(sequence: Sequence) -> str:
+    """Take its grammar, if it has one, to the end of its tokens. Returns why that cannot be, or nothing."""
+    if sequence.grammar is None:
+        return ""
+    try:
+        sequence.grammar.follow(sequence.token_ids[sequence.num_prompt_tokens :])
+    except GrammarError as error:
+        return str(error)
+    return ""
 
 
 def _scored(sequence: Sequence, first: int, end: int) -> tuple[int, ...]:
@@ -364,12 +435,17 @@ def _seen(sequence: Sequence) -> SeenTokens:
 
 
 def _output(
-    sequence: Sequence, chunk: SequenceChunk, computed: ChunkResult, end: engine_pb2.SequenceEnd.ValueType
+    sequence: Sequence,
+    chunk: SequenceChunk,
+    computed: ChunkResult,
+    end: engine_pb2.SequenceEnd.ValueType,
+    error: str,
 ) -> engine_pb2.SequenceOutput:
     return engine_pb2.SequenceOutput(
         sequence_id=sequence.id,
         token_ids=[] if computed.token_id is None else [computed.token_id],
         end=end,
+        error=error,
         cached_tokens=sequence.num_cached_tokens or 0,
         logprobs=[_logprobs(computed.logprobs)] if computed.logprobs else [],
         given_logprobs=[_logprobs(scored) for scored in computed.scored],

@@ -7,6 +7,7 @@ from typing import NewType
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.engine.block_pool import BlockId
+from services.worker.engine.grammar import SequenceGrammar
 from services.worker.engine.prefix_cache import BlockHash
 
 SequenceId = NewType("SequenceId", int)
@@ -126,6 +127,8 @@ class Sequence:
     """Tokens that steps in flight will sample: 0 or 1."""
     num_sampled_tokens: int = 0
     """Tokens sampled by this engine, pending ones included."""
+    grammar: SequenceGrammar | None = None
+    """What its tokens may be; None: anything, or it is still compiled."""
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache at its first admission."""
 
@@ -207,7 +210,8 @@ class Sequence:
     @property
     def _goes_on_unseen(self) -> bool:
         """Whether the token after a pending one can be planned: it does not depend on it, and is allowed."""
-        return not self.sampling.has_penalties and self.num_generated_tokens < self.max_tokens
+        depends = self.sampling.has_penalties or self.grammar is not None
+        return not depends and self.num_generated_tokens < self.max_tokens
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state. Raises ValueError for a move that `TRANSITIONS` does not have."""
@@ -219,6 +223,8 @@ class Sequence:
         """Return why its generated tokens are its last ones, or SEQUENCE_END_UNSPECIFIED if they are not."""
         if self.num_generated_tokens > 0 and self.token_ids[-1] in self.stop_token_ids:
             return engine_pb2.SEQUENCE_END_STOP_TOKEN
+        if self.grammar and self.grammar.is_over:
+            return engine_pb2.SEQUENCE_END_COMPLETE
         if self.num_generated_tokens >= self.max_tokens:
             return engine_pb2.SEQUENCE_END_LENGTH
         return engine_pb2.SEQUENCE_END_UNSPECIFIED

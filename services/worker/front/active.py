@@ -72,6 +72,7 @@ class ActiveRequest:
         self._placed_ms = max(0, start.placed_at_ms - start.accepted_at_ms)
         self._started_s = now_s
         self._first_token_s: float | None = None
+        self._has_form = self.payload.HasField("response_format")
         stops = stop_texts(self.payload.stop)
         self.choices = [_Choice(sequence_id, vocabulary, stops) for sequence_id in sequence_ids]
         for choice, tokens in enumerate(start.journal):
@@ -126,6 +127,8 @@ class ActiveRequest:
                 return output.end == engine_pb2.SEQUENCE_END_UNSPECIFIED
         if output.end == engine_pb2.SEQUENCE_END_STOP_TOKEN:
             state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=True))
+        elif output.end == engine_pb2.SEQUENCE_END_COMPLETE:
+            state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=False))
         elif output.end == engine_pb2.SEQUENCE_END_LENGTH:
             state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_LENGTH, hidden=False))
         return False
@@ -180,7 +183,10 @@ class ActiveRequest:
         return self._placed_ms + round((at_s - self._started_s) * 1000)
 
     def _take_known(self, choice: int, tokens: Sequence[int]) -> None:
-        """Tokens of earlier attempts: a stop among them means that only the end is missing."""
+        """Tokens of earlier attempts: a stop among them means that only the end is missing.
+
+        Whether an answer of a given form is cut or whole at its last token, the engine says.
+        """
         state = self.choices[choice]
         for token in tokens:
             if token in self.payload.stop_token_ids:
@@ -188,7 +194,7 @@ class ActiveRequest:
                 state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_STOP, hidden=True))
             elif state.feed(token):
                 pass
-            elif len(state.pieces) == self.payload.max_tokens:
+            elif len(state.pieces) == self.payload.max_tokens and not self._has_form:
                 state.finish(ChoiceEnd(inference_pb2.FINISH_REASON_LENGTH, hidden=False))
 
     def _take_given_logprobs(self, choice: int, output: engine_pb2.SequenceOutput) -> None:
