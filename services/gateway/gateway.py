@@ -28,6 +28,7 @@ from services.gateway.departures import Departures
 from services.gateway.generation import Generation, Limits
 from services.gateway.hints import Hints
 from services.gateway.holdings import HoldingsPoster
+from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
 from services.gateway.model import Model
 from services.gateway.open_streams import OpenStreams
@@ -85,6 +86,7 @@ async def _serve(
     replay = Replay(tokenizer)
     calls = OpenCalls(config.max_streams)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
+    known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
     capacity = Capacity(workers, clock)
@@ -98,7 +100,7 @@ async def _serve(
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
-        generation = Generation(model, tokenizer, capacity, backlog, requests, limits)
+        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
         service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         background = [
@@ -107,6 +109,7 @@ async def _serve(
                 departures,
                 hints,
                 backlog,
+                known,
                 Lease(GatewayLease(redis), gateway, streams, readiness, clock),
                 HoldingsPoster(Recovery(redis, config.pool), streams, gateway, readiness, clock),
                 Watch(streams, store, requests, replay, gateway, clock),

@@ -13,11 +13,12 @@ from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import cache_salt
+from services.gateway.known import KnownRequests
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
-from services.gateway.validation import ValidRequest, fitted_max_tokens, validate
+from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
 
 MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 """A gRPC deadline farther away than this is none."""
@@ -47,13 +48,14 @@ class Generation:
     """Turns calls of Generate into streams."""
 
     def __init__(
-        self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, requests: Requests,
-        limits: Limits,
+        self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, known: KnownRequests,
+        requests: Requests, limits: Limits,
     ) -> None:  # fmt: skip
         self._model = model
         self._tokenizer = tokenizer
         self._capacity = capacity
         self._backlog = backlog
+        self._known = known
         self._requests = requests
         self._limits = limits
         self._formats = AcceptedFormats(tokenizer)
@@ -63,13 +65,8 @@ class Generation:
 
         Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
         """
+        await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
-        try:
-            await self._backlog.check()
-        except Exhausted:
-            # A known request waits already, or has ended: reading it on adds nothing.
-            if not valid.request_id or not await self._requests.knows(request_key(caller.tenant, valid.request_id)):
-                raise
         with self._backlog.taking():
             prompt = valid.token_ids
             if valid.text is not None:
@@ -78,6 +75,15 @@ class Generation:
                 await self._formats.check(valid.response_format, caller.time_left_s())
             max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
             return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+
+    async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
+        # Before anything else is looked at: in a flood, this is all that most calls cost.
+        try:
+            await self._backlog.check()
+        except Exhausted:
+            # A known request waits already, or has ended: reading it on adds nothing.
+            if not request_id or not await self._known.knows(request_key(caller.tenant, check_request_id(request_id))):
+                raise
 
     def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
         request_id = valid.request_id or new_request_id()

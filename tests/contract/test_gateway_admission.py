@@ -249,6 +249,46 @@ async def test_a_known_request_is_read_on_though_the_backlog_is_full(fleet: Flee
     assert await gateway.generate(request_id="a").accepted() == "a"
 
 
+async def test_a_flood_with_ids_is_refused_by_few_lookups_and_the_known_request_in_it_is_read_on(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(backlog_limit=1)
+    await gateway.generate(request_id="a").accepted()
+    before = await _num_scripts(fleet.redis)
+    answers = [gateway.generate(request_id=f"b{number}") for number in range(500)]
+    known = gateway.generate(request_id="a")
+    outcomes = await asyncio.gather(*(answer.accepted() for answer in answers), return_exceptions=True)
+    assert all(isinstance(outcome, Exhausted) and outcome.reason == "BACKLOG_FULL" for outcome in outcomes)
+    assert await known.accepted() == "a"
+    assert await _num_scripts(fleet.redis) - before < 250
+
+
+async def test_an_id_that_was_claimed_but_never_stored_is_refused_before_it_is_encoded(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(backlog_limit=1)
+    await gateway.generate().accepted()
+    await claim_id(fleet.redis, "default", "b", fleet.pool)
+    fleet.tokenizer.refuses = 1_000
+    assert (await gateway.generate(request_id="b").error()).reason == "BACKLOG_FULL"
+
+
+async def test_while_redis_is_away_a_request_with_an_id_is_told_so_and_not_that_it_is_unknown(
+    own_redis_server: RedisServer, pool: str
+) -> None:
+    client = await connect(own_redis_server.url)
+    async for fleet in a_fleet(client, own_redis_server.url, pool):
+        gateway = await fleet.gateway(backlog_limit=1)
+        await gateway.generate(request_id="a").accepted()
+        own_redis_server.kill()
+        answers = [gateway.generate(request_id="a") for _ in range(3)]
+        errors = await asyncio.gather(*(answer.error() for answer in answers))
+        assert {(type(error), error.reason) for error in errors} == {(Unavailable, "STORE_UNAVAILABLE")}
+        own_redis_server.start()
+    await client.aclose()
+
+
+async def _num_scripts(redis: Redis) -> int:
+    stats: Any = await redis.info("commandstats")
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
 async def test_more_streams_than_allowed_are_refused(fleet: Fleet) -> None:
     gateway = await fleet.gateway(max_streams=1)
     answer = gateway.generate()
