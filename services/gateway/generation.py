@@ -1,5 +1,6 @@
 """The way of a new request through the gateway: checked, admitted, encoded, fitted, accepted."""
 
+import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
 from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
 
+MAX_IN_WORK = 16
+"""Calls that are encoded and stored at once: enough for tokenizers and Redis, and so few that a flood's refusals, which
+the event loop takes in turn with them, come soon. As many as the backlog's limit may wait."""
 MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 """A gRPC deadline farther away than this is none."""
 
@@ -59,6 +63,7 @@ class Generation:
         self._requests = requests
         self._limits = limits
         self._formats = AcceptedFormats(tokenizer)
+        self._in_work = asyncio.Semaphore(MAX_IN_WORK)
 
     async def start(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
         """The stream of an accepted request; whatever is raised before that has stored nothing.
@@ -68,13 +73,17 @@ class Generation:
         await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
         with self._backlog.taking():
-            prompt = valid.token_ids
-            if valid.text is not None:
-                prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
-            if valid.response_format is not None:
-                await self._formats.check(valid.response_format, caller.time_left_s())
-            max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
-            return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+            async with self._in_work:
+                return await self._accept(valid, caller)
+
+    async def _accept(self, valid: ValidRequest, caller: Caller) -> Stream:
+        prompt = valid.token_ids
+        if valid.text is not None:
+            prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+        if valid.response_format is not None:
+            await self._formats.check(valid.response_format, caller.time_left_s())
+        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
+        return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
 
     async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
         # Before anything else is looked at: in a flood, this is all that most calls cost.
