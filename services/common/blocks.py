@@ -1,12 +1,12 @@
-"""How many blocks of KV cache a request takes: one count for those that refuse, place and reserve."""
+"""How many blocks of KV cache a request takes: one count for those that refuse, place, reserve and compute."""
 
 
 def blocks_of_request(num_prompt_tokens: int, max_tokens: int, num_choices: int, block_size_tokens: int) -> int:
     """Return the blocks that a request takes at most, all its choices together.
 
-    Choices share the full blocks of the prompt, but for its last token, that they all go on from.
+    Choices share blocks of the prompt (`num_shared_blocks`), and all go on from its last token.
     """
-    shared = _shared_blocks(num_prompt_tokens, block_size_tokens)
+    shared = num_shared_blocks(num_prompt_tokens, block_size_tokens)
     each = -(-(num_prompt_tokens + max_tokens) // block_size_tokens) - shared
     return shared + num_choices * each
 
@@ -16,10 +16,11 @@ def most_tokens_within(num_blocks: int, num_prompt_tokens: int, num_choices: int
 
     Negative if not even the prompt fits.
     """
-    shared = _shared_blocks(num_prompt_tokens, block_size_tokens)
+    shared = num_shared_blocks(num_prompt_tokens, block_size_tokens)
     each = (num_blocks - shared) // num_choices
     return (shared + each) * block_size_tokens - num_prompt_tokens
 
 
-def _shared_blocks(num_prompt_tokens: int, block_size_tokens: int) -> int:
+def num_shared_blocks(num_prompt_tokens: int, block_size_tokens: int) -> int:
+    """Return how many blocks all choices of a request share: the full ones of the prompt, but for its last token."""
     return max(0, num_prompt_tokens - 1) // block_size_tokens

@@ -175,13 +175,9 @@ class Requests:
                 self._departures.add(stream.key, stream.reader.number)
                 logger.info("left", extra={"request": stream.key, "reader": stream.reader.number})
 
-    async def knows(self, key: RequestKey) -> bool:
-        """Whether the id is taken by a request of this pool."""
-        tenant, _, request_id = key.partition("/")
-        return await retried(lambda: pool_of(self._redis, tenant, request_id)) == self._pool
-
     async def _check_owned(self, key: RequestKey) -> None:
-        if not await self.knows(key):
+        tenant, _, request_id = key.partition("/")
+        if await retried(lambda: pool_of(self._redis, tenant, request_id)) != self._pool:
             raise unknown(key)
 
     def _stream(self, record: Record, held: tuple[Held, ...]) -> Stream:

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
@@ -18,18 +17,6 @@ from services.common.store.connection import StoreUnavailable
 from services.worker.front.engine_client import EngineDiedError
 from services.worker.front.session import LostError
 from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
-
-
-@pytest.fixture
-async def bench(redis: Redis, pool: str) -> AsyncIterator[Bench]:
-    made = Bench(redis, pool)
-    server, made.gateway_address = await serve_gateway(made.gateway)
-    await made.lead()
-    await made.start_session()
-    yield made
-    made.ended.cancel()
-    await asyncio.wait({made.ended})
-    await server.stop(0)
 
 
 async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_it_is_stored(bench: Bench) -> None:

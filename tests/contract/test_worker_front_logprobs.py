@@ -1,28 +1,12 @@
 """A token goes to its reader with its log-probability or not at all, whichever attempt sampled it (worker front)."""
 
-import asyncio
-from collections.abc import AsyncIterator
-
 import pytest
-from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.record.history import Held
 from services.worker.front import gateway_links
-from tests.contract.worker_front import Bench, serve_gateway
-
-
-@pytest.fixture
-async def bench(redis: Redis, pool: str) -> AsyncIterator[Bench]:
-    made = Bench(redis, pool)
-    server, made.gateway_address = await serve_gateway(made.gateway)
-    await made.lead()
-    await made.start_session()
-    yield made
-    made.ended.cancel()
-    await asyncio.wait({made.ended})
-    await server.stop(0)
+from tests.contract.worker_front import Bench
 
 
 async def outcome(bench: Bench, name: str) -> request_pb2.Outcome:

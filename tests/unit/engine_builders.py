@@ -8,6 +8,7 @@ from gen.shoal.inference.v1 import inference_pb2
 from services.common.text.vocabulary import Vocabulary
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import FrontGoneError
+from services.worker.engine.planner import Planner
 from services.worker.engine.step_plan import (
     PENDING_TOKEN,
     ChunkResult,
@@ -16,6 +17,7 @@ from services.worker.engine.step_plan import (
     StepResult,
     TokenLogprobs,
 )
+from services.worker.engine.step_time import StepTimeModel
 
 STOP_TOKEN = 999
 VOCABULARY = Vocabulary((*(bytes([byte]) for byte in range(256)), *[b""] * 744), (STOP_TOKEN,))
@@ -182,6 +184,36 @@ class PretendedRunner:
     def _place(self, chunk: SequenceChunk, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.limits.block_size_tokens)
         return chunk.block_table[block], offset
+
+
+class Engine:
+    """A planner with a pretended runner, step by step."""
+
+    def __init__(self, limits: EngineLimits | None = None) -> None:
+        self.limits = limits or limits_of()
+        self.planner = Planner(self.limits, StepTimeModel())
+        self.runner = PretendedRunner(self.limits)
+        self.outputs: list[engine_pb2.SequenceOutput] = []
+
+    def step(self) -> StepPlan | None:
+        plan = self.planner.plan()
+        if plan:
+            self.outputs += self.planner.complete(plan, self.runner.launch(plan).result())
+        self.outputs += self.planner.take_ended()
+        return plan
+
+    def steps(self) -> list[list[tuple[int, int]]]:
+        """Run until nothing is left to compute; (sequence, tokens) of each step's chunks."""
+        made: list[list[tuple[int, int]]] = []
+        while plan := self.step():
+            made.append([(chunk.sequence_id, len(chunk.token_ids)) for chunk in plan.chunks])
+        return made
+
+    def ends(self) -> dict[int, engine_pb2.SequenceEnd.ValueType]:
+        return {output.sequence_id: output.end for output in self.outputs if output.end}
+
+    def tokens(self, sequence_id: int) -> list[int]:
+        return [token for output in self.outputs if output.sequence_id == sequence_id for token in output.token_ids]
 
 
 @dataclass

@@ -6,8 +6,7 @@ import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.engine.sequence import SequenceId
-from tests.unit.engine_builders import add, limits_of
-from tests.unit.test_engine_planner import Engine
+from tests.unit.engine_builders import Engine, add, limits_of
 
 PROMPT = list(range(200, 213))
 """13 tokens: three full blocks of 4, and one."""

@@ -3,42 +3,8 @@
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.limits import EngineLimits
-from services.worker.engine.planner import Planner
 from services.worker.engine.sequence import SequenceId
-from services.worker.engine.step_plan import StepPlan
-from services.worker.engine.step_time import StepTimeModel
-from tests.unit.engine_builders import STOP_TOKEN, PretendedRunner, add, limits_of
-
-
-class Engine:
-    """A planner with a pretended runner, step by step."""
-
-    def __init__(self, limits: EngineLimits | None = None) -> None:
-        self.limits = limits or limits_of()
-        self.planner = Planner(self.limits, StepTimeModel())
-        self.runner = PretendedRunner(self.limits)
-        self.outputs: list[engine_pb2.SequenceOutput] = []
-
-    def step(self) -> StepPlan | None:
-        plan = self.planner.plan()
-        if plan:
-            self.outputs += self.planner.complete(plan, self.runner.launch(plan).result())
-        self.outputs += self.planner.take_ended()
-        return plan
-
-    def steps(self) -> list[list[tuple[int, int]]]:
-        """Run until nothing is left to compute; (sequence, tokens) of each step's chunks."""
-        made: list[list[tuple[int, int]]] = []
-        while plan := self.step():
-            made.append([(chunk.sequence_id, len(chunk.token_ids)) for chunk in plan.chunks])
-        return made
-
-    def ends(self) -> dict[int, engine_pb2.SequenceEnd.ValueType]:
-        return {output.sequence_id: output.end for output in self.outputs if output.end}
-
-    def tokens(self, sequence_id: int) -> list[int]:
-        return [token for output in self.outputs if output.sequence_id == sequence_id for token in output.token_ids]
+from tests.unit.engine_builders import STOP_TOKEN, Engine, add, limits_of
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.blocks import num_shared_blocks
 from services.common.text.grammar import GrammarError
 from services.worker.engine.block_pool import BlockId, BlockPool
 from services.worker.engine.grammar import Grammars, SequenceGrammar
@@ -169,12 +170,14 @@ class Planner:
                 sequence.num_pending_tokens -= 1
             if computed.scored:
                 sequence.tell_from = _last_scored(chunk) + 1
-            self._cache_full_blocks(sequence, chunk.context_tokens)
+            self._cache_filled_blocks(sequence, chunk)
             problem = _follow(sequence) if computed.token_id is not None else ""
             is_over = computed.token_id is not None or (sequence.scores_only and sequence.is_told)
-            end = sequence.end_reached() if is_over else engine_pb2.SEQUENCE_END_UNSPECIFIED
+            end = engine_pb2.SEQUENCE_END_UNSPECIFIED
             if problem:
                 end = engine_pb2.SEQUENCE_END_FAILED
+            elif is_over:
+                end = sequence.end_reached()
             if computed.token_id is not None or computed.scored:
                 outputs.append(_output(sequence, chunk, computed, end, problem))
             if end:
@@ -243,12 +246,15 @@ class Planner:
         self._waiting.move_to_end(sequence.id, last=False)
         self._num_preemptions += 1
 
-    def _cache_full_blocks(self, sequence: Sequence, num_computed_tokens: int) -> None:
-        """Let others find the blocks that hold the first so many tokens."""
-        num_full = num_computed_tokens // self._limits.block_size_tokens
-        self._hash_blocks(sequence, num_full)
-        for block, hashed in zip(sequence.block_table[:num_full], sequence.block_hashes, strict=False):
-            self._cache.add(block, hashed)
+    def _cache_filled_blocks(self, sequence: Sequence, chunk: SequenceChunk) -> None:
+        """Let others find the blocks that a chunk has filled; those before it were found, shared or filled before."""
+        if sequence.state != SequenceState.RUNNING:
+            return
+        size = self._limits.block_size_tokens
+        first, end = chunk.first_position // size, chunk.context_tokens // size
+        self._hash_blocks(sequence, end)
+        for index in range(first, end):
+            self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
 
     def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
         size = self._limits.block_size_tokens
@@ -300,7 +306,7 @@ class Planner:
 
     def _blocks_of_prompt(self, parent: Sequence, sequence: Sequence) -> list[BlockId]:
         """The full blocks of the prompt, all but its last token, that another choice has computed."""
-        num_blocks = (sequence.num_prompt_tokens - 1) // self._limits.block_size_tokens
+        num_blocks = num_shared_blocks(sequence.num_prompt_tokens, self._limits.block_size_tokens)
         return list(parent.block_table[:num_blocks])
 
     def _copy_rest_of_prompt(self, parent: Sequence, sequence: Sequence) -> None:
