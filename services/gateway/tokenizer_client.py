@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Unavailable, from_rpc
 
 MAX_ATTEMPTS = 5
@@ -43,6 +44,11 @@ class TokenizerClient:
     async def decode(self, request: tokenizer_pb2.DecodeRequest) -> str:
         """Text that a stream shows after a given token."""
         return (await self._call(lambda stub, left_s: stub.Decode(request, timeout=left_s))).text
+
+    async def check_format(self, form: inference_pb2.ResponseFormat, within_s: float | None) -> None:
+        """Raise InvalidRequest if answers of a form cannot be generated. `within_s`: as for `encode`."""
+        request = tokenizer_pb2.CheckFormatRequest(response_format=form)
+        await self._call(lambda stub, left_s: stub.CheckFormat(request, timeout=left_s), within_s)
 
     async def describe(self) -> tokenizer_pb2.DescribeResponse:
         """Facts of the model."""

@@ -5,6 +5,8 @@ Knows nothing of gRPC: a pool process would take twice the memory and start half
 
 from collections.abc import Callable
 from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
@@ -17,6 +19,9 @@ from services.common.text.text_stream import TextStream
 from services.tokenizer.chat_template import TemplateError
 from services.tokenizer.pieces import cut_text, may_be_cut
 from services.tokenizer.stored_tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from services.common.text.grammar import GrammarCompiler
 
 
 class InputError(Exception):
@@ -78,6 +83,26 @@ class TextCodec:
             text += stream.end()  # What was held back is shown with the last token.
         return tokenizer_pb2.DecodeResponse(text=text).SerializeToString()
 
+    def check_format(self, payload: bytes) -> bytes:
+        """Serialized CheckFormatRequest to CheckFormatResponse. Raises InputError for a form that cannot be kept."""
+        from services.common.text.grammar import FormatError
+
+        request = tokenizer_pb2.CheckFormatRequest()
+        _parse(request, payload)
+        try:
+            self._grammars.compile(request.response_format)
+        except FormatError as error:
+            field = f"response_format.{error.field}"
+            raise InputError(field, f"{field}: {error.problem}") from error
+        return tokenizer_pb2.CheckFormatResponse().SerializeToString()
+
+    @cached_property
+    def _grammars(self) -> "GrammarCompiler":
+        # Made when it is first wanted: it takes 24 MB, and most fleets see no form for hours.
+        from services.common.text.grammar import GrammarCompiler
+
+        return GrammarCompiler(self._vocabulary)
+
     def _text(self, request: tokenizer_pb2.EncodeRequest) -> str:
         kind = request.WhichOneof("input")
         if kind == "prompt":
@@ -99,7 +124,10 @@ class TextCodec:
             raise InputError("chat.messages", str(error)) from error
 
 
-def _parse(message: tokenizer_pb2.EncodeRequest | tokenizer_pb2.DecodeRequest, payload: bytes) -> None:
+def _parse(
+    message: tokenizer_pb2.EncodeRequest | tokenizer_pb2.DecodeRequest | tokenizer_pb2.CheckFormatRequest,
+    payload: bytes,
+) -> None:
     try:
         message.ParseFromString(payload)
     except DecodeError as error:

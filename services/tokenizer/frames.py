@@ -16,6 +16,7 @@ class Operation(IntEnum):
 
     ENCODE = 1
     DECODE = 2
+    CHECK_FORMAT = 4
 
 
 class Answer(IntEnum):

@@ -46,7 +46,13 @@ def _serve(link: socket.socket, requests: BinaryIO, codec: TextCodec) -> None:
 
 def _answer(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
     try:
-        done = codec.encode(payload) if operation is Operation.ENCODE else codec.decode(payload)
+        match operation:
+            case Operation.ENCODE:
+                done = codec.encode(payload)
+            case Operation.DECODE:
+                done = codec.decode(payload)
+            case Operation.CHECK_FORMAT:
+                done = codec.check_format(payload)
         return frame(Answer.DONE, done)
     except InputError as error:
         return frame(Answer.REFUSED, f"{error.field}\n{error.problem}".encode(errors="replace"))

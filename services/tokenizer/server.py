@@ -36,6 +36,10 @@ class TokenizerService:
         """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""
         return await self._submit(Operation.DECODE, payload)
 
+    async def check_format(self, payload: bytes, context: Context) -> bytes:
+        """Compile a form of answers. Raises InvalidRequest if it cannot be kept, and what the pool raises."""
+        return await self._submit(Operation.CHECK_FORMAT, payload)
+
     async def describe(
         self, request: tokenizer_pb2.DescribeRequest, context: Context
     ) -> tokenizer_pb2.DescribeResponse:
@@ -70,6 +74,7 @@ def handlers(service: TokenizerService) -> "grpc.GenericRpcHandler[bytes, bytes]
         {
             "Encode": grpc.unary_unary_rpc_method_handler(service.encode),
             "Decode": grpc.unary_unary_rpc_method_handler(service.decode),
+            "CheckFormat": grpc.unary_unary_rpc_method_handler(service.check_format),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 service.describe,
                 request_deserializer=tokenizer_pb2.DescribeRequest.FromString,

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,8 @@ class Batches:
             torch.arange(int(last) + 1 - len(token_ids), int(last) + 1)
             for last, (_, token_ids) in zip(batch.sample_rows, chunks, strict=True)
         ]
-        logits = self._decoder.forward(replace(batch, sample_rows=torch.cat(rows)), self._cache)
-        return list(torch.split(logits, [len(token_ids) for _, token_ids in chunks]))
+        logits = self._decoder.logits(self._decoder.forward(batch, self._cache))
+        return [logits[of_chunk] for of_chunk in rows]
 
 
 def check_logits(decoder: Decoder, model: Any, chunk_tokens: int = 5) -> None:
