@@ -59,7 +59,7 @@ class Batches:
             planned.append(
                 SequenceChunk(SequenceId(number), tuple(token_ids), first, self._tables[number], GREEDY, sample_index=0)
             )
-        batch = make_batch(StepPlan(1, tuple(planned)), BLOCK_SIZE_TOKENS, self._decoder.config.sliding_window)
+        batch = make_batch(StepPlan(1, tuple(planned)), self._cache)
         rows = [
             torch.arange(int(last) + 1 - len(token_ids), int(last) + 1)
             for last, (_, token_ids) in zip(batch.sample_rows, chunks, strict=True)

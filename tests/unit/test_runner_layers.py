@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from services.worker.runner.linear import Linear, PackedLinear, PlainLinear
-from services.worker.runner.rope import rotary_table
+from services.worker.runner.norm import rms_norm
+from services.worker.runner.rope import RotaryTable, rotate_
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 
 
@@ -27,20 +28,29 @@ def test_a_linear_layer_is_a_product_and_keeps_its_own_weight(
     torch.testing.assert_close(with_bias(rows), expected + bias, atol=1e-5, rtol=1e-5)
 
 
-def test_rotation_turns_halves_by_the_angle_of_the_position() -> None:
+def test_rotation_turns_neighbours_by_the_angle_of_the_position() -> None:
     heads = torch.tensor([[[1.0, 0.0, 0.0, 1.0]], [[1.0, 2.0, 3.0, 4.0]]])
-    rotary_table(8, rotary_frequencies(head_dim=4, theta=100.0)).at(torch.tensor([0, 3])).rotate_(heads)
+    table = RotaryTable(8, rotary_frequencies(head_dim=4, theta=100.0))
+    rotate_(heads, table.at(torch.tensor([0, 3])))
     assert heads[0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
-    turned = []
-    for x, y, frequency in ((1.0, 3.0, 1.0), (2.0, 4.0, 0.1)):
+    expected = []
+    for x, y, frequency in ((1.0, 2.0, 1.0), (3.0, 4.0, 0.1)):
         cos, sin = math.cos(3 * frequency), math.sin(3 * frequency)
-        turned.append((x * cos - y * sin, y * cos + x * sin))
-    expected = [turned[0][0], turned[1][0], turned[0][1], turned[1][1]]
+        expected += [x * cos - y * sin, y * cos + x * sin]
     assert heads[1, 0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_part_of_a_larger_tensor_is_turned_in_place() -> None:
     whole = torch.ones((2, 5, 4))
-    rotary_table(8, rotary_frequencies(4, 100.0)).at(torch.tensor([1, 2])).rotate_(whole[:, :3])
+    rotate_(whole[:, :3], RotaryTable(8, rotary_frequencies(4, 100.0)).at(torch.tensor([1, 2])))
     assert bool((whole[:, :3] != 1).all())
     assert bool((whole[:, 3:] == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 576), (7, 64), (3, 5, 16)])
+def test_a_norm_divides_by_the_root_of_the_mean_square(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(shape, generator=generator) * 100
+    weight = torch.randn(shape[1:], generator=generator)
+    expected = torch.nn.functional.rms_norm(rows, shape[-1:], None, 1e-5) * weight
+    torch.testing.assert_close(rms_norm(rows, weight, 1e-5), expected)

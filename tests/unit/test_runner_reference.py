@@ -223,7 +223,7 @@ def directly(default: DefaultModel, token_ids: list[int]) -> torch.Tensor:
     blocks = tuple(BlockId(block) for block in range(len(token_ids)))
     chunk = SequenceChunk(SequenceId(1), tuple(token_ids), 0, blocks, SamplingParameters(), None)
     with torch.inference_mode():
-        hidden = default.model.forward(make_batch(StepPlan(1, (chunk,)), 16), cache)
+        hidden = default.model.forward(make_batch(StepPlan(1, (chunk,)), cache), cache)
         return default.model.logits(hidden).log_softmax(dim=1)
 
 

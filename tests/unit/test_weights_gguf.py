@@ -77,12 +77,6 @@ def matrix_of(linear: object) -> list[list[float]]:
     return rows
 
 
-def halves_first(array: Array, heads: int) -> Array:
-    """Rows of rotary pairs (0, 1), (2, 3), ... in the order of halves: 0, 2, ..., 1, 3, ..."""
-    rows = array.reshape(heads, HEAD_DIM, HIDDEN)
-    return np.concatenate([rows[:, 0::2], rows[:, 1::2]], axis=1).reshape(array.shape)
-
-
 def test_every_tensor_comes_to_its_place(tmp_path: Path) -> None:
     stored = tensors_of(SHAPES)
     progress: list[float] = []
@@ -93,8 +87,8 @@ def test_every_tensor_comes_to_its_place(tmp_path: Path) -> None:
     assert layer.attention_norm.tolist() == stored["blk.0.attn_norm.weight"].tolist()
     assert layer.mlp_norm.tolist() == stored["blk.0.ffn_norm.weight"].tolist()
     assert matrix_of(layer.qkv_proj) == [
-        *halves_first(stored["blk.0.attn_q.weight"], HEADS).tolist(),
-        *halves_first(stored["blk.0.attn_k.weight"], KV_HEADS).tolist(),
+        *stored["blk.0.attn_q.weight"].tolist(),
+        *stored["blk.0.attn_k.weight"].tolist(),
         *stored["blk.0.attn_v.weight"].tolist(),
     ]
     assert matrix_of(layer.o_proj) == stored["blk.0.attn_output.weight"].tolist()

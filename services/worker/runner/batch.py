@@ -13,25 +13,10 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionGroup:
-    """Chunks of the same number of tokens that are attended together; their rows are neighbours."""
-
-    first_row: int
-    num_chunks: int
-    chunk_tokens: int
-    block_tables: Tensor
-    """[num_chunks, num_blocks] int64; short ones are padded with block 0, which each token's mask hides."""
-    mask: Tensor
-    """Added to the scores: 0, or -inf where a slot is in the token's future, beyond its context or before its window.
-    [num_chunks, 1, chunk_tokens, num_blocks * block_size_tokens] float32."""
-
-    @property
-    def end_row(self) -> int:
-        """The row after its last one."""
-        return self.first_row + self.num_chunks * self.chunk_tokens
+from services.worker.runner.attention import AttentionGroup
+from services.worker.runner.decode_attention import make_decode_group
+from services.worker.runner.kv_cache import PagedKvCache
+from services.worker.runner.prefill_attention import make_prefill_chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +27,8 @@ class BatchInputs:
     """[num_tokens] int64"""
     positions: Tensor
     """[num_tokens] int64"""
-    slot_mapping: Tensor
-    """Where each token's key and value go: [num_tokens] int64."""
+    write_rows: Tensor
+    """Where keys and values go in the cache, as `PagedKvCache.write` takes them."""
     attention_groups: tuple[AttentionGroup, ...]
     """In order of their rows; together they hold every row once."""
     sliding_groups: tuple[AttentionGroup, ...]
@@ -54,8 +39,9 @@ class BatchInputs:
     """The rows that each chunk's `scored_token_ids` follow, in the plan's order: [num_scored] int64."""
 
 
-def make_batch(plan: StepPlan, block_size_tokens: int, sliding_window: int | None = None) -> BatchInputs:
-    """Lay a plan out as tensors. `sliding_window`: tokens that a token sees in a sliding layer, itself included."""
+def make_batch(plan: StepPlan, cache: PagedKvCache) -> BatchInputs:
+    """Lay a plan out as tensors."""
+    block_size_tokens, window = cache.block_size_tokens, cache.config.sliding_window
     chunks = sorted(plan.chunks, key=lambda chunk: _group_key(chunk, block_size_tokens))
     last_rows: dict[int, int] = {}
     num_rows = 0
@@ -68,11 +54,11 @@ def make_batch(plan: StepPlan, block_size_tokens: int, sliding_window: int | Non
     return BatchInputs(
         token_ids=torch.tensor([token_id for chunk in chunks for token_id in chunk.token_ids], dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
-        slot_mapping=torch.tensor(
-            [slot for chunk in chunks for slot in _slots(chunk, block_size_tokens)], dtype=torch.int64
+        write_rows=cache.write_rows(
+            torch.tensor([slot for chunk in chunks for slot in _slots(chunk, block_size_tokens)], dtype=torch.int64)
         ),
-        attention_groups=tuple(_attention_groups(chunks, block_size_tokens, None)),
-        sliding_groups=tuple(_attention_groups(chunks, block_size_tokens, sliding_window) if sliding_window else ()),
+        attention_groups=tuple(_attention_groups(chunks, cache, None)),
+        sliding_groups=tuple(_attention_groups(chunks, cache, window) if window else ()),
         sample_rows=torch.tensor(samples, dtype=torch.int64),
         scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
@@ -92,46 +78,18 @@ def _slots(chunk: SequenceChunk, block_size_tokens: int) -> Iterator[int]:
 def _group_key(chunk: SequenceChunk, block_size_tokens: int) -> tuple[int, int]:
     """Chunks of one token share a group if none has twice the blocks of another; a longer chunk is by itself."""
     if len(chunk.token_ids) == 1:
-        return 0, (_num_context_blocks(chunk, block_size_tokens) - 1).bit_length()
+        return 0, (-(-chunk.context_tokens // block_size_tokens) - 1).bit_length()
     return 1, chunk.sequence_id
 
 
 def _attention_groups(
-    chunks: Sequence[SequenceChunk], block_size_tokens: int, window: int | None
+    chunks: Sequence[SequenceChunk], cache: PagedKvCache, window: int | None
 ) -> Iterator[AttentionGroup]:
     first_row = 0
-    for _, members in groupby(chunks, key=lambda chunk: _group_key(chunk, block_size_tokens)):
-        group = _attention_group(first_row, list(members), block_size_tokens, window)
-        yield group
-        first_row = group.end_row
-
-
-def _attention_group(
-    first_row: int, chunks: Sequence[SequenceChunk], block_size_tokens: int, window: int | None
-) -> AttentionGroup:
-    chunk_tokens = len(chunks[0].token_ids)
-    # What lies before the window of a chunk's first token is not gathered: its table begins at the first block in it.
-    first_blocks = [max(0, chunk.first_position + 1 - window) // block_size_tokens if window else 0 for chunk in chunks]
-    tables = [
-        chunk.block_table[first_block : _num_context_blocks(chunk, block_size_tokens)]
-        for first_block, chunk in zip(first_blocks, chunks, strict=True)
-    ]
-    num_blocks = max(len(table) for table in tables)
-    first_positions = torch.tensor([chunk.first_position for chunk in chunks])
-    query_positions = (first_positions[:, None] + torch.arange(chunk_tokens))[:, None, :, None]
-    first_slots = torch.tensor(first_blocks) * block_size_tokens
-    key_positions = first_slots[:, None, None, None] + torch.arange(num_blocks * block_size_tokens)
-    is_hidden = key_positions > query_positions
-    if window:
-        is_hidden |= key_positions <= query_positions - window
-    return AttentionGroup(
-        first_row=first_row,
-        num_chunks=len(chunks),
-        chunk_tokens=chunk_tokens,
-        block_tables=torch.tensor([[*table, *[0] * (num_blocks - len(table))] for table in tables]),
-        mask=torch.zeros(is_hidden.shape).masked_fill_(is_hidden, float("-inf")),
-    )
-
-
-def _num_context_blocks(chunk: SequenceChunk, block_size_tokens: int) -> int:
-    return -(-chunk.context_tokens // block_size_tokens)
+    for _, members in groupby(chunks, key=lambda chunk: _group_key(chunk, cache.block_size_tokens)):
+        group = list(members)
+        if len(group[0].token_ids) == 1:
+            yield make_decode_group(first_row, group, cache, window)
+        else:
+            yield make_prefill_chunk(first_row, group[0], cache, window)
+        first_row += sum(len(chunk.token_ids) for chunk in group)

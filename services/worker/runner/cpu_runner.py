@@ -42,7 +42,7 @@ class CpuRunner:
     def launch(self, plan: StepPlan) -> FinishedStep:
         """Compute a step."""
         self._cache.copy(plan.block_copies)
-        batch = make_batch(plan, self._cache.block_size_tokens, self._model.config.sliding_window)
+        batch = make_batch(plan, self._cache)
         hidden = self._model.forward(batch, self._cache)
         sampled = self._sampled(hidden[batch.sample_rows], [c for c in plan.chunks if c.sample_index is not None])
         scored = self._scored(hidden, batch.scored_rows, plan.chunks)

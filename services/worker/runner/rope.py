@@ -1,34 +1,28 @@
-"""Rotary position embedding (Su et al., 2021), in the layout of Hugging Face: halves of a head are turned together."""
+"""Rotary position embedding (Su et al., 2021): a complex number a pair of neighbouring dimensions.
 
-from dataclasses import dataclass
+Hugging Face pairs dimension i with i + head_dim / 2; such weights are put into this order when they are loaded. One
+complex product takes half the time of the three operators that halves need.
+"""
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryAngles:
-    """Cosines and sines of some positions."""
+class RotaryTable:
+    """The turns of all positions: exp(i * position * frequency)."""
 
-    cos: Tensor
-    """[num_positions, 1, 2, head_dim / 2]; both halves are the same."""
-    signed_sin: Tensor
-    """[num_positions, 1, 2, head_dim / 2]; the first half is negated."""
+    def __init__(self, num_positions: int, frequencies: Tensor) -> None:
+        """frequencies: radians a position, [head_dim / 2] float32."""
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
+        self._turns = torch.polar(torch.ones_like(angles), angles)
 
-    def at(self, positions: Tensor) -> "RotaryAngles":
-        """Pick positions: [num_tokens] int64."""
-        return RotaryAngles(self.cos[positions], self.signed_sin[positions])
-
-    def rotate_(self, heads: Tensor) -> None:
-        """Turn heads in place, [num_positions, num_heads, head_dim]: pairs (x, y) of dimensions (i, i + head_dim / 2)
-        become (x cos - y sin, y cos + x sin)."""
-        halves = heads.view(*heads.shape[:2], 2, -1)
-        swapped = halves.flip(2)
-        torch.addcmul(halves * self.cos, swapped, self.signed_sin, out=halves)
+    def at(self, positions: Tensor) -> Tensor:
+        """Pick positions, [num_tokens] int64: [num_tokens, 1, head_dim / 2] complex64."""
+        return self._turns[positions].unsqueeze(1)
 
 
-def rotary_table(num_positions: int, frequencies: Tensor) -> RotaryAngles:
-    """Return the angles of all positions: position * frequency. frequencies: [head_dim / 2]."""
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)[:, None, None, :]
-    cos, sin = angles.cos(), angles.sin()
-    return RotaryAngles(cos=torch.cat((cos, cos), dim=2), signed_sin=torch.cat((-sin, sin), dim=2))
+def rotate_(heads: Tensor, turns: Tensor) -> None:
+    """Turn heads in place, [num_tokens, num_heads, head_dim]: a pair (x, y) of dimensions (2i, 2i + 1) becomes
+    (x cos - y sin, y cos + x sin). turns: as of `RotaryTable.at`.
+    """
+    torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2)).mul_(turns)

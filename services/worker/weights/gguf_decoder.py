@@ -47,7 +47,7 @@ def open_gguf_decoder(file: GgufFile) -> StoredDecoder:
         tensors=GgufTensors(file),
         is_tied=GGUF_NAMES.lm_head not in file.tensors,
         # The converter reorders the rows of these alone.
-        rotary_pairs=architecture == "llama",
+        has_rotary_pairs=architecture == "llama",
         rotary_divisors=_ROTARY_DIVISORS if _ROTARY_DIVISORS in file.tensors else None,
     )
 

@@ -50,7 +50,7 @@ class GgufTensors:
         for part, data in zip(parts, stored, strict=True):
             rows = out[first_row : first_row + part.num_rows]
             first_row += part.num_rows
-            dequantize(_rows_for_halves(part, data), self._file.tensors[part.name].ggml_type, rows)
+            dequantize(data, self._file.tensors[part.name].ggml_type, rows)
         return out
 
     def check_all_read(self) -> None:
@@ -68,14 +68,6 @@ class GgufTensors:
             raise ModelFileError(self._file.path, f"tensor {name!r} is {_type_name(info)}; {_SUPPORTED} can be read")
         self._read.add(name)
         return self._data[info.offset : info.offset + info.num_bytes]
-
-
-def _rows_for_halves(part: StoredMatrix, data: Tensor) -> Tensor:
-    """Put rotary pairs of rows into the order of halves: whole stored rows, which are smaller than decoded ones."""
-    if part.num_rotary_heads == 0:
-        return data
-    pairs = data.view(part.num_rotary_heads, part.num_rows // part.num_rotary_heads // 2, 2, -1)
-    return pairs.transpose(1, 2).flatten()
 
 
 _SUPPORTED = ", ".join(GGML_TYPES[ggml_type].name for ggml_type in SUPPORTED_TYPES)

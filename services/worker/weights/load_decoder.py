@@ -60,18 +60,18 @@ def _load_layer(stored: StoredDecoder, index: int, make_linear: MakeLinear) -> D
     prefix = names.layer_prefix.format(index)
     hidden, intermediate = config.hidden_size, config.intermediate_size
 
-    def weight(name: str, num_rows: int, num_heads: int = 0) -> StoredMatrix:
-        return StoredMatrix(f"{prefix}{name}.weight", num_rows, num_heads if stored.rotary_pairs else 0)
+    def weight(name: str, num_rows: int) -> StoredMatrix:
+        return StoredMatrix(f"{prefix}{name}.weight", num_rows)
 
     qkv = [
-        weight(names.q_proj, config.q_size, config.num_heads),
-        weight(names.k_proj, config.kv_size, config.num_kv_heads),
+        weight(names.q_proj, config.q_size),
+        weight(names.k_proj, config.kv_size),
         weight(names.v_proj, config.kv_size),
     ]
     gate_up = [weight(names.gate_proj, intermediate), weight(names.up_proj, intermediate)]
     return DecoderLayerWeights(
         attention_norm=tensors.vector(f"{prefix}{names.attention_norm}.weight", hidden),
-        qkv_proj=make_linear(tensors.matrix(qkv, hidden), _qkv_bias(stored, prefix)),
+        qkv_proj=make_linear(_paired(stored, tensors.matrix(qkv, hidden)), _qkv_bias(stored, prefix)),
         qk_norm=_qk_norm(stored, prefix),
         o_proj=make_linear(tensors.matrix([weight(names.o_proj, hidden)], config.q_size), None),
         mlp_norm=tensors.vector(f"{prefix}{names.mlp_norm}.weight", hidden),
@@ -85,7 +85,7 @@ def _qkv_bias(stored: StoredDecoder, prefix: str) -> Tensor | None:
         return None
     config, names = stored.config, stored.names
     parts = ((names.q_proj, config.q_size), (names.k_proj, config.kv_size), (names.v_proj, config.kv_size))
-    return torch.cat([stored.tensors.vector(f"{prefix}{name}.bias", length) for name, length in parts])
+    return _paired(stored, torch.cat([stored.tensors.vector(f"{prefix}{name}.bias", length) for name, length in parts]))
 
 
 def _qk_norm(stored: StoredDecoder, prefix: str) -> Tensor | None:
@@ -95,10 +95,21 @@ def _qk_norm(stored: StoredDecoder, prefix: str) -> Tensor | None:
     parts = ((names.q_norm, config.num_heads), (names.k_norm, config.num_kv_heads))
     return torch.cat(
         [
-            stored.tensors.vector(f"{prefix}{name}.weight", config.head_dim).expand(num_heads, -1)
+            _paired(stored, stored.tensors.vector(f"{prefix}{name}.weight", config.head_dim)).expand(num_heads, -1)
             for name, num_heads in parts
         ]
     )
+
+
+def _paired(stored: StoredDecoder, rows: Tensor) -> Tensor:
+    """Make neighbours of the rows that the rotary embedding turns together, in place; `rows` begin with heads that it
+    turns and may go on with those of values. Scores stay, since queries and keys are put into the same order.
+    """
+    if not stored.has_rotary_pairs:
+        turned = rows[: stored.config.q_size + stored.config.kv_size]
+        halves = turned.view(-1, 2, stored.config.head_dim // 2, *rows.shape[1:])
+        turned.copy_(halves.transpose(1, 2).reshape(turned.shape))
+    return rows
 
 
 def _rotary_frequencies(stored: StoredDecoder) -> Tensor:

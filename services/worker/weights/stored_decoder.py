@@ -17,8 +17,6 @@ class StoredMatrix:
 
     name: str
     num_rows: int
-    num_rotary_heads: int = 0
-    """Above 0: the rows are stored for a rotary embedding of neighbouring pairs, and put into the order for halves."""
 
 
 class StoredTensors(Protocol):
@@ -112,7 +110,7 @@ class StoredDecoder:
     tensors: StoredTensors
     is_tied: bool
     """The embedding is the head too."""
-    rotary_pairs: bool = False
-    """Queries and keys are stored for a rotary embedding of neighbouring pairs."""
+    has_rotary_pairs: bool = False
+    """What the rotary embedding turns together is neighbours, (2i, 2i + 1); else it is (i, i + head_dim / 2)."""
     rotary_divisors: str | None = None
     """Name of a tensor, [head_dim / 2], that the rotary frequencies are divided by. None: they are not."""

@@ -4,15 +4,15 @@ What sets the families apart is in the weights (biases, norms of queries and key
 here. float32 throughout. All state is passed in: weights at construction, the cache and the batch at each call.
 """
 
-import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, silu
 
 from services.worker.runner.attention import paged_attention
 from services.worker.runner.batch import BatchInputs
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
-from services.worker.runner.rope import RotaryAngles, rotary_table
+from services.worker.runner.norm import rms_norm
+from services.worker.runner.rope import RotaryTable, rotate_
 
 
 class Decoder:
@@ -21,7 +21,7 @@ class Decoder:
     def __init__(self, config: DecoderConfig, weights: DecoderWeights) -> None:
         self.config = config
         self._weights = weights
-        self._rotary = rotary_table(config.context_tokens, weights.rotary_frequencies)
+        self._rotary = RotaryTable(config.context_tokens, weights.rotary_frequencies)
 
     def forward(self, batch: BatchInputs, cache: PagedKvCache) -> Tensor:
         """Compute a batch, writing its keys and values to the cache.
@@ -30,9 +30,9 @@ class Decoder:
         caller: they are 200 KB a row for 49,152 tokens.
         """
         hidden = embedding(batch.token_ids, self._weights.embedding)
-        angles = self._rotary.at(batch.positions)
+        turns = self._rotary.at(batch.positions)
         for index, layer in enumerate(self._weights.layers):
-            hidden += self._attention(index, layer, hidden, angles, batch, cache)
+            hidden += self._attention(index, layer, hidden, turns, batch, cache)
             hidden += self._mlp(layer, hidden)
         return hidden
 
@@ -49,7 +49,7 @@ class Decoder:
         index: int,
         layer: DecoderLayerWeights,
         hidden: Tensor,
-        angles: RotaryAngles,
+        turns: Tensor,
         batch: BatchInputs,
         cache: PagedKvCache,
     ) -> Tensor:
@@ -59,11 +59,10 @@ class Decoder:
         heads = qkv.view(num_tokens, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         queries_and_keys = heads[:, : config.num_heads + config.num_kv_heads]
         if layer.qk_norm is not None:
-            normalized = rms_norm(queries_and_keys, (config.head_dim,), None, config.rms_norm_eps)
-            torch.mul(normalized, layer.qk_norm, out=queries_and_keys)
-        angles.rotate_(queries_and_keys)
+            queries_and_keys.copy_(rms_norm(queries_and_keys, layer.qk_norm, config.rms_norm_eps))
+        rotate_(queries_and_keys, turns)
         queries, kv = heads[:, : config.num_heads], heads[:, config.num_heads :]
-        cache.write(index, batch.slot_mapping, kv.view(num_tokens, 2, config.num_kv_heads, config.head_dim))
+        cache.write(index, batch.write_rows, kv)
         groups = batch.sliding_groups if index in config.sliding_layers else batch.attention_groups
         return layer.o_proj(paged_attention(queries, cache, index, groups).flatten(1))
 
@@ -72,4 +71,4 @@ class Decoder:
         return layer.down_proj(silu(gate).mul_(up))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(hidden, (self.config.hidden_size,), weight, self.config.rms_norm_eps)
+        return rms_norm(hidden, weight, self.config.rms_norm_eps)

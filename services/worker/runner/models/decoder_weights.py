@@ -45,7 +45,7 @@ class DecoderLayerWeights:
     attention_norm: Tensor
     """[hidden_size]"""
     qkv_proj: Linear
-    """hidden_size to q_size + 2 * kv_size; the rotary embedding turns dimensions (i, i + head_dim / 2) of a head."""
+    """hidden_size to q_size + 2 * kv_size; the rotary embedding turns dimensions (2i, 2i + 1) of a head."""
     qk_norm: Tensor | None
     """[num_heads + num_kv_heads, head_dim], a row a head. None: queries and keys are not normalized."""
     o_proj: Linear
