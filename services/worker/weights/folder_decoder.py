@@ -44,7 +44,7 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
 
 def _family(config: JsonFile) -> Family:
     given = config.require("architectures", list)
-    family = FOLDER_ARCHITECTURES.get(given[0]) if len(given) == 1 else None
+    family = FOLDER_ARCHITECTURES.get(str(given[0])) if len(given) == 1 else None
     if family is None:
         raise ModelFileError(config.path, f"'architectures' is {given}; this engine computes {[*FOLDER_ARCHITECTURES]}")
     return family
