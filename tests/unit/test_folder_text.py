@@ -246,6 +246,8 @@ def changed(kind: Kind, folder: Path, name: str, change: Callable[[dict[str, Any
 Change = Callable[[dict[str, Any]], object]
 REFUSED: list[tuple[str, str, Change, str]] = [
     ("llama3", "config.json", lambda c: c.update(vocab_size=260), "has the id 260, but the model has 260 tokens"),
+    ("llama3", "config.json", lambda c: c.update(vocab_size=10**12), "'vocab_size' is 1000000000000; expected 1 to"),
+    ("llama3", "config.json", lambda c: c.pop("vocab_size"), "key 'vocab_size' is missing"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id=[2, 300]), "end token 300 .* not in 0 to 299"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id=[]), "no answer would end"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id="2"), "should be a whole number, but is"),
