@@ -19,8 +19,9 @@ from services.common.text.detokenizer import Detokenizer
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.common.text.vocabulary import Vocabulary
 from services.tokenizer.encoding import InputError, TextCodec
+from services.tokenizer.gguf_tokenizer import PRE_TOKENIZERS
 from services.tokenizer.pieces import cut_text, may_be_cut
-from tests.unit.gguf_files import ARRAY, I32, STRING, U32, Value, tiny_model
+from tests.unit.gguf_files import ARRAY, BOOL, F32, I32, STRING, U32, Value, tiny_model
 from tests.unit.tiny_tokenizers import KINDS, write_configs
 
 PROMPT = "then"
@@ -136,35 +137,88 @@ def test_texts_are_not_cut_where_a_token_might_lie_over_the_cut(kinds: dict[str,
     assert not may_be_cut(kinds["sentencepiece"].reference._tokenizer)
 
 
-@pytest.mark.parametrize(("name", "pre", "begin"), [("llama3", "llama-bpe", "<|begin|>"), ("qwen2", "qwen2", None)])
-def test_a_gguf_file_of_the_same_tokenizer_gives_the_same_tokens(
-    kinds: dict[str, Kind], tmp_path: Path, name: str, pre: str, begin: str | None
+GGUF_KINDS = [
+    ("llama3", ("gpt2", "llama-bpe"), "<|begin|>"),
+    ("qwen2", ("gpt2", "qwen2"), None),
+    ("sentencepiece", ("llama", "default"), "<s>"),
+]
+
+
+@pytest.mark.parametrize(("name", "gguf_kind", "begin"), GGUF_KINDS)
+def test_a_gguf_file_of_the_same_tokenizer_gives_the_same_tokens_and_texts(
+    kinds: dict[str, Kind], tmp_path: Path, name: str, gguf_kind: tuple[str, str], begin: str | None
 ) -> None:
     kind = kinds[name]
-    codec = TextCodec(read_stored_model(a_gguf_file(kind, tmp_path, pre, begin)))
+    model = read_stored_model(a_gguf_file(kind, tmp_path, gguf_kind, begin))
+    codec = TextCodec(model)
     for text in ("the thén in 1234 .x\n\n  two  words", "e\u0301 日本。the", "<|user|> I'S", ""):
         request = EncodeRequest(prompt=text)
         assert EncodeResponse.FromString(codec.encode(request.SerializeToString())).token_ids == kind.encode(request)
+    said = read_vocabulary(model).token_bytes
+    assert said == kind.vocabulary.token_bytes[: len(said)]
 
 
-def a_gguf_file(kind: Kind, folder: Path, pre: str, begin: str | None) -> Path:
-    """The same vocabulary in the terms of GGUF."""
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_gguf_file_says_what_is_added_to_prompts(kinds: dict[str, Kind], tmp_path: Path, ends: bool) -> None:
+    adds: dict[str, Value] = {f"tokenizer.ggml.add_{key}": (BOOL, ends) for key in ("eos_token", "space_prefix")}
+    adds["tokenizer.ggml.add_bos_token"] = (BOOL, False)
+    kind = kinds["sentencepiece"]
+    codec = TextCodec(read_stored_model(a_gguf_file(kind, tmp_path, ("llama", "default"), "<s>", **adds)))
+    encoded = EncodeResponse.FromString(codec.encode(EncodeRequest(prompt="the").SerializeToString()))
+    expected = ["▁the", "</s>"] if ends else ["t", "he"]
+    assert kind.reference.convert_ids_to_tokens(encoded.token_ids) == expected
+
+
+def test_a_space_is_put_before_a_space_too_as_sentencepiece_does(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    kind = kinds["sentencepiece"]
+    codec = TextCodec(read_stored_model(a_gguf_file(kind, tmp_path, ("llama", "default"), "<s>")))
+    encoded = EncodeResponse.FromString(codec.encode(EncodeRequest(prompt=" an").SerializeToString()))
+    assert kind.reference.convert_ids_to_tokens(encoded.token_ids) == ["<s>", "▁", "▁an"]
+
+
+def test_a_gguf_file_of_a_vocabulary_without_a_score_for_each_token_is_refused(
+    kinds: dict[str, Kind], tmp_path: Path
+) -> None:
+    scores: dict[str, Value] = {"tokenizer.ggml.scores": (ARRAY, (F32, [0.0]))}
+    path = a_gguf_file(kinds["sentencepiece"], tmp_path, ("llama", "default"), "<s>", **scores)
+    with pytest.raises(ModelFileError, match="it has 271 tokens, but scores for 1"):
+        TextCodec(read_stored_model(path))
+
+
+def test_words_of_tekken_end_before_capitals_and_digits_stand_alone() -> None:
+    words = PRE_TOKENIZERS["tekken"]().pre_tokenize_str("helloWorld HTML's 12 a/\n b")
+    expected = ["hello", "World", "ĠHTML", "'s", "Ġ", "1", "2", "Ġa", "/Ċ", "Ġb"]
+    assert [word for word, _ in words] == expected
+
+
+def a_gguf_file(kind: Kind, folder: Path, gguf_kind: tuple[str, str], begin: str | None, **changes: Value) -> Path:
+    """The same vocabulary in the terms of GGUF; scores fall in the order of the merges."""
     content = json.loads((kind.folder / "tokenizer.json").read_text())
     added = {entry["id"]: entry for entry in content["added_tokens"]}
     token_of = {number: text for text, number in content["model"]["vocab"].items()}
     token_of |= {number: entry["content"] for number, entry in added.items()}
-    types = [3 if n in added and added[n]["special"] else 4 if n in added else 1 for n in range(len(token_of))]
+    tokens = [token_of[number] for number in range(len(token_of))]
+
+    def type_of(number: int) -> int:
+        if number in added:
+            return 2 if tokens[number] == "<unk>" else 3 if added[number]["special"] else 4
+        return 6 if tokens[number].startswith("<0x") else 1
+
     metadata: dict[str, Value] = {
-        "tokenizer.ggml.model": (STRING, "gpt2"),
-        "tokenizer.ggml.pre": (STRING, pre),
-        "tokenizer.ggml.tokens": (ARRAY, (STRING, [token_of[number] for number in range(len(token_of))])),
-        "tokenizer.ggml.token_type": (ARRAY, (I32, types)),
-        "tokenizer.ggml.merges": (ARRAY, (STRING, [" ".join(merge) for merge in content["model"]["merges"]])),
+        "tokenizer.ggml.model": (STRING, gguf_kind[0]),
+        "tokenizer.ggml.pre": (STRING, gguf_kind[1]),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens)),
+        "tokenizer.ggml.token_type": (ARRAY, (I32, [type_of(number) for number in range(len(tokens))])),
         "tokenizer.ggml.eos_token_id": (U32, 2),
     }
+    if gguf_kind[0] == "llama":
+        metadata["tokenizer.ggml.scores"] = (ARRAY, (F32, [-float(number) for number in range(len(tokens))]))
+    else:
+        merges = [" ".join(merge) for merge in content["model"]["merges"]]
+        metadata["tokenizer.ggml.merges"] = (ARRAY, (STRING, merges))
     if begin is not None:
         metadata["tokenizer.ggml.bos_token_id"] = (U32, kind.reference.convert_tokens_to_ids(begin))
-    return tiny_model(folder, metadata)
+    return tiny_model(folder, metadata | changes)
 
 
 def test_tokens_that_only_the_model_has_say_nothing(kinds: dict[str, Kind]) -> None:
@@ -192,6 +246,8 @@ def changed(kind: Kind, folder: Path, name: str, change: Callable[[dict[str, Any
 Change = Callable[[dict[str, Any]], object]
 REFUSED: list[tuple[str, str, Change, str]] = [
     ("llama3", "config.json", lambda c: c.update(vocab_size=260), "has the id 260, but the model has 260 tokens"),
+    ("llama3", "config.json", lambda c: c.update(vocab_size=10**12), "'vocab_size' is 1000000000000; expected 1 to"),
+    ("llama3", "config.json", lambda c: c.pop("vocab_size"), "key 'vocab_size' is missing"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id=[2, 300]), "end token 300 .* not in 0 to 299"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id=[]), "no answer would end"),
     ("llama3", "generation_config.json", lambda c: c.update(eos_token_id="2"), "should be a whole number, but is"),

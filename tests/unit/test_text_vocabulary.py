@@ -51,7 +51,7 @@ def test_an_added_token_that_is_no_control_token_is_shown_as_it_reads(tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model": (STRING, "llama")}, "only byte-level BPE"),
+        ({"model": (STRING, "bert")}, "of kind 'bert'; only 'gpt2'"),
         ({"token_type": (ARRAY, (I32, [1]))}, "260 tokens, but types for 1"),
         ({"tokens": (ARRAY, (STRING, ["a b"])), "token_type": (ARRAY, (I32, [1]))}, "byte-level alphabet"),
         ({"eos_token_id": (U32, 260)}, "end token 260 is not among"),

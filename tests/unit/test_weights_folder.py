@@ -63,6 +63,8 @@ def change_tensors(path: Path, **changes: torch.Tensor | None) -> Path:
     ("name", "changes", "problem"),
     [
         ("llama", {"architectures": ["MixtralForCausalLM"]}, "'architectures' is .*Mixtral.*computes"),
+        ("llama", {"model_type": "mistral"}, "'model_type' is 'mistral', but 'architectures' is .*Llama"),
+        ("llama", {"architectures": [["LlamaForCausalLM"]]}, "'architectures' is"),
         ("llama", {"architectures": "absent"}, "key 'architectures' is missing"),
         ("llama", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; this engine supports 'silu' only"),
         ("llama", {"attention_bias": True}, "'attention_bias' is True; this engine supports False only"),

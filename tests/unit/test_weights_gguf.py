@@ -15,8 +15,8 @@ from services.worker.runner.linear import PlainLinear
 from services.worker.runner.models.decoder_weights import DecoderWeights
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
+from tests.unit.gguf_files import ARRAY, STRING, U32, Value, gguf_bytes
 from tests.unit.gguf_files import F32 as FLOAT
-from tests.unit.gguf_files import STRING, U32, Value, gguf_bytes
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16, 24, 4, 2, 4, 10
 Array = npt.NDArray[np.float32]
@@ -167,6 +167,10 @@ def test_a_tensor_that_a_llama_does_not_have_is_refused(tmp_path: Path) -> None:
             "llama.rope.dimension_count is 2; this engine supports 4, the length of a key, only",
         ),
         ({"llama.block_count": (U32, 2)}, "tensor 'blk.1.attn_norm.weight' is missing"),
+        (
+            {"tokenizer.ggml.tokens": (ARRAY, (STRING, ["a", "b"]))},
+            r"it has 2 tokens, but 'token_embd\.weight' has 10 rows",
+        ),
     ],
 )
 def test_a_model_that_would_be_computed_wrongly_is_refused(

@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests.unit.ggml_blocks import stored_as
+
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -39,15 +41,17 @@ def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType = gguf.GG
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy()
-        if architecture is gguf.MODEL_ARCH.LLAMA and name.endswith("q_proj.weight"):
-            array = _in_pairs(array, config.num_attention_heads)
-        if architecture is gguf.MODEL_ARCH.LLAMA and name.endswith("k_proj.weight"):
-            array = _in_pairs(array, config.num_key_value_heads)
-        stored_as = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        stored = gguf.quants.quantize(array, stored_as)
         stored_name = names.get_name(name, (".weight", ".bias"))
         assert stored_name is not None
-        writer.add_tensor(stored_name, stored, raw_dtype=stored_as)
+        if array.ndim == 1:
+            writer.add_tensor(stored_name, array)
+            continue
+        rows = stored_as(array, kind)
+        if architecture is gguf.MODEL_ARCH.LLAMA and name.endswith("q_proj.weight"):
+            rows = _in_pairs(rows, config.num_attention_heads)
+        if architecture is gguf.MODEL_ARCH.LLAMA and name.endswith("k_proj.weight"):
+            rows = _in_pairs(rows, config.num_key_value_heads)
+        writer.add_tensor(stored_name, rows, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -55,7 +59,7 @@ def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType = gguf.GG
     return path
 
 
-def _in_pairs(rows: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def _in_pairs(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
     """Put halves of heads into the order of neighbouring pairs, as converters to GGUF do for Llamas."""
     halves = rows.reshape(num_heads, 2, -1, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))

@@ -1,4 +1,9 @@
-"""A model's folder in the layout of Hugging Face: what its configuration says."""
+"""A model's folder in the layout of Hugging Face: what its configuration says.
+
+Of generation_config.json only `eos_token_id` is taken. Its defaults for sampling (`temperature`, `top_p`,
+`repetition_penalty` and so on) and for lengths are not: a request's fields have the defaults that the API documents,
+whichever model answers.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,6 +19,8 @@ class Family:
     """What all models of a family have in common. All else is in each model's own configuration."""
 
     name: str
+    model_type: str
+    """In config.json."""
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
     """Queries and keys are normalized, head by head, before they are turned."""
@@ -27,10 +29,10 @@ class Family:
     """None: hidden size over heads."""
 
 
-LLAMA = Family("Llama")
-MISTRAL = Family("Mistral", window=WindowRule.EVERY_LAYER)
-QWEN2 = Family("Qwen2", has_qkv_bias=True, window=WindowRule.MARKED_LAYERS)
-QWEN3 = Family("Qwen3", has_qk_norm=True, window=WindowRule.MARKED_LAYERS, default_head_dim=128)
+LLAMA = Family("Llama", "llama")
+MISTRAL = Family("Mistral", "mistral", window=WindowRule.EVERY_LAYER)
+QWEN2 = Family("Qwen2", "qwen2", has_qkv_bias=True, window=WindowRule.MARKED_LAYERS)
+QWEN3 = Family("Qwen3", "qwen3", has_qk_norm=True, window=WindowRule.MARKED_LAYERS, default_head_dim=128)
 
 FOLDER_ARCHITECTURES: Mapping[str, Family] = {
     "LlamaForCausalLM": LLAMA,

@@ -44,9 +44,12 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
 
 def _family(config: JsonFile) -> Family:
     given = config.require("architectures", list)
-    family = FOLDER_ARCHITECTURES.get(given[0]) if len(given) == 1 else None
+    family = FOLDER_ARCHITECTURES.get(str(given[0])) if len(given) == 1 else None
     if family is None:
         raise ModelFileError(config.path, f"'architectures' is {given}; this engine computes {[*FOLDER_ARCHITECTURES]}")
+    model_type = config.optional("model_type", str, family.model_type)
+    if model_type != family.model_type:
+        raise ModelFileError(config.path, f"'model_type' is {model_type!r}, but 'architectures' is {given}")
     return family
 
 

@@ -23,6 +23,7 @@ _FIXED: Mapping[str, object] = {
 }
 # Llama 3.1's scaling, as numbers that each pair's frequency is divided by.
 _ROTARY_DIVISORS = "rope_freqs.weight"
+_TOKENS = "tokenizer.ggml.tokens"
 
 
 def open_gguf_decoder(file: GgufFile) -> StoredDecoder:
@@ -61,6 +62,11 @@ def _read_config(keys: "_Keys", window: int) -> DecoderConfig:
     if len(embedding_shape) != 2:
         raise ModelFileError(
             file.path, f"tensor {GGUF_NAMES.embedding!r} has shape {embedding_shape}; expected two numbers"
+        )
+    num_tokens = len(file.require_tuple(_TOKENS, str)) if _TOKENS in file.metadata else embedding_shape[1]
+    if num_tokens != embedding_shape[1]:
+        raise ModelFileError(
+            file.path, f"it has {num_tokens} tokens, but {GGUF_NAMES.embedding!r} has {embedding_shape[1]} rows"
         )
     num_layers = keys.require("block_count", int)
     hidden_size = keys.require("embedding_length", int)

@@ -43,7 +43,8 @@ class SafetensorsFiles:
     def vector(self, name: str, length: int) -> Tensor:
         """Return a tensor of one dimension: [length]. Raises ModelFileError."""
         self._check(name, [length])
-        return self._tensor(name).float()
+        # A copy: what it is read from is the mapped file.
+        return self._tensor(name).to(torch.float32, copy=True)
 
     def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
         """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
