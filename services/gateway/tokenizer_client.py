@@ -44,6 +44,11 @@ class TokenizerClient:
         """Text that a stream shows after a given token."""
         return (await self._call(lambda stub, left_s: stub.Decode(request, timeout=left_s))).text
 
+    async def spell(self, token_ids: Sequence[int]) -> Sequence[bytes]:
+        """What each of these tokens says, or a special token's name."""
+        request = tokenizer_pb2.SpellRequest(token_ids=token_ids)
+        return (await self._call(lambda stub, left_s: stub.Spell(request, timeout=left_s))).spellings
+
     async def describe(self) -> tokenizer_pb2.DescribeResponse:
         """Facts of the model."""
         return await self._call(lambda stub, left_s: stub.Describe(tokenizer_pb2.DescribeRequest(), timeout=left_s))

@@ -36,6 +36,10 @@ class TokenizerService:
         """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""
         return await self._submit(Operation.DECODE, payload)
 
+    async def spell(self, payload: bytes, context: Context) -> bytes:
+        """Return the bytes of single tokens. Raises InvalidRequest, and what the pool raises."""
+        return await self._submit(Operation.SPELL, payload)
+
     async def describe(
         self, request: tokenizer_pb2.DescribeRequest, context: Context
     ) -> tokenizer_pb2.DescribeResponse:
@@ -71,6 +75,7 @@ def handlers(service: TokenizerService) -> "grpc.GenericRpcHandler[bytes, bytes]
         {
             "Encode": grpc.unary_unary_rpc_method_handler(service.encode),
             "Decode": grpc.unary_unary_rpc_method_handler(service.decode),
+            "Spell": grpc.unary_unary_rpc_method_handler(service.spell),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 service.describe,
                 request_deserializer=tokenizer_pb2.DescribeRequest.FromString,
