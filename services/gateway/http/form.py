@@ -1,0 +1,36 @@
+"""What an endpoint's answers look like, choice by choice. envelope.py has what is around them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from gen.shoal.inference.v1 import inference_pb2
+from services.gateway.http.spelling import Place
+
+FINISH_REASONS: Mapping[inference_pb2.FinishReason.ValueType, str] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    # OpenAI has no word for it.
+    inference_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+class Form(Protocol):
+    """The form of one answer. What it returns lacks the choice's `index`."""
+
+    id_prefix: str
+    whole_object: str
+    """The `object` of an answer in one document."""
+    chunk_object: str
+    """The same of a chunk of a stream."""
+
+    def opening(self) -> dict[str, Any] | None:
+        """What comes before a choice's first token, if anything."""
+
+    def piece(self, choice: int, text: str, places: Sequence[Place] | None) -> dict[str, Any]:
+        """Tokens of a stream. `places`: their log-probabilities; None: not asked for."""
+
+    def ending(self, finish_reason: str) -> dict[str, Any]:
+        """The end of a choice of a stream."""
+
+    def whole(self, choice: int, text: str, places: Sequence[Place] | None, finish_reason: str) -> dict[str, Any]:
+        """A choice in one document."""
