@@ -1,0 +1,192 @@
+"""OpenAI's own client against a real fleet: it needs no other address than a gateway's."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+import shoal
+from tests.fleet.conftest import Fleet
+
+MODEL = "smollm2-135m-instruct"
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
+MAX_STREAMS = 2
+
+
+@pytest.fixture(scope="module")
+def fleet(start: Callable[..., Fleet]) -> Fleet:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHOAL_MAX_STREAMS", str(MAX_STREAMS))
+        return start("--gateways", "2")
+
+
+@pytest.fixture
+def client(fleet: Fleet) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=fleet.http_gateways[0], api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def chat(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """A short one, with what the reference answers."""
+    return next(case for case in greedy_cases if case["name"] == "chat_capital")
+
+
+@pytest.fixture(scope="module")
+def prompt(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
+    prompts = [case for case in greedy_cases if case["kind"] != "chat"]
+    return min(prompts, key=lambda case: len(case["prompt_token_ids"]) + len(case["output_token_ids"]))
+
+
+def test_a_chat_is_answered_as_the_reference(client: openai.OpenAI, chat: dict[str, Any]) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=chat["messages"], temperature=0, max_completion_tokens=chat["max_tokens"]
+    )
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", chat["text"])
+    assert choice.finish_reason == chat["finish_reason"]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(chat["prompt_token_ids"])
+    assert answer.usage.completion_tokens == len(chat["output_token_ids"])
+    assert answer.id == f"chatcmpl-{answer._request_id}"
+
+
+def test_a_chat_is_streamed_with_its_usage(client: openai.OpenAI, chat: dict[str, Any]) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL, messages=chat["messages"], temperature=0, max_tokens=chat["max_tokens"], stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    *answer, last = chunks
+    assert answer[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == chat["text"]
+    assert [chunk.choices[0].finish_reason for chunk in answer][-1] == chat["finish_reason"]
+    assert len(answer) > 3, "it comes piece by piece"
+    assert last.usage is not None
+    assert last.usage.completion_tokens == len(chat["output_token_ids"])
+
+
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_a_completion_is_answered_as_the_reference(
+    client: openai.OpenAI, prompt: dict[str, Any], as_tokens: bool
+) -> None:
+    asked = prompt["prompt_token_ids"] if as_tokens else prompt["prompt"]
+    answer = client.completions.create(model=MODEL, prompt=asked, temperature=0, max_tokens=prompt["max_tokens"])
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (prompt["text"], prompt["finish_reason"])
+    stream = client.completions.create(
+        model=MODEL, prompt=asked, temperature=0, max_tokens=prompt["max_tokens"], stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == prompt["text"]
+
+
+def test_a_completion_without_max_tokens_has_16(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="The sea is", extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
+
+
+def test_a_stop_text_ends_the_answer_before_it(client: openai.OpenAI, chat: dict[str, Any]) -> None:
+    stop = chat["text"].split()[2]
+    answer = client.chat.completions.create(model=MODEL, messages=chat["messages"], temperature=0, stop=stop)
+    assert answer.choices[0].message.content == chat["text"].partition(stop)[0]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
+    def once(seed: int) -> str | None:
+        answer = client.chat.completions.create(model=MODEL, messages=HELLO, seed=seed, max_tokens=12, temperature=2)
+        return answer.choices[0].message.content
+
+    assert once(7) == once(7)
+    assert len({once(seed) for seed in range(4)}) > 1
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "shoal"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
+
+
+def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=MODEL, messages=HELLO, temperature=-1)
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_field",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=MODEL, messages=HELLO, extra_body={"colour": "red"})
+    assert bad.value.param == "colour"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x " * 9_000}])
+    assert bad.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.InternalServerError) as late:
+        client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=4_000, extra_body={"deadline_ms": 100, "ignore_eos": True}
+        )
+    assert late.value.status_code == 504
+
+
+def test_a_full_gateway_is_a_rate_limit_and_the_clients_own_retries_get_through(
+    fleet: Fleet, client: openai.OpenAI
+) -> None:
+    def endless() -> "openai.Stream[Any]":
+        return client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=1_000, stream=True, extra_body={"ignore_eos": True}
+        )
+
+    streams = [endless() for _ in range(MAX_STREAMS)]
+    try:
+        with pytest.raises(openai.RateLimitError) as refused:
+            endless()
+        assert refused.value.code == "too_many_streams"
+        assert int(refused.value.response.headers["Retry-After"]) >= 1
+    finally:
+        for stream in streams:
+            stream.close()
+    patient = client.with_options(max_retries=5)
+    assert patient.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=1).choices
+
+
+def test_a_retry_with_the_same_key_reads_the_same_answer_at_any_gateway(fleet: Fleet) -> None:
+    answers = []
+    for gateway in (*fleet.http_gateways, *fleet.http_gateways):
+        with openai.OpenAI(base_url=gateway, api_key="none", max_retries=5) as client:
+            answers.append(
+                client.chat.completions.create(
+                    model=MODEL, messages=HELLO, max_tokens=8, temperature=2, extra_headers={"Idempotency-Key": "again"}
+                )
+            )
+    first = answers[0]
+    assert first.id == "chatcmpl-again"
+    for answer in answers:
+        assert (answer.choices[0].message.content, answer.created) == (first.choices[0].message.content, first.created)
+    with fleet.client() as other:
+        assert other.get_request("again").state is shoal.RequestState.FINISHED
+    with openai.OpenAI(base_url=fleet.http_gateways[0], api_key="none") as client, pytest.raises(openai.ConflictError):
+        client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=9, extra_headers={"Idempotency-Key": "again"}
+        )
+
+
+async def test_the_asynchronous_client_hangs_up_and_its_request_ends(fleet: Fleet) -> None:
+    async with openai.AsyncOpenAI(base_url=fleet.http_gateways[1], api_key="none", max_retries=5) as client:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=20, stream=True, extra_headers={"Idempotency-Key": "left"}
+        )
+        async with stream:
+            async for chunk in stream:
+                assert chunk.id == "chatcmpl-left"
+                break
+        again = await client.chat.completions.create(
+            model=MODEL, messages=HELLO, max_tokens=20, extra_headers={"Idempotency-Key": "left"}
+        )
+    assert again.choices[0].finish_reason in ("stop", "length")
