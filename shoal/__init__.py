@@ -23,9 +23,10 @@ from services.common.errors import (
 )
 from shoal._async_client import AsyncClient, AsyncStream
 from shoal._client import Client, Stream
-from shoal._prompt import Message
+from shoal._prompt import Message, ResponseFormat
 from shoal._retries import RetryPolicy
 from shoal._values import (
+    Choice,
     Decision,
     Delta,
     Finished,
@@ -35,6 +36,7 @@ from shoal._values import (
     RequestInfo,
     RequestState,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Choice",
     "Client",
     "DeadlineExceeded",
     "Decision",
@@ -60,10 +63,12 @@ __all__ = [
     "Priority",
     "RequestInfo",
     "RequestState",
+    "ResponseFormat",
     "RetryPolicy",
     "ShoalError",
     "Stream",
     "Timings",
+    "TokenLogprobs",
     "Unauthenticated",
     "Unavailable",
     "Usage",

@@ -18,7 +18,17 @@ from shoal._gateways import CHANNEL_OPTIONS, parse_addresses, turns
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
-from shoal._values import Delta, Finished, Model, RequestInfo, RequestState, models_of, request_info_of, state_of
+from shoal._values import (
+    Choice,
+    Delta,
+    Finished,
+    Model,
+    RequestInfo,
+    RequestState,
+    models_of,
+    request_info_of,
+    state_of,
+)
 
 _Response = TypeVar("_Response")
 _Call = Callable[["inference_pb2_grpc.InferenceServiceAsyncStub"], Callable[..., Awaitable[_Response]]]
@@ -144,13 +154,18 @@ class AsyncStream(AsyncIterator[Delta]):
 
     @property
     def text(self) -> str:
-        """The text received so far."""
+        """The text received so far; with several choices, of the first."""
         return self._resumption.text
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The tokens received so far (with those given to `attach`)."""
+        """The tokens received so far (with those given to `attach`); with several choices, of the first."""
         return self._resumption.token_ids
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        """What was received of each choice so far: text, tokens, log-probabilities."""
+        return self._resumption.choices
 
     @property
     def finished(self) -> Finished | None:
@@ -178,7 +193,7 @@ class AsyncStream(AsyncIterator[Delta]):
         raise StopAsyncIteration
 
     async def read(self) -> str:
-        """Wait for the end; returns the whole text."""
+        """Wait for the end; returns the whole text, of the first choice."""
         async for _ in self:
             pass
         return self.text

@@ -17,7 +17,17 @@ from shoal._gateways import CHANNEL_OPTIONS, parse_addresses, turns
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
-from shoal._values import Delta, Finished, Model, RequestInfo, RequestState, models_of, request_info_of, state_of
+from shoal._values import (
+    Choice,
+    Delta,
+    Finished,
+    Model,
+    RequestInfo,
+    RequestState,
+    models_of,
+    request_info_of,
+    state_of,
+)
 
 CALL_LIMIT_S = 10.0
 """Longest time that a gateway may take for a call that is no stream, before another one is asked."""
@@ -145,13 +155,18 @@ class Stream(Iterator[Delta]):
 
     @property
     def text(self) -> str:
-        """The text received so far."""
+        """The text received so far; with several choices, of the first."""
         return self._resumption.text
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The tokens received so far (with those given to `attach`)."""
+        """The tokens received so far (with those given to `attach`); with several choices, of the first."""
         return self._resumption.token_ids
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        """What was received of each choice so far: text, tokens, log-probabilities."""
+        return self._resumption.choices
 
     @property
     def finished(self) -> Finished | None:
@@ -172,7 +187,7 @@ class Stream(Iterator[Delta]):
             raise
 
     def read(self) -> str:
-        """Wait for the end; returns the whole text."""
+        """Wait for the end; returns the whole text, of the first choice."""
         for _ in self:
             pass
         return self.text

@@ -1,7 +1,8 @@
 """What may be asked: the arguments of `generate` and `count_tokens`, put into protos."""
 
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import InvalidRequest
@@ -16,6 +17,19 @@ class Message(TypedDict):
     content: str
 
 
+class ResponseFormat(TypedDict, total=False):
+    """The form that an answer shall have. Give exactly one."""
+
+    json_object: bool
+    """Any JSON object."""
+    json_schema: Mapping[str, Any] | str
+    """JSON that fits this schema, given as a mapping or as its text."""
+    regex: str
+    """Text that matches, as a whole."""
+    choices: Sequence[str]
+    """One of these texts."""
+
+
 class Options(TypedDict, total=False):
     """How `generate` answers. What is left out has the fleet's default; limits are in inference.proto."""
 
@@ -24,7 +38,20 @@ class Options(TypedDict, total=False):
     """0: greedy."""
     top_p: float
     top_k: int
+    min_p: float
     seed: int
+    """The same seed gives the same answers, choice by choice."""
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]]
+    """Added to the logits of these token ids."""
+    n: int
+    """Number of choices: see `Stream.choices`."""
+    logprobs: int
+    """Most probable tokens to tell of at each token's place; 0: the token's own log-probability alone."""
+    prompt_logprobs: int
+    """The same at each place of the prompt; they come with the end."""
     max_tokens: int
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
@@ -33,9 +60,12 @@ class Options(TypedDict, total=False):
     request_id: str
     """Idempotency key. Left out, the library draws one, so that a retry never runs twice."""
     priority: Priority | str
+    response_format: ResponseFormat | Mapping[str, Any]
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty",
+)  # fmt: skip
 
 
 def generate_request(
@@ -86,11 +116,16 @@ def _request(
         stop_token_ids=options.get("stop_token_ids", ()),
         ignore_eos=options.get("ignore_eos", False),
         deadline_ms=options.get("deadline_ms", 0),
+        n=options.get("n", 0),
+        logprobs=options.get("logprobs"),
+        prompt_logprobs=options.get("prompt_logprobs"),
     )
     if "max_tokens" in options:
         request.max_tokens = options["max_tokens"]
     if "priority" in options:
         request.priority = PRIORITIES[Priority(options["priority"])]
+    if "response_format" in options:
+        request.response_format.CopyFrom(_response_format(options["response_format"]))
     if prompt is not None:
         request.prompt = prompt
     elif messages is not None:
@@ -102,7 +137,21 @@ def _request(
 
 def _sampling(options: Options) -> pb.Sampling | None:
     given = {name: options[name] for name in _SAMPLING if name in options}  # type: ignore[literal-required]
+    if "logit_bias" in options:
+        # Keys that come out of JSON are strings.
+        given["logit_bias"] = {int(token_id): bias for token_id, bias in dict(options["logit_bias"]).items()}
     return pb.Sampling(**given) if given else None
+
+
+def _response_format(form: ResponseFormat | Mapping[str, Any]) -> pb.ResponseFormat:
+    if len(form) != 1:
+        raise ValueError(f"response_format has {sorted(form)}; give one of json_object, json_schema, regex, choices")
+    given: dict[str, Any] = dict(form)
+    if "choices" in given:
+        given["choices"] = pb.ResponseFormat.Choices(texts=given["choices"])
+    if not isinstance(given.get("json_schema", ""), str):
+        given["json_schema"] = json.dumps(given["json_schema"])
+    return pb.ResponseFormat(**given)
 
 
 def _chat(messages: Sequence[Message | Mapping[str, str]]) -> pb.Chat:

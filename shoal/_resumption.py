@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Internal, ShoalError
 from shoal._retries import Outage
-from shoal._values import Delta, Finished, finished_of
+from shoal._values import Choice, Delta, Finished, TokenLogprobs, finished_of, logprobs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,8 @@ class _Choice:
     count: int = 0
     token_ids: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens received here."""
 
 
 class Resumption:
@@ -72,6 +74,21 @@ class Resumption:
     def token_ids(self) -> Sequence[int]:
         """The tokens held so far, those from before an Attach included."""
         return tuple(self._choices[0].token_ids)
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        """What is held of each choice that has begun; of all, in the end."""
+        reasons = self.finished.reasons if self.finished else ()
+        return [
+            Choice(
+                "".join(held.texts),
+                tuple(held.token_ids),
+                tuple(held.logprobs),
+                reasons[number] if number < len(reasons) else None,
+            )
+            for number in range(max(len(reasons), max(self._choices) + 1))
+            for held in [self._choices.get(number, _Choice())]
+        ]
 
     def next_call(self) -> GenerateCall | AttachCall:
         """The call that goes on with the stream."""
@@ -126,5 +143,7 @@ class Resumption:
         choice.count += len(delta.token_ids)
         choice.token_ids.extend(delta.token_ids)
         choice.texts.append(delta.text)
+        logprobs = logprobs_of(delta.logprobs)
+        choice.logprobs.extend(logprobs)
         self._outage.progressed()
-        return Delta(delta.index, delta.text, tuple(delta.token_ids), delta.choice)
+        return Delta(delta.index, delta.text, tuple(delta.token_ids), delta.choice, logprobs)

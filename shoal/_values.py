@@ -1,6 +1,6 @@
 """What a fleet tells: values of the client, made from the protos in one place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -43,13 +43,38 @@ class RequestState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities at one token's place: of that token, and of the most probable ones by id.
+
+    Of the model's own distribution, before temperature, penalties, bias and cuts. `top` begins with the best.
+    """
+
+    logprob: float
+    top: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the answer. `index` is the index of its first token; `text` may be empty while a character is open."""
+    """A piece of the answer. `index` is the index of its first token; `text` may be empty while a character is open.
+
+    `logprobs` has one for each token, if they were asked for.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     choice: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of several answers, as far as it was received. `finish_reason` is None until the end of all of them."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +97,16 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer."""
+    """The end of an answer. `reasons` are those of all choices; `reason` is the first one's.
+
+    `prompt_logprobs` are of the prompt's second token and those after it, if they were asked for.
+    """
 
     reason: FinishReason
     usage: Usage
     timings: Timings
+    reasons: tuple[FinishReason, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +167,20 @@ _STATES: Mapping[int, RequestState] = {
 
 
 def finished_of(finished: pb.Finished) -> Finished:
-    """The end of choice 0."""
+    """The end of all choices."""
+    reasons = tuple(_REASONS.get(each, FinishReason.UNKNOWN) for each in (finished.reason, *finished.further_reasons))
     return Finished(
-        _REASONS.get(finished.reason, FinishReason.UNKNOWN), _usage(finished.usage), _timings(finished.timings)
+        reasons[0],
+        _usage(finished.usage),
+        _timings(finished.timings),
+        reasons,
+        logprobs_of(finished.prompt_logprobs),
     )
+
+
+def logprobs_of(told: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    """Log-probabilities of tokens, in order."""
+    return tuple(TokenLogprobs(each.logprob, {top.token_id: top.logprob for top in each.top}) for each in told)
 
 
 def state_of(state: int) -> RequestState:

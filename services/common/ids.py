@@ -8,6 +8,9 @@ RequestKey = NewType("RequestKey", str)
 WorkerId = NewType("WorkerId", str)
 """New at each start of a worker's engine."""
 NO_WORKER = WorkerId("")
+GatewayId = NewType("GatewayId", str)
+"""`<fleet address>#<nonce>`, new at each start of a gateway, so that its readers are not taken for those of one that
+died at the same address. Workers dial the address."""
 TenantId = NewType("TenantId", str)
 Epoch = NewType("Epoch", int)
 """Number of a leader's reign; grows by each election."""
@@ -26,6 +29,16 @@ def new_request_id() -> str:
 def new_worker_id() -> WorkerId:
     """A worker id: 64 random bits."""
     return WorkerId(f"w-{secrets.token_hex(8)}")
+
+
+def new_gateway_id(address: str) -> GatewayId:
+    """The id of the gateway that serves workers at this address from now on."""
+    return GatewayId(f"{address}#{secrets.token_hex(8)}")
+
+
+def fleet_address(gateway: str) -> str:
+    """Where workers reach the gateway with this id: `host:port`."""
+    return gateway.rsplit("#", 1)[0]
 
 
 def new_nonce() -> str:

@@ -42,26 +42,57 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Turns a ShoalError into its gRPC status, and anything else into INTERNAL, logged. The only place that aborts."""
+    """Turns a ShoalError into its gRPC status, and anything else into INTERNAL, logged. The only place that does."""
+
+    def __init__(self) -> None:
+        self._statuses = _Statuses()
+        self._wrapped: dict[str, Any] = {}
+        """By method. Methods are those of the services, so there are few."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Wrap the handler, by its kind of call."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler.request_streaming:
-            if handler.response_streaming:
-                wrapped, factory = _streaming(handler.stream_stream, _as_is), grpc.stream_stream_rpc_method_handler
-            else:
-                wrapped, factory = _unary(handler.stream_unary, _as_is), grpc.stream_unary_rpc_method_handler
-            return factory(wrapped, handler.request_deserializer, handler.response_serializer)
-        # One request is decoded in here: bytes that are no message get a status of ours, not UNKNOWN and a traceback.
-        decode = _decoding(handler.request_deserializer)
+        """Wrap the handler, by its kind of call; once, since a refusal shall cost little more than gRPC's own part."""
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            wrapped = self._wrapped[method] = _wrap(handler, self._statuses)
+        return wrapped
+
+
+class _Statuses:
+    """The statuses of errors. The last one is kept: a flood is refused call by call in the same words."""
+
+    def __init__(self) -> None:
+        self._words: tuple[object, ...] = ()
+        self._status: Any = None
+
+    def of(self, error: Exception) -> Any:
+        if not isinstance(error, ShoalError):
+            logger.error("a call failed by a defect", exc_info=error)
+            error = Internal("an internal error; it is in the service's log", reason="INTERNAL")
+        words = (type(error), error.message, error.reason, error.field, error.retry_after_ms)
+        if words != self._words:
+            self._words, self._status = words, rpc_status.to_status(to_status(error))
+        return self._status
+
+
+def _wrap(handler: Any, statuses: _Statuses) -> Any:
+    if handler.request_streaming:
         if handler.response_streaming:
-            wrapped, factory = _streaming(handler.unary_stream, decode), grpc.unary_stream_rpc_method_handler
+            wrapped = _streaming(handler.stream_stream, _as_is, statuses)
+            factory = grpc.stream_stream_rpc_method_handler
         else:
-            wrapped, factory = _unary(handler.unary_unary, decode), grpc.unary_unary_rpc_method_handler
-        return factory(wrapped, None, handler.response_serializer)
+            wrapped, factory = _unary(handler.stream_unary, _as_is, statuses), grpc.stream_unary_rpc_method_handler
+        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+    # One request is decoded in here: bytes that are no message get a status of ours, not UNKNOWN and a traceback.
+    decode = _decoding(handler.request_deserializer)
+    if handler.response_streaming:
+        wrapped, factory = _streaming(handler.unary_stream, decode, statuses), grpc.unary_stream_rpc_method_handler
+    else:
+        wrapped, factory = _unary(handler.unary_unary, decode, statuses), grpc.unary_unary_rpc_method_handler
+    return factory(wrapped, None, handler.response_serializer)
 
 
 def _as_is(request: Any) -> Any:
@@ -80,34 +111,36 @@ def _decoding(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], 
     return decode
 
 
-def _unary(method: Callable[..., Awaitable[Any]], decode: Callable[[Any], Any]) -> Callable[..., Awaitable[Any]]:
+def _unary(
+    method: Callable[..., Awaitable[Any]], decode: Callable[[Any], Any], statuses: _Statuses
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
         try:
             return await method(decode(request), context)
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
-            await _abort(error, context)
+            # Not set as below: gRPC would send an empty message in front of the status.
+            await context.abort_with_status(statuses.of(error))
 
     return call
 
 
-def _streaming(method: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
+def _streaming(method: Callable[..., Any], decode: Callable[[Any], Any], statuses: _Statuses) -> Callable[..., Any]:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             async for response in method(decode(request), context):
                 yield response
+        except grpc.aio.AbortError:
+            raise
         except Exception as error:  # noqa: BLE001 - the boundary: every error gets a status
-            await _abort(error, context)
+            # Set, not aborted: an abort raises once more, and its traceback keeps the call until garbage is collected.
+            status = statuses.of(error)
+            context.set_code(status.code)
+            context.set_details(status.details)
+            context.set_trailing_metadata(status.trailing_metadata)
 
     return call
-
-
-async def _abort(error: Exception, context: Any) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, ShoalError):
-        logger.error("a call failed by a defect", exc_info=error)
-        error = Internal("an internal error; it is in the service's log", reason="INTERNAL")
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
 
 class Server:

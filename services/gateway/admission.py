@@ -14,6 +14,7 @@ from services.common.store.connection import StoreError
 
 REFRESH_S = 0.2
 FRESH_S = 0.02
+STALE_S = 0.1
 LONGEST_WAIT_S = 0.05
 RETRY_AFTER_MS = 1_000
 
@@ -85,9 +86,16 @@ class Backlog:
                 self._reading_done = None
 
     async def check(self) -> None:
-        """Raise Exhausted if the backlog is full, by a length read within the last FRESH_S if possible."""
-        if self._full and self._clock() - self._read_at_s > FRESH_S:
-            await self._refresh()
+        """Raise Exhausted if the backlog is full.
+
+        What is refused is refused by a length read within the last FRESH_S. In a flood one call waits for each reading,
+        and the others are refused at once, by a length that is older by the time that the reading takes: STALE_S at
+        most, or all wait, for LONGEST_WAIT_S.
+        """
+        if self._full:
+            age_s = self._clock() - self._read_at_s
+            if age_s > STALE_S or (age_s > FRESH_S and self._reading_done is None):
+                await self._refresh()
         if self._full:
             raise backlog_full(self._length + self._in_flight, self._limit)
 

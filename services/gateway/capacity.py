@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.common.store.connection import StoreError
 from services.common.store.workers import WorkerDirectory
@@ -37,5 +38,6 @@ class Capacity:
             infos = []
         if infos:
             rooms = [Room.of(info) for info in infos]
-            self._room = Room(min(room.cache_tokens for room in rooms), min(room.context_tokens for room in rooms))
+            smallest = min(rooms, key=lambda room: room.cache_tokens)
+            self._room = replace(smallest, context_tokens=min(room.context_tokens for room in rooms))
         self._read_at_s = self._clock()

@@ -11,12 +11,13 @@ from typing import Any
 import grpc
 
 from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, WorkerId
 from services.common.record.reader import Acceptance, Refused
 from services.common.record.record import Attempt
 from services.gateway.departures import Departures
 from services.gateway.endings import told_by_worker
-from services.gateway.open_streams import OpenStreams, superseded
+from services.gateway.hints import Hints
+from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,12 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
     """The RPC of DeliveryService. `tasks` owns one reading task a link; `clock` is the loop's, in s."""
 
     def __init__(
-        self, streams: OpenStreams, departures: Departures, tasks: asyncio.TaskGroup, clock: Callable[[], float]
-    ) -> None:
+        self, streams: OpenStreams, departures: Departures, hints: Hints, tasks: asyncio.TaskGroup,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._streams = streams
         self._departures = departures
+        self._hints = hints
         self._tasks = tasks
         self._clock = clock
 
@@ -48,9 +51,16 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
         link = _Link()
         reading = self._tasks.create_task(self._read(request_iterator, link), name="delivery link")
         # Called however the call ends; a generator's `finally` may come late, when it is collected.
-        context.add_done_callback(lambda _: reading.cancel())
+        context.add_done_callback(lambda _: self._ended(link, reading))
         while (answers := await link.answers()) is not None:
             yield answers
+
+    def _ended(self, link: "_Link", reading: asyncio.Task[None]) -> None:
+        reading.cancel()
+        # Workers keep a stream for as long as their session lives, and close their registration when it ends well: a
+        # registered worker's stream ends only by its death, or by what lies between.
+        if link.worker:
+            self._hints.add(WorkerId(link.worker))
 
     async def _read(self, messages: AsyncIterator[delivery_pb2.DeliverRequest], link: "_Link") -> None:
         try:
@@ -79,7 +89,8 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
         for close in message.closes:
             stream = self._streams.get(close.key)
             if stream is not None and stream.reader.number <= close.reader:
-                stream.finish(superseded())
+                # Not yet the end: Redis may have lost that reader, and given its number again. The record knows.
+                stream.doubted = True
 
     def _take(self, message: delivery_pb2.DeliverRequest, link: "_Link") -> None:
         now_s = self._clock()
@@ -95,7 +106,8 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
     def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:
         key, attempt, reader = wish.key, _attempt(wish.attempt), wish.reader
         stream = self._streams.get(key)
-        if (stream is None or stream.reader.number < reader) and self._streams.is_arriving(key):
+        # A number that is drawn again after lost writes may be lower than the one that the stream here still has.
+        if (stream is None or stream.reader.number != reader) and self._streams.is_arriving(key):
             self._streams.when_settled(key, (link, attempt), lambda: self._open(wish, link))
             return
         refused = Refused.NO_READER if stream is None else stream.open(attempt, reader)

@@ -61,7 +61,11 @@ def _finished(record: Record) -> inference_pb2.Finished:
     # No worker ended it: it was cancelled in the queue, or taken from a worker that was lost.
     reasons = outcome.reasons or [inference_pb2.FINISH_REASON_CANCELLED] * record.num_choices
     return inference_pb2.Finished(
-        reason=reasons[0], further_reasons=reasons[1:], usage=usage(record), timings=timings(record)
+        reason=reasons[0],
+        further_reasons=reasons[1:],
+        usage=usage(record),
+        timings=timings(record),
+        prompt_logprobs=outcome.prompt_logprobs,
     )
 
 

@@ -13,6 +13,7 @@ from gen.shoal.fleet.v1 import delivery_pb2_grpc
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
+from services.common.ids import new_gateway_id
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
@@ -26,10 +27,12 @@ from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
 from services.gateway.departures import Departures
 from services.gateway.generation import Generation, Limits
+from services.gateway.hints import Hints
 from services.gateway.holdings import HoldingsPoster
 from services.gateway.http.endpoints import Endpoints
 from services.gateway.http.server import HttpServer
 from services.gateway.http.spelling import Spelling
+from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
 from services.gateway.model import Model
 from services.gateway.open_streams import OpenStreams
@@ -100,7 +103,10 @@ async def _serve(
     replay = Replay(tokenizer)
     calls = OpenCalls(config.max_streams)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
-    capacity = Capacity(WorkerDirectory(redis, config.pool), clock)
+    known = KnownRequests(store.peek)
+    workers = WorkerDirectory(redis, config.pool)
+    hints = Hints(workers)
+    capacity = Capacity(workers, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
@@ -108,12 +114,13 @@ async def _serve(
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
             servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
-        links = DeliveryService(streams, departures, tasks, clock)
+        links = DeliveryService(streams, departures, hints, tasks, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
-        limits = Limits(fleet_address, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
-        generation = Generation(model, tokenizer, capacity, backlog, requests, limits)
-        service = InferenceService(model, fleet_address, calls, generation, requests, tokenizer)
+        gateway = new_gateway_id(fleet_address)
+        limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
+        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
+        service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
             Endpoints(model, calls, generation, requests, Spelling(tokenizer), readiness, config.http_max_body_bytes)
@@ -122,10 +129,12 @@ async def _serve(
             tasks.create_task(part.run())
             for part in (
                 departures,
+                hints,
                 backlog,
-                Lease(GatewayLease(redis), fleet_address, streams, readiness, clock),
-                HoldingsPoster(Recovery(redis, config.pool), streams, fleet_address, readiness, clock),
-                Watch(streams, store, requests, replay, fleet_address, clock),
+                known,
+                Lease(GatewayLease(redis), gateway, streams, readiness, clock),
+                HoldingsPoster(Recovery(redis, config.pool), streams, gateway, readiness, clock),
+                Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
         ready(Addresses(await public.start(config.listen), await http.start(config.http_listen), fleet_address))
@@ -134,9 +143,10 @@ async def _serve(
         await http.stop()
         if not await departures.flush(FLUSH_S):
             logger.warning("some readers' departures were not written; the leader finds them by this gateway's lease")
-        await fleet.stop(0)
         for task in background:
             task.cancel()
+        # Behind the hints: the streams that this breaks are no worker's death.
+        await fleet.stop(0)
 
 
 async def _drain(

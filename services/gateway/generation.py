@@ -1,5 +1,6 @@
 """The way of a new request through the gateway: checked, admitted, encoded, fitted, accepted."""
 
+import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +8,22 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted
-from services.common.ids import TenantId, new_nonce, new_request_id, request_key
+from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
 from services.common.record import moves
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
+from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import cache_salt
+from services.gateway.known import KnownRequests
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
-from services.gateway.validation import ValidRequest, fitted_max_tokens, validate
+from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
 
+MAX_IN_WORK = 16
+"""Calls that are encoded and stored at once: enough for tokenizers and Redis, and so few that a flood's refusals, which
+the event loop takes in turn with them, come soon. As many as the backlog's limit may wait."""
 MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 """A gRPC deadline farther away than this is none."""
 
@@ -35,8 +41,8 @@ class Caller:
 class Limits:
     """What is written with each request."""
 
-    gateway: str
-    """This gateway's fleet address."""
+    gateway: GatewayId
+    """This gateway."""
     backlog_limit: int
     resume_ms: int
     anonymous_resume_ms: int
@@ -46,34 +52,47 @@ class Generation:
     """Turns calls of Generate into streams."""
 
     def __init__(
-        self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, requests: Requests,
-        limits: Limits,
+        self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, known: KnownRequests,
+        requests: Requests, limits: Limits,
     ) -> None:  # fmt: skip
         self._model = model
         self._tokenizer = tokenizer
         self._capacity = capacity
         self._backlog = backlog
+        self._known = known
         self._requests = requests
         self._limits = limits
+        self._formats = AcceptedFormats(tokenizer)
+        self._in_work = asyncio.Semaphore(MAX_IN_WORK)
 
     async def start(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
         """The stream of an accepted request; whatever is raised before that has stored nothing.
 
         Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
         """
+        await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
+        with self._backlog.taking():
+            async with self._in_work:
+                return await self._accept(valid, caller)
+
+    async def _accept(self, valid: ValidRequest, caller: Caller) -> Stream:
+        prompt = valid.token_ids
+        if valid.text is not None:
+            prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+        if valid.response_format is not None:
+            await self._formats.check(valid.response_format, caller.time_left_s())
+        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
+        return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+
+    async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
+        # Before anything else is looked at: in a flood, this is all that most calls cost.
         try:
             await self._backlog.check()
         except Exhausted:
             # A known request waits already, or has ended: reading it on adds nothing.
-            if not valid.request_id or not await self._requests.knows(request_key(caller.tenant, valid.request_id)):
+            if not request_id or not await self._known.knows(request_key(caller.tenant, check_request_id(request_id))):
                 raise
-        with self._backlog.taking():
-            prompt = valid.token_ids
-            if valid.text is not None:
-                prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
-            max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
-            return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
 
     def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
         request_id = valid.request_id or new_request_id()
@@ -102,6 +121,9 @@ class Generation:
             stop=valid.stop,
             stop_token_ids=valid.stop_token_ids,
             n=valid.n,
+            logprobs=valid.logprobs,
+            prompt_logprobs=valid.prompt_logprobs,
+            response_format=valid.response_format,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
             cache_salt=cache_salt(caller.tenant),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.ids import GatewayId
 from services.common.record.history import Held
 from services.common.store.connection import StoreError
 from services.common.store.recovery import Recovery
@@ -30,11 +31,11 @@ class HoldingsPoster:
         self,
         recovery: Recovery,
         streams: OpenStreams,
-        gateway: str,
+        gateway: GatewayId,
         readiness: Readiness,
         clock: Callable[[], float],
     ) -> None:
-        """`clock`: the loop's, in s; `gateway`: this one's fleet address."""
+        """`clock`: the loop's, in s; `gateway`: this one."""
         self._recovery = recovery
         self._clock = clock
         self._posted = ""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from services.common.ids import GatewayId
 from services.common.store.connection import StoreError
 from services.common.store.gateways import GatewayLease
 from services.gateway.open_streams import OpenStreams
@@ -21,8 +22,9 @@ class Lease:
     """Beats once a second. Two beats missed: Redis counts as away. `clock`: the loop's, in s."""
 
     def __init__(
-        self, lease: GatewayLease, gateway: str, streams: OpenStreams, readiness: Readiness, clock: Callable[[], float]
-    ) -> None:
+        self, lease: GatewayLease, gateway: GatewayId, streams: OpenStreams, readiness: Readiness,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
         self._lease = lease
         self._gateway = gateway
         self._streams = streams

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.blocks import most_tokens_within
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,21 @@ class Model:
 class Room:
     """What the smallest registered worker can hold of one request."""
 
-    cache_tokens: int
-    """Token slots of its KV cache."""
+    num_blocks: int
+    """Of its KV cache."""
+    block_size_tokens: int
     context_tokens: int
 
     @staticmethod
     def of(worker: request_pb2.WorkerInfo) -> "Room":
         """Room of one worker."""
-        return Room(worker.num_blocks * worker.block_size_tokens, worker.context_tokens)
+        return Room(worker.num_blocks, worker.block_size_tokens, worker.context_tokens)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Token slots of its KV cache."""
+        return self.num_blocks * self.block_size_tokens
+
+    def most_tokens(self, num_prompt_tokens: int, num_choices: int) -> int:
+        """Most tokens that each choice may have for all of them to fit the cache at once; may be negative."""
+        return most_tokens_within(self.num_blocks, num_prompt_tokens, num_choices, self.block_size_tokens)

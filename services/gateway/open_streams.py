@@ -50,12 +50,17 @@ class OpenStreams:
         """Run `ask` once the arriving request has a stream, or will get none. An asker's last `ask` counts."""
         self._arriving[RequestKey(key)].asked[asker] = ask
 
+    def has_higher(self, stream: Stream) -> bool:
+        """Whether its request has a stream here whose reader's number is higher."""
+        other = self._streams.get(stream.key)
+        return other is not None and other.reader.number > stream.reader.number
+
     def install(self, stream: Stream) -> None:
         """Make it the stream of its request. The reader with the higher number wins; the other stream ends."""
-        older = self._streams.get(stream.key)
-        if older is not None and older.reader.number > stream.reader.number:
+        if self.has_higher(stream):
             stream.finish(superseded())
             return
+        older = self._streams.get(stream.key)
         if older is not None:
             older.finish(superseded())
         self._streams[stream.key] = stream

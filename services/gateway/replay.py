@@ -1,6 +1,9 @@
 """The rest of a stream whose request has ended elsewhere, out of its record: journaled tokens turned into text."""
 
+from collections.abc import Sequence
+
 from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
+from gen.shoal.inference.v1.inference_pb2 import TokenLogprobs
 from services.common.errors import Aborted
 from services.common.record.history import Held, first_difference
 from services.common.record.record import Record
@@ -29,6 +32,11 @@ class Replay:
         payload = request_pb2.RequestPayload.FromString(record.payload)
         for choice, held in enumerate(stream.delivered()):
             journal = record.journal[choice]
+            logprobs: Sequence[TokenLogprobs] = ()
+            if payload.HasField("logprobs"):
+                logprobs = outcome.logprobs[choice].tokens if choice < len(outcome.logprobs) else ()
+                # A request that was cut off may have tokens that nobody told the log-probabilities of.
+                journal = journal[: len(logprobs)]
             # Any other end than FINISHED may be behind, or beside, what was delivered: it is told as it is.
             if held.count < len(journal) and first_difference(journal, held) is None:
                 hidden = choice < len(outcome.last_token_hidden) and outcome.last_token_hidden[choice]
@@ -41,7 +49,7 @@ class Replay:
                         last_token_hidden=hidden,
                     )
                 )
-                stream.deliver(choice, held.count, journal[held.count :], text)
+                stream.deliver(choice, held.count, journal[held.count :], text, logprobs[held.count :])
         stream.finish(told_by_record(record))
 
 

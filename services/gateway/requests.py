@@ -8,9 +8,9 @@ from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
 from services.common.errors import AlreadyExists, Internal, NotFound
-from services.common.ids import RequestKey, new_nonce
+from services.common.ids import GatewayId, RequestKey, new_nonce
 from services.common.record import moves
-from services.common.record.history import NOTHING, Held, rebased
+from services.common.record.history import NOTHING, Held
 from services.common.record.reader import Reader
 from services.common.record.record import Record
 from services.common.record.transitions import Verdict
@@ -18,6 +18,7 @@ from services.common.store.ids import claim_id, pool_of
 from services.common.store.requests import Peek, RequestStore
 from services.gateway.admission import backlog_full
 from services.gateway.departures import Departures
+from services.gateway.joining import Joining, completed
 from services.gateway.open_streams import OpenStreams
 from services.gateway.replay import Replay, diverged
 from services.gateway.store_retry import retried
@@ -40,6 +41,7 @@ class Requests:
         self._streams = streams
         self._departures = departures
         self._replay = replay
+        self._joining = Joining(store, streams, clock)
         self._clock = clock
 
     async def submit(self, move: moves.Submit, num_prompt_tokens: int) -> Stream:
@@ -65,10 +67,10 @@ class Requests:
                         move.key, move.payload, num_prompt_tokens, move.digest,
                         submitted.accepted_at_ms, submitted.deadline_at_ms, move.resume_ms,
                     )  # fmt: skip
-                    stream = Stream(accepted, Reader(1, move.num_choices), self._clock())
-                    self._streams.install(stream)
                     logger.info("accepted", extra={"request": move.key})
-                    return stream
+                    return await self._open(
+                        Stream(accepted, Reader(1, move.num_choices), self._clock()), (), move.gateway
+                    )
                 case Verdict.KNOWN:
                     # Also when the reply to a first try was lost: then this reads what that one stored.
                     return await self._attach(move.key, (), move.gateway)
@@ -79,12 +81,14 @@ class Requests:
                 case verdict:
                     raise Internal(f"a submit was answered {verdict}")
 
-    async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str) -> Stream:
+    async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: GatewayId) -> Stream:
         """Read a request on for a client, behind what it holds. The stream of an ended one has all that is left.
 
-        Raises NotFound; Aborted if it has ended, and differs from what is held.
+        Raises NotFound; InvalidRequest if tokens are missing before those that are stated; Aborted if it has ended, and
+        differs from what is held.
         """
         await self._check_owned(key)
+        held = await self._joining.joined(key, held)
         with self._streams.arriving(key):
             return await self._attach(key, held, gateway)
 
@@ -102,15 +106,33 @@ class Requests:
                 await self._replay.end(stream, record)
                 return stream
             case Verdict.OK:
-                stream = self._stream(record, held)
-                self._streams.install(stream)
                 logger.info("attached", extra={"request": key, "reader": record.reader})
-                return stream
+                return await self._open(self._stream(record, held), held, gateway)
             case verdict:
                 raise Internal(f"an attach was answered {verdict}")
 
-    async def return_to(self, stream: Stream, gateway: str) -> None:
-        """Become the reader again: the leader took this gateway for dead, but the client is still here."""
+    async def _open(self, stream: Stream, held: tuple[Held, ...], gateway: str) -> Stream:
+        """Make it the stream of its request here, or end it as superseded, if a later one is here already.
+
+        A higher number is later, unless Redis lost the attach that drew it, and gives numbers again: then the record
+        names this reader, which attaches again until its number is the highest.
+        """
+        if self._streams.has_higher(stream) and await self._counts(stream, gateway):
+            return await self._attach(stream.key, held, gateway)
+        self._streams.install(stream)
+        return stream
+
+    async def _counts(self, stream: Stream, gateway: str) -> bool:
+        """Whether the record names its reader."""
+        try:
+            (peek,) = await retried(lambda: self._store.peek([stream.key]))
+        except BaseException:
+            self._departures.add(stream.key, stream.reader.number)
+            raise
+        return peek is not None and (peek.gateway, peek.reader) == (gateway, stream.reader.number)
+
+    async def return_to(self, stream: Stream, gateway: GatewayId) -> None:
+        """Become the reader again: Redis does not know, or no longer, that this stream's client is here."""
         with self._streams.arriving(stream.key):
             attached = await self._store.attach(moves.Attach(stream.key, gateway, stream.delivered()))
             if attached.answer.verdict != Verdict.OK:
@@ -120,7 +142,7 @@ class Requests:
                 self._departures.add(stream.key, attached.answer.index)
             else:
                 stream.reader.number = attached.answer.index
-                logger.warning("returned to a request that was taken for left", extra={"request": stream.key})
+                logger.warning("returned to a request", extra={"request": stream.key, "reader": stream.reader.number})
 
     async def cancel(self, key: RequestKey) -> Peek:
         """Ask for the end, and tell where the request stands just after. Raises NotFound."""
@@ -153,13 +175,9 @@ class Requests:
                 self._departures.add(stream.key, stream.reader.number)
                 logger.info("left", extra={"request": stream.key, "reader": stream.reader.number})
 
-    async def knows(self, key: RequestKey) -> bool:
-        """Whether the id is taken by a request of this pool."""
-        tenant, _, request_id = key.partition("/")
-        return await retried(lambda: pool_of(self._redis, tenant, request_id)) == self._pool
-
     async def _check_owned(self, key: RequestKey) -> None:
-        if not await self.knows(key):
+        tenant, _, request_id = key.partition("/")
+        if await retried(lambda: pool_of(self._redis, tenant, request_id)) != self._pool:
             raise unknown(key)
 
     def _stream(self, record: Record, held: tuple[Held, ...]) -> Stream:
@@ -169,13 +187,8 @@ class Requests:
             record.accepted_at_ms, record.deadline_at_ms, record.resume_ms,
         )  # fmt: skip
         claims = [held[choice] if choice < len(held) else NOTHING for choice in range(record.num_choices)]
-        whole = [_completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
+        whole = [completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
         return Stream(accepted, Reader(record.reader, record.num_choices, whole), self._clock())
-
-
-def _completed(claim: Held, journal: tuple[int, ...]) -> Held:
-    """A claim that states all its tokens, those that the client leaves out as the journal has them; if it has them."""
-    return replace(claim, tokens=rebased(journal, claim)) if claim.start <= len(journal) else claim
 
 
 def unknown(key: RequestKey) -> NotFound:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from gen.shoal.inference.v1 import inference_pb2, inference_pb2_grpc
-from services.common.ids import RequestKey, request_key
+from services.common.ids import GatewayId, RequestKey, request_key
 from services.gateway.admission import OpenCalls
 from services.gateway.endings import STATES
 from services.gateway.generation import Caller, Generation
@@ -27,10 +27,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """The RPCs of InferenceService."""
 
     def __init__(
-        self, model: Model, gateway: str, calls: OpenCalls, generation: Generation, requests: Requests,
+        self, model: Model, gateway: GatewayId, calls: OpenCalls, generation: Generation, requests: Requests,
         tokenizer: TokenizerClient,
     ) -> None:  # fmt: skip
-        """`gateway`: this one's fleet address."""
+        """`gateway`: this one."""
         self._model = model
         self._gateway = gateway
         self._calls = calls

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 
 from gen.shoal.inference.v1 import inference_pb2
+from gen.shoal.inference.v1.inference_pb2 import TokenLogprobs
 from services.common.errors import ShoalError, Unavailable
 from services.common.ids import RequestKey
 from services.common.record.history import Held
@@ -84,7 +85,7 @@ class Stream:
         if acceptance is not Acceptance.REFUSED:
             self.heard_at_s = now_s
         if acceptance is Acceptance.NEW:
-            self.deliver(choice, delta.index, tokens, delta.text)
+            self.deliver(choice, delta.index, tokens, delta.text, delta.logprobs)
         return acceptance
 
     def take_end(self, attempt: Attempt, end: End, completion_tokens: int | None) -> bool:
@@ -101,10 +102,12 @@ class Stream:
 
     # What the stream gets
 
-    def deliver(self, choice: int, index: int, tokens: Sequence[int], text: str) -> None:
+    def deliver(
+        self, choice: int, index: int, tokens: Sequence[int], text: str, logprobs: Sequence[TokenLogprobs] = ()
+    ) -> None:
         """These tokens, of which the first has this index, follow in the client's stream."""
         self.reader.deliver(choice, tokens)
-        self._waiting[choice].add(index, tokens, text)
+        self._waiting[choice].add(index, tokens, text, logprobs)
         self._wake.set()
 
     def finish(self, end: End) -> None:
@@ -174,28 +177,38 @@ class Stream:
 class _Waiting:
     """Tokens of one choice that the client has not been sent. Copies: a message's parts keep all of it in memory."""
 
-    __slots__ = ("index", "texts", "tokens")
+    __slots__ = ("_logprobs_bytes", "index", "logprobs", "texts", "tokens")
 
     def __init__(self) -> None:
         self.index = 0
         self.tokens = array("I")
         self.texts: list[str] = []
+        self.logprobs: inference_pb2.Delta | None = None
+        """Holds nothing else: what is added to a message is copied."""
+        self._logprobs_bytes = 0
 
-    def add(self, index: int, tokens: Sequence[int], text: str) -> None:
+    def add(self, index: int, tokens: Sequence[int], text: str, logprobs: Sequence[TokenLogprobs]) -> None:
         if not self.tokens:
             self.index = index
         self.tokens.extend(tokens)
         self.texts.append(text)
         if len(self.texts) >= MAX_PIECES:
             self.texts = ["".join(self.texts)]
+        if logprobs:
+            self.logprobs = self.logprobs or inference_pb2.Delta()
+            self.logprobs.logprobs.extend(logprobs)
+            self._logprobs_bytes += len(logprobs) * logprobs[0].ByteSize()
 
     def taken(self, choice: int) -> inference_pb2.Delta:
         text = self.texts[0] if len(self.texts) == 1 else "".join(self.texts)
         delta = inference_pb2.Delta(choice=choice, index=self.index, text=text, token_ids=self.tokens)
+        if self.logprobs:
+            delta.MergeFrom(self.logprobs)
         self.tokens = array("I")
         self.texts = []
+        self.logprobs, self._logprobs_bytes = None, 0
         return delta
 
     @property
     def num_bytes(self) -> int:
-        return sum(len(text) for text in self.texts) + 4 * len(self.tokens)
+        return sum(len(text) for text in self.texts) + 4 * len(self.tokens) + self._logprobs_bytes

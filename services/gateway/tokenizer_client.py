@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Unavailable, from_rpc
 
 MAX_ATTEMPTS = 5
@@ -48,6 +49,11 @@ class TokenizerClient:
         """What each of these tokens says, or a special token's name."""
         request = tokenizer_pb2.SpellRequest(token_ids=token_ids)
         return (await self._call(lambda stub, left_s: stub.Spell(request, timeout=left_s))).spellings
+
+    async def check_format(self, form: inference_pb2.ResponseFormat, within_s: float | None) -> None:
+        """Raise InvalidRequest if answers of a form cannot be generated. `within_s`: as for `encode`."""
+        request = tokenizer_pb2.CheckFormatRequest(response_format=form)
+        await self._call(lambda stub, left_s: stub.CheckFormat(request, timeout=left_s), within_s)
 
     async def describe(self) -> tokenizer_pb2.DescribeResponse:
         """Facts of the model."""

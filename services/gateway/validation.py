@@ -5,8 +5,9 @@ Nothing behind this module checks again. What is known only after encoding (the 
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gen.shoal.fleet.v1 import tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -20,9 +21,19 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
+MAX_LOGPROB_ENTRIES = 1_000_000
+"""Of one request, over prompt and choices. An entry takes 11 bytes, and the end of a request is one message and one
+value in Redis: 11 MB, where a message may have 16."""
+MAX_SCHEMA_BYTES = 1 << 16
+MAX_REGEX_BYTES = 4_096
+MAX_FORMAT_CHOICES = 1_024
+MAX_CHOICES_BYTES = 1 << 16
 MAX_LOGIT_BIASES = 1_024
 MAX_TOP_K = 1_000_000
 MAX_TEMPERATURE = 100
+MAX_BIAS = 100
+MAX_OCCURRENCE_PENALTY = 2
+MAX_REPETITION_PENALTY = 10
 MAX_SHOWN_CHARACTERS = 60
 ROLES = ("system", "user", "assistant")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -44,6 +55,12 @@ class ValidRequest:
     stop_token_ids: tuple[int, ...]
     """The model's own included, unless the caller ignores them."""
     n: int
+    logprobs: int | None
+    """Most probable tokens to report with each token; None: no log-probabilities."""
+    prompt_logprobs: int | None
+    """The same with each prompt token."""
+    response_format: inference_pb2.ResponseFormat | None
+    """Within its static limits; whether it can be kept, the tokenizer says."""
     priority: inference_pb2.Priority.ValueType
     time_to_first_token_ms: int
     deadline_ms: int
@@ -59,16 +76,18 @@ def validate(request: inference_pb2.GenerateRequest, model: Model) -> ValidReque
     check_model(request.model, model)
     text, token_ids = _input(request, model)
     n = _choices(request.n)
-    _refuse_unsupported(request)
     return ValidRequest(
         request_id=request.request_id,
         text=text,
         token_ids=token_ids,
-        sampling=_sampling(request.sampling),
+        sampling=_sampling(request.sampling, model),
         max_tokens=_max_tokens(request, model),
         stop=_stop(request.stop),
         stop_token_ids=_stop_token_ids(request, model),
         n=n,
+        logprobs=_logprobs(request, "logprobs"),
+        prompt_logprobs=_logprobs(request, "prompt_logprobs"),
+        response_format=_response_format(request),
         priority=_priority(request.priority),
         time_to_first_token_ms=request.time_to_first_token_ms,
         deadline_ms=request.deadline_ms,
@@ -122,10 +141,20 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
         raise _prompt_too_long(num_prompt_tokens, context_tokens)
     most = context_tokens - num_prompt_tokens
     if room:
-        held = (room.cache_tokens - num_prompt_tokens) // valid.n
+        held = room.most_tokens(num_prompt_tokens, valid.n)
         if held < (valid.max_tokens or 1):
             raise _too_large_for_workers(num_prompt_tokens, valid, room)
         most = min(most, held)
+    told = _most_told(num_prompt_tokens, valid)
+    if told is not None:
+        if told < (valid.max_tokens or 1):
+            raise InvalidRequest(
+                f"prompt_logprobs of {num_prompt_tokens} tokens and logprobs of {valid.n} x max_tokens "
+                f"{valid.max_tokens or 1} are more than {MAX_LOGPROB_ENTRIES} log-probabilities; ask for less",
+                reason="TOO_MANY_LOGPROBS",
+                field="prompt_logprobs" if valid.logprobs is None else "logprobs",
+            )
+        most = min(most, told)
     if valid.max_tokens is None:
         return most
     if valid.max_tokens > most:
@@ -136,6 +165,15 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
             field="max_tokens",
         )
     return valid.max_tokens
+
+
+def _most_told(num_prompt_tokens: int, valid: ValidRequest) -> int | None:
+    """Most tokens a choice may have for all log-probabilities to be told at the end; None: any number."""
+    of_prompt = 0 if valid.prompt_logprobs is None else num_prompt_tokens * (1 + valid.prompt_logprobs)
+    left = MAX_LOGPROB_ENTRIES - of_prompt
+    if valid.logprobs is not None:
+        return left // (valid.n * (1 + valid.logprobs))
+    return None if left >= 0 else 0
 
 
 def held_by_client(request: inference_pb2.AttachRequest, model: Model) -> tuple[Held, ...]:
@@ -175,50 +213,94 @@ def _input(
     return None, tuple(token_ids)
 
 
-def _sampling(asked: inference_pb2.Sampling) -> inference_pb2.Sampling:
-    temperature = asked.temperature if asked.HasField("temperature") else 1.0
-    top_p = asked.top_p if asked.HasField("top_p") else 1.0
+def _sampling(asked: inference_pb2.Sampling, model: Model) -> inference_pb2.Sampling:
+    filled = inference_pb2.Sampling(
+        temperature=asked.temperature if asked.HasField("temperature") else 1.0,
+        top_p=asked.top_p if asked.HasField("top_p") else 1.0,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        seed=asked.seed if asked.HasField("seed") else None,
+        repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
+        frequency_penalty=asked.frequency_penalty,
+        presence_penalty=asked.presence_penalty,
+        logit_bias=asked.logit_bias,
+    )
     # Written so that a NaN is refused too: it fails every comparison.
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise _invalid("sampling.temperature", str(temperature), f"expected 0 (greedy) to {MAX_TEMPERATURE}")
-    if not 0 < top_p <= 1:
-        raise _invalid("sampling.top_p", str(top_p), "expected above 0, and at most 1 (off)")
-    if asked.top_k > MAX_TOP_K:
-        raise _invalid("sampling.top_k", str(asked.top_k), f"expected 0 (off) to {MAX_TOP_K}")
-    seed = asked.seed if asked.HasField("seed") else None
-    return inference_pb2.Sampling(temperature=temperature, top_p=top_p, top_k=asked.top_k, seed=seed)
-
-
-def _refuse_unsupported(request: inference_pb2.GenerateRequest) -> None:
-    """Refuse what is out of its limits, and then what later versions will do."""
-    sampling = request.sampling
-    if not 0 <= sampling.min_p <= 1:
-        raise _invalid("sampling.min_p", str(sampling.min_p), "expected 0 (off) to 1")
+    if not 0 <= filled.temperature <= MAX_TEMPERATURE:
+        raise _invalid("sampling.temperature", str(filled.temperature), f"expected 0 (greedy) to {MAX_TEMPERATURE}")
+    if not 0 < filled.top_p <= 1:
+        raise _invalid("sampling.top_p", str(filled.top_p), "expected above 0, and at most 1 (off)")
+    if filled.top_k > MAX_TOP_K:
+        raise _invalid("sampling.top_k", str(filled.top_k), f"expected 0 (off) to {MAX_TOP_K}")
+    if not 0 <= filled.min_p <= 1:
+        raise _invalid("sampling.min_p", str(filled.min_p), "expected 0 (off) to 1")
+    if not 0 < filled.repetition_penalty <= MAX_REPETITION_PENALTY:
+        limit = f"expected above 0, and at most {MAX_REPETITION_PENALTY}"
+        raise _invalid("sampling.repetition_penalty", str(filled.repetition_penalty), limit)
     for name in ("frequency_penalty", "presence_penalty"):
-        if not -2 <= getattr(sampling, name) <= 2:
-            raise _invalid(f"sampling.{name}", str(getattr(sampling, name)), "expected -2 to 2")
-    repetition_penalty = sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
-    if not 0 < repetition_penalty <= 10:
-        raise _invalid("sampling.repetition_penalty", str(repetition_penalty), "expected above 0, and at most 10")
-    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
-        raise _invalid(
-            "sampling.logit_bias", f"of {len(sampling.logit_bias)} entries", f"give at most {MAX_LOGIT_BIASES}"
-        )
-    if request.HasField("logprobs") and request.logprobs > MAX_LOGPROBS:
-        raise _invalid("logprobs", str(request.logprobs), f"expected at most {MAX_LOGPROBS}")
-    asked = {
-        "n": request.n > 1,
-        "logprobs": request.HasField("logprobs"),
-        "response_format": request.HasField("response_format"),
-        "sampling.min_p": sampling.min_p != 0,
-        "sampling.repetition_penalty": repetition_penalty != 1,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
-        "sampling.presence_penalty": sampling.presence_penalty != 0,
-        "sampling.logit_bias": len(sampling.logit_bias) > 0,
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise InvalidRequest(f"{name} is not supported yet; leave it out", reason="NOT_SUPPORTED_YET", field=name)
+        penalty = getattr(filled, name)
+        if not -MAX_OCCURRENCE_PENALTY <= penalty <= MAX_OCCURRENCE_PENALTY:
+            limit = f"expected -{MAX_OCCURRENCE_PENALTY} to {MAX_OCCURRENCE_PENALTY}"
+            raise _invalid(f"sampling.{name}", str(penalty), limit)
+    _check_biases(filled.logit_bias, model)
+    return filled
+
+
+def _check_biases(biases: Mapping[int, float], model: Model) -> None:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise _invalid("sampling.logit_bias", f"of {len(biases)} entries", f"give at most {MAX_LOGIT_BIASES}")
+    for token_id, bias in biases.items():
+        if token_id >= model.vocabulary_tokens:
+            limit = f"token ids are below {model.vocabulary_tokens}"
+            raise _invalid(f"sampling.logit_bias[{token_id}]", f"for token {token_id}", limit)
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise _invalid(f"sampling.logit_bias[{token_id}]", str(bias), f"expected -{MAX_BIAS} to {MAX_BIAS}")
+
+
+def _logprobs(request: inference_pb2.GenerateRequest, field: Literal["logprobs", "prompt_logprobs"]) -> int | None:
+    if not request.HasField(field):
+        return None
+    num_top: int = getattr(request, field)
+    if num_top > MAX_LOGPROBS:
+        raise _invalid(field, str(num_top), f"expected at most {MAX_LOGPROBS}")
+    return num_top
+
+
+def _response_format(request: inference_pb2.GenerateRequest) -> inference_pb2.ResponseFormat | None:
+    if not request.HasField("response_format"):
+        return None
+    form = request.response_format
+    match form.WhichOneof("format"):
+        case "json_object":
+            if not form.json_object:
+                raise _invalid("response_format.json_object", "false", "expected true, or no response_format")
+        case "json_schema":
+            _check_bytes("response_format.json_schema", form.json_schema, MAX_SCHEMA_BYTES)
+        case "regex":
+            _check_bytes("response_format.regex", form.regex, MAX_REGEX_BYTES)
+        case "choices":
+            _check_texts(form.choices.texts)
+        case _:
+            limit = "give one of json_object, json_schema, regex, choices"
+            raise _invalid("response_format", "of no form", limit)
+    return form
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    field = "response_format.choices.texts"
+    if not 1 <= len(texts) <= MAX_FORMAT_CHOICES:
+        raise _invalid(field, f"of length {len(texts)}", f"give 1 to {MAX_FORMAT_CHOICES}")
+    if "" in texts:
+        raise _invalid(f"{field}[{list(texts).index('')}]", "empty", "give at least 1 character")
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes > MAX_CHOICES_BYTES:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give at most {MAX_CHOICES_BYTES} bytes together")
+
+
+def _check_bytes(field: str, text: str, most: int) -> None:
+    num_bytes = len(text.encode())
+    if not 1 <= num_bytes <= most:
+        raise _invalid(field, f"of {num_bytes} bytes", f"give 1 to {most} bytes")
 
 
 def _choices(n: int) -> int:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from services.common.errors import Exhausted, Internal, ShoalError, Unavailable
+from services.common.ids import GatewayId
 from services.common.record.states import ENDED
 from services.common.store.connection import Recovering, StoreError
 from services.common.store.requests import Peek, RequestStore
@@ -27,10 +28,10 @@ MAX_FAILED_REPLAYS = 10
 
 
 class Watch:
-    """The watch over all open streams. `clock`: the loop's, in s; `gateway`: this one's fleet address."""
+    """The watch over all open streams. `clock`: the loop's, in s; `gateway`: this one."""
 
     def __init__(
-        self, streams: OpenStreams, store: RequestStore, requests: Requests, replay: Replay, gateway: str,
+        self, streams: OpenStreams, store: RequestStore, requests: Requests, replay: Replay, gateway: GatewayId,
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._streams = streams
@@ -65,7 +66,10 @@ class Watch:
             return
         peeks = await self._store.peek([stream.key for stream in watched])
         for stream, peek in zip(watched, peeks, strict=True):
-            await self._judge(stream, peek, now_s)
+            # The answer speaks of the past: of a stream that ended or is being replaced meanwhile it proves nothing.
+            replaced = self._streams.get(stream.key) is not stream or self._streams.is_arriving(stream.key)
+            if stream.end is None and not replaced:
+                await self._judge(stream, peek, now_s)
 
     async def _judge(self, stream: Stream, peek: Peek | None, now_s: float) -> None:
         if peek is None:
@@ -75,12 +79,16 @@ class Watch:
             return
         stream.unknown_since_s = None
         stream.doubted = False
-        if peek.reader > stream.reader.number:
+        number, ended = stream.reader.number, peek.state in ENDED
+        # The same number elsewhere: Redis lost that this reader came, and gave its number to a later one.
+        if peek.gateway != self._gateway and (peek.reader > number or (peek.reader == number and not ended)):
             stream.finish(superseded())
-        elif peek.state in ENDED:
+        elif ended:
             stream.freeze()
             self._tasks.create_task(self._replay_end(stream))
-        elif peek.reader_left_at_ms and peek.reader == stream.reader.number:
+        elif peek.reader != number or peek.reader_left_at_ms:
+            # Redis lost that this stream reads, or was told that it left; or a reader came here whose call heard
+            # nothing of it. Nobody else reads.
             await self._requests.return_to(stream, self._gateway)
 
     async def _replay_end(self, stream: Stream) -> None:

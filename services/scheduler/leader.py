@@ -9,11 +9,12 @@ import logging
 from dataclasses import dataclass
 from typing import NoReturn
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
-from services.common.ids import WorkerId, new_nonce
+from gen.shoal.fleet.v1.request_pb2 import WorkerInfo
+from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.transitions import Verdict
 from services.common.store.connection import MAX_BLOCK_MS, StoreError
+from services.common.store.events import Released
 from services.common.store.inbox import Outstanding
 from services.common.store.leader_feed import read_leader
 from services.common.store.streams import FIRST
@@ -35,7 +36,7 @@ READ_COUNT = 500
 PLACE_COUNT = 100
 """Most placements between two reads, so that the order of the queue and the workers' room stay fresh."""
 NEWEST_EVENTS = 500
-"""Of these, a new leader takes each worker's last report."""
+"""Of these, a new leader takes each worker's last report, and what is hinted at behind it."""
 STRIKES = 2
 """Looks in a row at which a registration is found expired, before its worker is lost."""
 
@@ -90,7 +91,7 @@ class Reign:
             self._position.events = newest[-1][0]
         await self._check_registrations()
         for _, event in newest:
-            if isinstance(event, WorkerReport):
+            if not isinstance(event, Released):
                 self.view.take_event(event, self._clock())
         while not await self._read(block_ms=0):
             pass
@@ -166,9 +167,22 @@ class Reign:
                 # What it has is found by the next looks at registrations: it left, or it will be lost.
                 self.view.forget_worker(worker)
                 logger.info("worker is gone", extra=fields)
-            case _:
+            case verdict:
                 self.view.queue.drop(queued.key, queued.attempt)
-                logger.info("not placed", extra={**fields, "verdict": answer.verdict})
+                logger.info("not placed", extra={**fields, "verdict": verdict})
+                if verdict == Verdict.STALE:
+                    await self._find(queued.key)
+
+    async def _find(self, key: RequestKey) -> None:
+        """Count what the view lacks of the worker that has a request which was taken for waiting.
+
+        An earlier try of this leader's, under the same fence, ran after its connection had died and the inboxes had
+        been read. If the request waits under another attempt instead, that comes by the intake.
+        """
+        (peek,) = await self._store.requests.peek([key])
+        if peek is not None and self.view.knows(peek.worker):
+            for start in await self._store.inbox(peek.worker).outstanding():
+                self.view.found(peek.worker, _reservation(start), self._clock())
 
     async def _check_registrations(self) -> None:
         """Learn who came, who drains, who left, and whose registration expired."""
@@ -195,8 +209,13 @@ class Reign:
 
     async def _lose_silent(self) -> None:
         """Take their requests from workers that make no progress."""
-        for loss in self.view.liveness.lost(self._clock()):
-            await self._lose(loss.worker, f"worker lost: no progress for {loss.silent_ms:.0f} ms")
+        judged_at_ms = self._clock()
+        # Whatever reached Redis up to now is read first: this process may have stood still since its last read.
+        if not self.view.liveness.lost(judged_at_ms) or not await self._read(block_ms=0):
+            return
+        for loss in self.view.liveness.lost(judged_at_ms):
+            hinted = ", and a gateway's link to it broke" if loss.hinted else ""
+            await self._lose(loss.worker, f"worker lost: no progress for {loss.silent_ms:.0f} ms{hinted}")
 
     async def _lose(self, worker: WorkerId, why: str) -> None:
         """Requeue all that a worker has, and retire it. If it lives, it comes back under a new id."""

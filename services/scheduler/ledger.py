@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from services.common.blocks import blocks_of_request
 from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
 
@@ -40,8 +41,8 @@ class Reservation:
         return self.prompt_tokens + self.generated_tokens
 
     def num_blocks(self, block_size_tokens: int) -> int:
-        """Blocks needed at most; a prompt's blocks are counted for each sequence, though they may be shared."""
-        return -(-(self.prompt_tokens + self.max_tokens) // block_size_tokens) * self.num_choices
+        """Blocks needed at most."""
+        return blocks_of_request(self.prompt_tokens, self.max_tokens, self.num_choices, block_size_tokens)
 
 
 class Account:
@@ -160,6 +161,13 @@ class Ledger:
         if not account.grants(reservation):
             raise OverCommittedError(f"{reservation} on {worker} with {account.num_free_blocks} free blocks")
         account.add(reservation)
+
+    def take(self, worker: WorkerId, reservation: Reservation) -> None:
+        """Count a request that the worker has already, whether or not there was room for it."""
+        account = self._accounts[worker]
+        known = account.reservations.get(reservation.key)
+        if known is None or known.attempt != reservation.attempt:
+            account.add(reservation)
 
     def release(self, worker: WorkerId, key: RequestKey) -> bool:
         """A request left its worker. False: nothing was reserved for it there."""

@@ -1,14 +1,18 @@
 """Which workers are lost: those that have work and make no progress (DESIGN 4.7).
 
-A worker that only waits is never lost by silence; its registration expires instead. A stall of the observer, or of its
-link, is not a death of the observed: after one, all timers start again, and nobody is judged before the events that
-came meanwhile are read.
+A worker that only waits is never lost by silence; its registration expires instead. A gateway's hint that its stream
+from a worker broke only shortens the patience with its silence: whoever reports on is not lost by it. A stall of the
+observer, or of its link, is not a death of the observed: after one, all timers start again, and nobody is judged before
+the events that came meanwhile are read.
 """
 
 from dataclasses import dataclass
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerReport
 from services.common.ids import WorkerId
+
+HINTED_INTERVALS = 1.5
+"""Intervals of a worker's reports in which one must come after a hint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class Loss:
 
     worker: WorkerId
     silent_ms: float
+    hinted: bool = False
+    """A gateway had hinted at it."""
 
 
 @dataclass(slots=True)
@@ -41,6 +47,10 @@ class _Watch:
     predicted_step_ms: int = 0
     waits: bool = False
     """The last report said: requests taken, no step in flight."""
+    hinted_at_ms: float | None = None
+    """Since when a gateway's hint waits for a report."""
+    hinted_ms: float = 0.0
+    """How long it does."""
 
 
 class Liveness:
@@ -72,16 +82,32 @@ class Liveness:
         if watch is None:
             return
         watch.reported_at_ms = now_ms
+        watch.hinted_at_ms = None
         watch.predicted_step_ms = report.predicted_step_ms
         watch.waits = report.requests > 0 and report.predicted_step_ms == 0
         if report.steps > watch.steps:
             watch.progressed_at_ms = now_ms
             watch.steps = report.steps
 
+    def hinted(self, worker: WorkerId, report_interval_ms: float, now_ms: float) -> None:
+        """A gateway's stream from a worker broke: one report may be late, but not two. A second hint changes nothing.
+
+        `report_interval_ms`: the worker's own longest; 0: it is not known, and the hint says nothing.
+        """
+        watch = self._watches.get(worker)
+        if watch is not None and watch.hinted_at_ms is None and report_interval_ms:
+            watch.hinted_at_ms, watch.hinted_ms = now_ms, HINTED_INTERVALS * report_interval_ms
+
     def woke(self, now_ms: float, expected_at_ms: float) -> None:
         """The leader's loop runs again, and should have by `expected_at_ms`. Too late: it, or its link, had stalled."""
-        if now_ms - expected_at_ms > self._patience.stall_ms:
+        late_ms = now_ms - expected_at_ms
+        if late_ms > self._patience.stall_ms:
             self._behind = True
+        elif late_ms > 0:
+            # A hint's patience is shorter than a stall: it counts only the time in which reports could be read.
+            for watch in self._watches.values():
+                if watch.hinted_at_ms is not None:
+                    watch.hinted_at_ms += late_ms
 
     def caught_up(self, now_ms: float) -> None:
         """All events there are have been read. After a stall, timers start again now."""
@@ -97,7 +123,8 @@ class Liveness:
         losses = []
         for worker, watch in self._watches.items():
             if watch.busy and now_ms >= self._due_at_ms(watch):
-                losses.append(Loss(worker, now_ms - min(watch.progressed_at_ms, watch.reported_at_ms)))
+                silent_ms = now_ms - min(watch.progressed_at_ms, watch.reported_at_ms)
+                losses.append(Loss(worker, silent_ms, hinted=watch.hinted_at_ms is not None))
         return losses
 
     def next_due_ms(self) -> float | None:
@@ -108,8 +135,11 @@ class Liveness:
         limit_ms = max(self._patience.least_ms, self._patience.steps * watch.predicted_step_ms)
         held_ms = max(limit_ms, self._patience.held_ms) if watch.waits else limit_ms
         # Reports come from the front, whatever its engine does: how long a step takes does not excuse their absence.
-        return min(watch.reported_at_ms + self._patience.least_ms, watch.progressed_at_ms + held_ms)
+        due_at_ms = min(watch.reported_at_ms + self._patience.least_ms, watch.progressed_at_ms + held_ms)
+        return due_at_ms if watch.hinted_at_ms is None else min(due_at_ms, watch.hinted_at_ms + watch.hinted_ms)
 
 
 def _restart(watch: _Watch, now_ms: float) -> None:
     watch.reported_at_ms = watch.progressed_at_ms = now_ms
+    if watch.hinted_at_ms is not None:
+        watch.hinted_at_ms = now_ms

@@ -45,6 +45,7 @@ class Claims:
         self._attempts: dict[RequestKey, set[Attempt]] = {}
         self._running: set[tuple[RequestKey, WorkerId, Attempt]] = set()
         self._readers: dict[RequestKey, HeldRequest] = {}
+        self._served: set[tuple[RequestKey, str, int]] = set()
         for holdings in stated:
             for held in holdings.requests:
                 self._add(holdings.holder, held)
@@ -64,6 +65,10 @@ class Claims:
             stated == record.attempt or stated.number < record.attempt.number for stated in self._attempts[record.key]
         )
 
+    def is_read(self, record: Record) -> bool:
+        """Whether a gateway serves the very reader that the record names."""
+        return (record.key, record.gateway, record.reader) in self._served
+
     def lost(self, found: set[RequestKey]) -> Iterator[HeldRequest]:
         """Requests that a gateway reads, with all that is needed to put them back, and that were not found."""
         return (held for key, held in self._readers.items() if key not in found)
@@ -74,6 +79,7 @@ class Claims:
         if held.runs_here:
             self._running.add((key, WorkerId(holder), attempt))
         elif held.HasField("payload"):
+            self._served.add((key, held.gateway, held.reader))
             known = self._readers.get(key)
             # The last reader counts; of two gateways, one may not know yet that it was superseded.
             if known is None or known.reader < held.reader:
@@ -90,7 +96,7 @@ async def recover(store: PoolStore, fence: str, window: Window, clock: Clock, se
         return False
     logger.info("recovery begins", extra={"run_id": run_id})
     claims = await _collect(store, run_id, window, clock, seen_life)
-    found = await _raise_attempts(store, fence, claims)
+    found = await _confirm_or_raise(store, fence, claims)
     num_restored = await _restore(store, fence, claims, found)
     if not await store.recovery.complete(run_id, fence):
         raise Deposed("recovery was finished by somebody else, or Redis restarted again")
@@ -116,19 +122,27 @@ async def _collect(store: PoolStore, run_id: str, window: Window, clock: Clock, 
         await asyncio.sleep(LOOK_MS / 1000)
 
 
-async def _raise_attempts(store: PoolStore, fence: str, claims: Claims) -> set[RequestKey]:
+async def _confirm_or_raise(store: PoolStore, fence: str, claims: Claims) -> set[RequestKey]:
+    """Leave alone what runs as its record says, and is read so; returns every live request that Redis still has."""
     found = set()
     async for record in store.recovery.unfinished():
         if record.key in found:  # a scan may give a record twice
             continue
         found.add(record.key)
-        if claims.confirm(record):
-            continue
-        floor = claims.next_number(record.key)
-        answer = await store.requests.recover(moves.Recover(record.key, fence, new_nonce(), floor))
-        _check(answer.verdict)
-        logger.info("recovered", extra={"request": record.key, "attempt": answer.index, "worker": record.worker})
+        if not claims.confirm(record):
+            await _raise_attempt(store, fence, claims, record)
+        if not record.reader_left_at_ms and not claims.is_read(record):
+            # Redis may have lost that this reader left, or that another one came; who reads attaches again.
+            await store.requests.leave(moves.Leave(record.key, record.reader))
+            logger.info("left: no gateway serves it", extra={"request": record.key, "gateway": record.gateway})
     return found
+
+
+async def _raise_attempt(store: PoolStore, fence: str, claims: Claims, record: Record) -> None:
+    floor = claims.next_number(record.key)
+    answer = await store.requests.recover(moves.Recover(record.key, fence, new_nonce(), floor))
+    _check(answer.verdict)
+    logger.info("recovered", extra={"request": record.key, "attempt": answer.index, "worker": record.worker})
 
 
 async def _restore(store: PoolStore, fence: str, claims: Claims, found: set[RequestKey]) -> int:

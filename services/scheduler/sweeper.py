@@ -114,14 +114,14 @@ class Sweeper:
             self._view.deadlines.add(live.key, due_at_ms)
 
     async def _dead_gateways(self, peeks: Iterable[Peek]) -> Mapping[str, int]:
-        addresses = sorted({peek.gateway for peek in peeks if not peek.reader_left_at_ms})
-        alive = await self._store.gateways.alive(addresses)
+        gateways = sorted({peek.gateway for peek in peeks if not peek.reader_left_at_ms})
+        alive = await self._store.gateways.alive(gateways)
         self._strikes = {
-            address: self._strikes.get(address, 0) + 1
-            for address, lives in zip(addresses, alive, strict=True)
+            gateway: self._strikes.get(gateway, 0) + 1
+            for gateway, lives in zip(gateways, alive, strict=True)
             if not lives
         }
-        return {address: strikes for address, strikes in self._strikes.items() if strikes >= STRIKES}
+        return {gateway: strikes for gateway, strikes in self._strikes.items() if strikes >= STRIKES}
 
     async def _sweep_for_ever(self) -> NoReturn:
         while True:

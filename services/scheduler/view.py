@@ -6,10 +6,10 @@ All of it is rebuilt from Redis at the start of a reign, and kept up by what the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken, WorkerInfo, WorkerReport
 from services.common.ids import NO_WORKER, RequestKey, WorkerId
 from services.common.record.record import Attempt
-from services.common.record.states import ON_WORKER, RequestState
+from services.common.record.states import ENDED, ON_WORKER
 from services.common.store.events import Event
 from services.common.store.intake import Queued
 from services.common.store.requests import Peek
@@ -69,7 +69,11 @@ class View:
             self.ledger.reported(event)
             self.liveness.reported(event, now_ms)
             return None if self.knows(worker) else worker
-        if self.ledger.release(event.worker, event.key):
+        if isinstance(event, LinkBroken):
+            account = self.ledger.accounts.get(WorkerId(event.worker_id))
+            if account is not None:
+                self.liveness.hinted(account.worker, account.info.report_interval_ms, now_ms)
+        elif self.ledger.release(event.worker, event.key):
             self._watch(event.worker, now_ms)
         return None
 
@@ -83,15 +87,27 @@ class View:
         self.ledger.reserve(placement.worker, placement.reservation)
         self._watch(placement.worker, now_ms)
 
+    def found(self, worker: WorkerId, reservation: Reservation, now_ms: float) -> None:
+        """The worker's inbox has a request: it is counted there, room or not, unless it is already."""
+        self.ledger.take(worker, reservation)
+        self._watch(worker, now_ms)
+
     def live(self) -> list[Live]:
         """Every request that is known not to have ended."""
         queued = [Live(queued.key, queued.attempt, NO_WORKER) for queued in self.queue.in_order()]
         return queued + [Live(held.key, held.attempt, worker) for worker, held in self.ledger.holdings()]
 
     def agrees(self, live: Live, peek: Peek) -> bool:
-        """Whether Redis has a request under the same attempt at the same place."""
-        states = {RequestState.QUEUED} if live.worker == NO_WORKER else ON_WORKER
-        return peek.attempt == live.attempt and peek.worker == live.worker and peek.state in states
+        """Whether Redis has a request under the same attempt at the same place.
+
+        One that is taken for waiting and that a worker has agrees too: its placement is under way here, or an earlier
+        one was not heard of, which the next try to place it finds out.
+        """
+        if peek.attempt != live.attempt:
+            return False
+        if live.worker == NO_WORKER:
+            return peek.state not in ENDED
+        return peek.state in ON_WORKER and peek.worker == live.worker
 
     def forget(self, live: Live, now_ms: float) -> None:
         """Redis does not agree, and it is right. What replaced this attempt comes by the intake."""

@@ -62,6 +62,7 @@ def _limits(config: TokenizerConfig) -> PoolLimits:
         max_queued_jobs=config.max_queued_inputs,
         max_queued_bytes=config.max_queued_bytes,
         job_limit_s=config.input_limit_ms / 1000,
+        format_limit_s=config.format_limit_ms / 1000,
     )
 
 

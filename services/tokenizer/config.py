@@ -18,6 +18,11 @@ class TokenizerConfig:
     max_queued_inputs: int = option(1024, "most inputs waiting for a process; more are refused", minimum=1)
     max_queued_bytes: int = option(64 << 20, "most bytes of inputs waiting for a process", minimum=1)
     input_limit_ms: int = option(30_000, "longest time that a process may work at one input", minimum=1)
+    format_limit_ms: int = option(
+        3_000,
+        "longest time that a process may compile one response_format; one that takes longer is refused",
+        minimum=1,
+    )
     stop_grace_ms: int = option(5_000, "how long open calls may go on after SIGTERM", minimum=0)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
 

@@ -5,6 +5,8 @@ Knows nothing of gRPC: a pool process would take twice the memory and start half
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -18,6 +20,9 @@ from services.common.text.text_stream import TextStream
 from services.common.text.vocabulary import CONTROL, USER_DEFINED, read_vocabulary
 from services.tokenizer.chat_template import ChatTemplate, TemplateError
 from services.tokenizer.pieces import cut_text, is_cut_by
+
+if TYPE_CHECKING:
+    from services.common.text.grammar import GrammarCompiler
 
 PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -111,6 +116,26 @@ class TextCodec:
         if largest >= self._vocabulary.num_tokens:
             raise InputError("token_ids", f"token {largest} is unknown: ids are below {self._vocabulary.num_tokens}")
 
+    def check_format(self, payload: bytes) -> bytes:
+        """Serialized CheckFormatRequest to CheckFormatResponse. Raises InputError for a form that cannot be kept."""
+        from services.common.text.grammar import FormatError
+
+        request = tokenizer_pb2.CheckFormatRequest()
+        _parse(request, payload)
+        try:
+            self._grammars.compile(request.response_format)
+        except FormatError as error:
+            field = f"response_format.{error.field}"
+            raise InputError(field, f"{field}: {error.problem}") from error
+        return tokenizer_pb2.CheckFormatResponse().SerializeToString()
+
+    @cached_property
+    def _grammars(self) -> "GrammarCompiler":
+        # Made when it is first wanted: it takes 24 MB, and most fleets see no form for hours.
+        from services.common.text.grammar import GrammarCompiler
+
+        return GrammarCompiler(self._vocabulary)
+
     def _text(self, request: tokenizer_pb2.EncodeRequest) -> str:
         kind = request.WhichOneof("input")
         if kind == "prompt":
@@ -188,7 +213,11 @@ def _read_template(file: GgufFile, now: Callable[[], datetime]) -> ChatTemplate 
 
 
 def _parse(
-    message: tokenizer_pb2.EncodeRequest | tokenizer_pb2.DecodeRequest | tokenizer_pb2.SpellRequest, payload: bytes
+    message: tokenizer_pb2.EncodeRequest
+    | tokenizer_pb2.DecodeRequest
+    | tokenizer_pb2.SpellRequest
+    | tokenizer_pb2.CheckFormatRequest,
+    payload: bytes,
 ) -> None:
     try:
         message.ParseFromString(payload)

@@ -25,8 +25,8 @@ class Job:
 
     @property
     def is_long(self) -> bool:
-        """Whether only some of the processes may work at it."""
-        return len(self.payload) > LONG_INPUT_BYTES
+        """Whether only some of the processes may work at it. How long a form takes, its size does not say."""
+        return len(self.payload) > LONG_INPUT_BYTES or self.operation is Operation.CHECK_FORMAT
 
 
 class JobQueue:

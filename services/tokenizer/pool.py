@@ -44,12 +44,14 @@ class _NotBegunError(_ProcessLostError):
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """Sizes of a pool. `job_limit_s`: longest time that a process may work at one input, in seconds."""
+    """Sizes of a pool. `job_limit_s`: longest time that a process may work at one input, in seconds; `format_limit_s`:
+    at one form of answers."""
 
     num_processes: int
     max_queued_jobs: int
     max_queued_bytes: int
     job_limit_s: float
+    format_limit_s: float
 
 
 class Pool:
@@ -110,12 +112,14 @@ class Pool:
             return
         loop = asyncio.get_running_loop()
         started_s = loop.time()
+        is_form = job.operation is Operation.CHECK_FORMAT
+        limit_s = self._limits.format_limit_s if is_form else self._limits.job_limit_s
         try:
-            async with asyncio.timeout(self._limits.job_limit_s):
+            async with asyncio.timeout(limit_s):
                 answer, payload = await link.ask(job.operation, job.payload)
         except TimeoutError as error:
-            limit_ms = round(self._limits.job_limit_s * 1000)
-            _fail(job, DeadlineExceeded(f"the input took over {limit_ms} ms of work; send a shorter one"))
+            limit_ms = round(limit_s * 1000)
+            _fail(job, _form_too_complex(limit_ms) if is_form else _input_too_long(limit_ms))
             raise _ProcessLostError(f"no answer within {limit_ms} ms") from error
         except _NotBegunError:
             self._queue.put_back(job)
@@ -227,6 +231,18 @@ def _resolve(job: Job, answer: Answer, payload: bytes) -> None:
         return
     logger.error("a pool process failed by a defect", extra={"cause": text})
     _fail(job, Internal("an internal error of the tokenizer; it is in its log", reason="INTERNAL"))
+
+
+def _input_too_long(limit_ms: int) -> ShoalError:
+    return DeadlineExceeded(f"the input took over {limit_ms} ms of work; send a shorter one")
+
+
+def _form_too_complex(limit_ms: int) -> ShoalError:
+    return InvalidRequest(
+        f"response_format took over {limit_ms} ms to compile; make it smaller, or bound its repetitions",
+        reason="FORMAT_TOO_COMPLEX",
+        field="response_format",
+    )
 
 
 def _fail(job: Job, error: ShoalError) -> None:

@@ -61,6 +61,8 @@ def _compute(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
             return codec.decode(payload)
         case Operation.SPELL:
             return codec.spell(payload)
+        case Operation.CHECK_FORMAT:
+            return codec.check_format(payload)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ class TokenizerService:
         """Return the bytes of single tokens. Raises InvalidRequest, and what the pool raises."""
         return await self._submit(Operation.SPELL, payload)
 
+    async def check_format(self, payload: bytes, context: Context) -> bytes:
+        """Compile a form of answers. Raises InvalidRequest if it cannot be kept, and what the pool raises."""
+        return await self._submit(Operation.CHECK_FORMAT, payload)
+
     async def describe(
         self, request: tokenizer_pb2.DescribeRequest, context: Context
     ) -> tokenizer_pb2.DescribeResponse:
@@ -76,6 +80,7 @@ def handlers(service: TokenizerService) -> "grpc.GenericRpcHandler[bytes, bytes]
             "Encode": grpc.unary_unary_rpc_method_handler(service.encode),
             "Decode": grpc.unary_unary_rpc_method_handler(service.decode),
             "Spell": grpc.unary_unary_rpc_method_handler(service.spell),
+            "CheckFormat": grpc.unary_unary_rpc_method_handler(service.check_format),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 service.describe,
                 request_deserializer=tokenizer_pb2.DescribeRequest.FromString,

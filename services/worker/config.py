@@ -18,6 +18,9 @@ class WorkerConfig:
     block_size_tokens: int = option(16, "token slots a block", minimum=1, maximum=256)
     max_sequences: int = option(32, "most sequences in a step", minimum=1, maximum=4096)
     max_prefill_tokens_per_step: int = option(256, "most prompt tokens a step", minimum=1, maximum=65536)
+    step_budget_ms: int = option(
+        200, "longest that a step shall take while sequences decode: bounds the time between two tokens", minimum=1
+    )
     threads: int = option(0, "threads of the engine; 0: one a core", minimum=0, maximum=1024)
     journal_interval_ms: int = option(100, "longest time between two writes of a request's journal", minimum=1)
     journal_tokens: int = option(16, "tokens of one request that are journaled without waiting", minimum=1)

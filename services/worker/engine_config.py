@@ -16,6 +16,7 @@ class EngineConfig:
     block_size_tokens: int = field(metadata={"help": "token slots a block"})
     max_sequences: int = field(metadata={"help": "most sequences in a step"})
     max_prefill_tokens_per_step: int = field(metadata={"help": "most prompt tokens in a step"})
+    step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes"})
     threads: int = field(metadata={"help": "threads that compute"})
 
     @classmethod

@@ -12,16 +12,20 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
 from services.common.model.gguf import read_gguf
-from services.worker.engine.block_pool import BlockPool
+from services.common.text.grammar import GrammarCompiler
+from services.common.text.vocabulary import read_vocabulary
+from services.worker.engine.grammar import Grammars
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.pipe import EnginePipe
 
@@ -31,10 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = EngineConfig.parse(arguments)
     pipe = EnginePipe(socket.socket(fileno=config.fd))
+    executor = ThreadPoolExecutor(1, "grammars")
     try:
         limits, runner = load(config, pipe)
         pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
-        EngineLoop(Planner(limits, BlockPool(limits.num_blocks)), runner, pipe, monotonic_ms).run()
+        step_time = StepTimeModel()
+        grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(read_gguf(config.model_path))))
+        EngineLoop(Planner(limits, step_time, grammars), step_time, runner, pipe, monotonic_ms).run()
     except FrontGoneError:
         print("engine: the front is gone", file=sys.stderr)
         return 1
@@ -42,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engine: {error}", file=sys.stderr)
         return 1
     finally:
+        executor.shutdown(wait=False, cancel_futures=True)
         pipe.close()
     return 0
 

@@ -1,9 +1,10 @@
 """Flags that `chat` and `generate` share: which fleet, and how it shall answer."""
 
 import argparse
+from pathlib import Path
 
 from shoal._gateways import parse_addresses
-from shoal._prompt import Options
+from shoal._prompt import Options, ResponseFormat
 from shoal._values import Priority
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
@@ -18,13 +19,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--temperature", type=float, help="0: always the most probable token (1)")
     how.add_argument("--top-p", type=float, help="keep the smallest set of tokens of this probability (1)")
     how.add_argument("--top-k", type=int, help="keep the k most probable tokens; 0: all (0)")
+    how.add_argument("--min-p", type=float, help="drop tokens below this share of the best one's probability (0)")
+    how.add_argument("--repetition-penalty", type=float, help="divide the logits of tokens seen before (1)")
+    how.add_argument("--frequency-penalty", type=float, help="lower logits for each earlier occurrence (0)")
+    how.add_argument("--presence-penalty", type=float, help="lower logits of tokens that occurred (0)")
+    how.add_argument(
+        "--logit-bias", type=_bias, action="append", metavar="ID=BIAS", help="add to a token's logit; may be repeated"
+    )
     how.add_argument("--seed", type=int, help="the same seed, the same answer (drawn)")
     how.add_argument("--max-tokens", type=int, help="longest answer (what the context has left)")
     how.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     how.add_argument("--stop-token-id", action="append", type=int, dest="stop_token_ids", metavar="ID")
     how.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's end token")
     how.add_argument("--deadline-ms", type=int, help="give up after this time")
+    form = how.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=_schema, dest="response_format", metavar="FILE", help="JSON that fits it")
+    form.add_argument("--regex", type=_regex, dest="response_format", help="text that matches as a whole")
     how.add_argument("--priority", choices=[str(priority) for priority in Priority])
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    return int(token_id), float(bias)
 
 
 def answer_options(arguments: argparse.Namespace) -> Options:
@@ -35,6 +51,17 @@ def answer_options(arguments: argparse.Namespace) -> Options:
         if value is not None:
             options[name] = value  # type: ignore[literal-required]
     return options
+
+
+def _schema(path: str) -> ResponseFormat:
+    try:
+        return {"json_schema": Path(path).read_text()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error}") from error
+
+
+def _regex(regex: str) -> ResponseFormat:
+    return {"regex": regex}
 
 
 def gateways_of(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -37,12 +37,19 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--input", metavar="FILE", help="cases, a JSON object a line; -: standard input")
     parser.add_argument("--output", metavar="FILE", default="-", help="results, a JSON object a line (standard output)")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="cases answered at once (8)")
+    parser.add_argument("--n", type=int, help="number of answers to one prompt; with --json or --input (1)")
+    parser.add_argument("--logprobs", type=int, metavar="K", help="tell each token's log-probability and the K best")
+    parser.add_argument("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
     add_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     """Answer. Status 1 if a case failed."""
+    if arguments.input is None and not arguments.json:
+        for flag in ("n", "logprobs", "prompt_logprobs"):
+            if getattr(arguments, flag) is not None:
+                raise FleetError(f"--{flag.replace('_', '-')} has no place in plain text: add --json")
     if arguments.input is None:
         return asyncio.run(_one(arguments))
     if arguments.prompt is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
+from services.common.ids import fleet_address
 from services.common.record import moves
 from simulator.protocol.client import Client, Habits
 from simulator.protocol.gateway import Gateway
@@ -239,7 +240,7 @@ class Plan:
 
         def placed(move: moves.Place) -> None:
             worker = next(worker for worker in fleet.workers if move.worker.startswith(f"{worker.name}."))
-            gateway = fleet.redis.data.records[move.key].gateway
+            gateway = fleet_address(fleet.redis.data.records[move.key].gateway)
             fleet.network.partition(worker.name, gateway)
             self._in(asleep_ms, lambda: fleet.network.heal(worker.name, gateway))
             self._in(awake_ms, worker.freeze)

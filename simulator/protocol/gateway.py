@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from services.common.ids import RequestKey
+from services.common.ids import GatewayId, RequestKey
 from services.common.record import moves
 from services.common.record.history import Held, first_difference
 from services.common.record.reader import Acceptance, Reader, Refused
@@ -56,12 +56,15 @@ class Gateway(Process):
     def __init__(self, world: World, name: str, checks: Checks) -> None:
         super().__init__(world, name)
         self.checks = checks
+        self.id = GatewayId(name)
+        """New at each boot; `name` is its address."""
         self.streams: dict[RequestKey, Stream] = {}
         self.calls: list[ClientCall] = []
         self.timing = Timing()
 
     def boot(self) -> None:
         """Begin with no stream."""
+        self.id = GatewayId(f"{self.name}#{self.life}")
         self.streams = {}
         self._attaching: Counter[RequestKey] = Counter()
         self._early: dict[RequestKey, list[tuple[Link, Open]]] = {}
@@ -121,7 +124,7 @@ class Gateway(Process):
             payload=b"",
             num_choices=spec.num_choices,
             nonce="",
-            gateway=self.name,
+            gateway=self.id,
             resume_ms=resume_ms,
             deadline_ms=deadline_ms,
             backlog_limit=BACKLOG_LIMIT,
@@ -150,7 +153,7 @@ class Gateway(Process):
 
     def _attach(self, call: ClientCall, key: RequestKey, held: tuple[Held, ...]) -> Task:
         self._attaching[key] += 1
-        answered = yield from self._try(moves.Attach(key, self.name, held))
+        answered = yield from self._try(moves.Attach(key, self.id, held))
         if answered is None:
             self._settled(key)
             return self._tell_end(call, "unavailable")
@@ -181,7 +184,7 @@ class Gateway(Process):
         """A stream here has a higher number: it came later; or Redis lost that it came, and gives numbers again."""
         records = yield from insist(c.Read((key,)))
         record = records.get(key)
-        if record is not None and (record.gateway, record.reader) == (self.name, number):
+        if record is not None and (record.gateway, record.reader) == (self.id, number):
             self.world.stats["attached again to outnumber a lost reader"] += 1
             yield from self._attach(call, key, tuple(held))
         else:
@@ -214,7 +217,7 @@ class Gateway(Process):
 
     def _open(self, link: Link, stream: Stream | None, message: Open) -> None:
         key, attempt, number, opens = message
-        if self._attaching[key] and (stream is None or stream.reader.number < number):
+        if self._attaching[key] and (stream is None or stream.reader.number != number):
             # The script that made this gateway the reader has run, and its answer is on its way here.
             self._early.setdefault(key, []).append((link, message))
             return
@@ -290,9 +293,9 @@ class Gateway(Process):
         elif record.ended:
             self.world.stats["ends found by watching"] += 1
             self.streams.pop(stream.key)
-            superseded = record.reader > number and record.gateway != self.name
+            superseded = record.reader > number and record.gateway != self.id
             self._replay(stream.call, stream.reader, record, "superseded" if superseded else "diverged")
-        elif record.gateway == self.name:
+        elif record.gateway == self.id:
             if record.reader != number or record.reader_left_at_ms:
                 yield from self._attach_again(stream)
             delivered = sum(claim.count for claim in stream.reader.delivered())
@@ -309,7 +312,7 @@ class Gateway(Process):
         """Redis does not know that this stream counts: it lost that, or was told that this gateway is dead."""
         self.world.stats["attached again by the gateway"] += 1
         self._attaching[stream.key] += 1
-        answered = yield from self._try(moves.Attach(stream.key, self.name, stream.reader.delivered()))
+        answered = yield from self._try(moves.Attach(stream.key, self.id, stream.reader.delivered()))
         left = False
         if answered is not None and answered[0].verdict == Verdict.OK:
             number = answered[0].index
@@ -350,7 +353,7 @@ class Gateway(Process):
     def _beat(self) -> Task:
         last = self.world.now
         while True:
-            beaten = yield c.Beat(self.name)
+            beaten = yield c.Beat(self.id)
             if beaten is not c.LOST:
                 if beaten.recovering or (self._run_id and beaten.run_id != self._run_id):
                     yield from self._post_holdings()
@@ -367,13 +370,13 @@ class Gateway(Process):
 
     def _post_holdings(self) -> Task:
         """Say what is served here, so that the leader can put back what Redis lost."""
-        beaten = yield from insist(c.Beat(self.name))
+        beaten = yield from insist(c.Beat(self.id))
         if beaten.run_id == self._posted_for:
             return
         self._posted_for = beaten.run_id
         self.world.stats["holdings of gateways"] += 1
         requests = tuple(self._holding(stream) for stream in self.streams.values())
-        yield from insist(c.Post(beaten.run_id, self.name, requests))
+        yield from insist(c.Post(beaten.run_id, self.id, requests))
 
     def _holding(self, stream: Stream) -> c.HeldRequest:
         reader, origin = stream.reader, stream.origin
@@ -385,7 +388,7 @@ class Gateway(Process):
             payload=origin.payload,
             num_choices=origin.num_choices,
             nonce="",
-            gateway=self.name,
+            gateway=self.id,
             reader=reader.number,
             resume_ms=origin.resume_ms,
             accepted_at_ms=origin.accepted_at_ms,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.common.ids import RequestKey, WorkerId
+from services.common.ids import RequestKey, WorkerId, fleet_address
 from services.common.record import moves
 from services.common.record.reader import Refused
 from services.common.record.record import Attempt
@@ -185,10 +185,10 @@ class Worker(Process):
                 job = self.jobs.get(key)
                 if job is None or job.run.attempt != attempt:
                     return
-                old_gateway, old_reader = job.run.gateway, job.run.reader
+                old_address, old_reader = fleet_address(job.run.gateway), job.run.reader
                 job.run.redirect(gateway, reader)
-                old = session.links.get(old_gateway)
-                if old is not None and old.up and old_gateway != gateway:
+                old = session.links.get(old_address)
+                if old is not None and old.up and old_address != fleet_address(gateway):
                     old.to_gateway(CloseFrame(key, old_reader))
                 self._open(session, job)
 
@@ -230,7 +230,7 @@ class Worker(Process):
 
     def _open(self, session: Session, job: Job) -> None:
         """Ask the reader's gateway to take frames, over a stream that may first have to be made."""
-        address = job.run.gateway
+        address = fleet_address(job.run.gateway)
         link = session.links.get(address)
         if link is not None and link.up:
             _ask(link, job)
@@ -239,14 +239,14 @@ class Worker(Process):
             self.spawn(self._connect(session, address))
 
     def _connect(self, session: Session, address: str) -> Task:
-        while any(job.run.gateway == address for job in self.jobs.values()):
+        while any(fleet_address(job.run.gateway) == address for job in self.jobs.values()):
             yield self.world.between(0.5, 3)
             link = self.network.connect(self, self.gateways.get(address))
             if link is not None:
                 session.links[address] = link
                 session.connecting.discard(address)
                 for job in self.jobs.values():
-                    if job.run.gateway == address:
+                    if fleet_address(job.run.gateway) == address:
                         _ask(link, job)
                 return
             yield 150
@@ -260,14 +260,16 @@ class Worker(Process):
             return
         del session.links[address]
         for job in self.jobs.values():
-            if job.run.gateway == address:
+            if fleet_address(job.run.gateway) == address:
                 job.run.open = False
                 self._open(session, job)
 
     def receive(self, link: Link, message: Any) -> None:
         """From a gateway's stream."""
         job = self.jobs.get(message.key)
-        if job is None or job.run.attempt != message.attempt or job.run.gateway != link.gateway.name:
+        if job is None or job.run.attempt != message.attempt:
+            return
+        if fleet_address(job.run.gateway) != link.gateway.name:
             return
         if self.session.links.get(link.gateway.name) is not link:
             return
@@ -320,7 +322,7 @@ class Worker(Process):
             self._to_reader(job, Frames(job.run.key, job.run.attempt, frames))
 
     def _to_reader(self, job: Job, message: Any) -> None:
-        link = self.session.links.get(job.run.gateway)
+        link = self.session.links.get(fleet_address(job.run.gateway))
         if link is not None and link.up:
             link.to_gateway(message)
 

@@ -13,13 +13,14 @@ from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc, request_pb2, tok
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
-from services.common.errors import ShoalError, from_rpc
+from services.common.errors import InvalidRequest, ShoalError, from_rpc
 from services.common.ids import RequestKey, WorkerId, new_nonce, request_key
 from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
 from services.common.store.connection import command
+from services.common.store.events import Events
 from services.common.store.keys import Keys
 from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
@@ -41,6 +42,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     def __init__(self) -> None:
         self.refuses = 0
         """How many of the next calls find it away."""
+        self.checked: list[pb.ResponseFormat] = []
+        """Forms that it was asked about. It refuses the regex "[", as the real one does."""
 
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:  # noqa: N802
         await self._maybe_refuse(context)
@@ -55,6 +58,15 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def Spell(self, request: tokenizer_pb2.SpellRequest, context: Any) -> tokenizer_pb2.SpellResponse:  # noqa: N802
         await self._maybe_refuse(context)
         return tokenizer_pb2.SpellResponse(spellings=[chr(token).encode() for token in request.token_ids])
+
+    async def CheckFormat(  # noqa: N802
+        self, request: tokenizer_pb2.CheckFormatRequest, context: Any
+    ) -> tokenizer_pb2.CheckFormatResponse:
+        self.checked.append(request.response_format)
+        if request.response_format.regex == "[":
+            field = "response_format.regex"
+            raise InvalidRequest(f"{field}: unclosed character class", reason="INVALID_INPUT", field=field)
+        return tokenizer_pb2.CheckFormatResponse()
 
     async def Describe(self, request: tokenizer_pb2.DescribeRequest, context: Any) -> tokenizer_pb2.DescribeResponse:  # noqa: N802
         return tokenizer_pb2.DescribeResponse(
@@ -183,14 +195,16 @@ class FakeWorker:
     def __init__(self, call: Any) -> None:
         self.call = call
 
-    async def open(self, key: RequestKey, attempt: Attempt, reader: int = 1) -> delivery_pb2.DeliverResponse:
+    async def open(
+        self, key: RequestKey, attempt: Attempt, reader: int = 1, worker: str = "fake"
+    ) -> delivery_pb2.DeliverResponse:
         """Ask to send; returns the answer."""
-        await self.ask(key, attempt, reader)
+        await self.ask(key, attempt, reader, worker)
         return await self.answer()
 
-    async def ask(self, key: RequestKey, attempt: Attempt, reader: int = 1) -> None:
+    async def ask(self, key: RequestKey, attempt: Attempt, reader: int = 1, worker: str = "fake") -> None:
         wish = delivery_pb2.Open(key=key, attempt=_attempt_id(attempt), reader=reader)
-        await self.call.write(delivery_pb2.DeliverRequest(worker_id="fake", opens=[wish]))
+        await self.call.write(delivery_pb2.DeliverRequest(worker_id=worker, opens=[wish]))
 
     async def answer(self) -> delivery_pb2.DeliverResponse:
         async with asyncio.timeout(WITHIN_S):
@@ -316,6 +330,15 @@ class Fleet:
         found = await self.store.read(key)
         assert found, f"no record of {key}"
         return found[0]
+
+    async def rewrite(self, key: RequestKey, gateway: str, reader: int) -> None:
+        """Let Redis have another reader, as when it lost its last writes."""
+        await self.redis.hset(Keys(self.pool).request(key), mapping={"gateway": gateway, "reader": reader})
+
+    async def links_broken(self) -> list[str]:
+        """Workers whose streams the leader was told to be broken, in order."""
+        events = await Events(self.redis, self.pool).newest(100)
+        return [event.worker_id for _, event in events if isinstance(event, request_pb2.LinkBroken)]
 
     async def record_until(self, key: RequestKey, condition: Callable[[Record], bool]) -> Record:
         """The record once the condition holds of it."""

@@ -9,7 +9,7 @@ from itertools import count
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1.request_pb2 import HeldRequest, Holdings, RequestPayload, WorkerInfo, WorkerReport
-from services.common.ids import RequestKey, WorkerId, new_nonce
+from services.common.ids import GatewayId, RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.record import Record
 from services.common.record.states import RequestState
@@ -30,7 +30,7 @@ WITHIN_S = 10
 """Longest wait for anything."""
 RETENTION_MS = 60_000
 REPORT_S = 0.03
-GATEWAY = "gateway:1"
+GATEWAY = GatewayId("gateway:1")
 
 QUICK = SchedulerConfig(
     lease_ttl_ms=600,
@@ -219,6 +219,7 @@ class SchedulerPool:
             block_size_tokens=16,
             max_sequences=max_sequences,
             max_prefill_tokens_per_step=max_prefill_tokens_per_step,
+            report_interval_ms=int(1000 * REPORT_S),
         )
         worker = FakeWorker(self.store, info)
         registered = asyncio.Event()

@@ -24,6 +24,7 @@ from services.common.errors import (
     Unavailable,
     from_rpc,
 )
+from services.common.ids import fleet_address
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.store.connection import StoreUnavailable, command, connect
@@ -74,6 +75,24 @@ async def test_every_kind_of_input_becomes_tokens(fleet: Fleet) -> None:
         assert payload.sampling.HasField("seed"), "drawn and stored, so that a continued request keeps its noise"
         assert (payload.max_tokens, list(payload.stop_token_ids), payload.n) == (7, [1], 1)
         assert len(payload.cache_salt) == 16
+
+
+async def test_the_form_of_an_answer_is_checked_once_and_stored(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    form = pb.ResponseFormat(regex="[a-z]+")
+    for request_id in ("first", "second"):
+        await gateway.generate(request_id=request_id, response_format=form).accepted()
+        payload = request_pb2.RequestPayload.FromString((await fleet.record(fleet.key(request_id))).payload)
+        assert payload.response_format == form
+    assert fleet.tokenizer.checked == [form]
+
+
+async def test_a_form_that_cannot_be_kept_is_refused_before_anything_is_stored(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    with pytest.raises(InvalidRequest, match="unclosed") as caught:
+        await gateway.generate(request_id="bad", response_format=pb.ResponseFormat(regex="[")).accepted()
+    assert caught.value.field == "response_format.regex"
+    await gateway.generate(request_id="bad").accepted()  # The id is free.
 
 
 async def test_one_token_over_the_context_is_refused_and_the_last_that_fits_is_not(fleet: Fleet) -> None:
@@ -230,6 +249,46 @@ async def test_a_known_request_is_read_on_though_the_backlog_is_full(fleet: Flee
     assert await gateway.generate(request_id="a").accepted() == "a"
 
 
+async def test_a_flood_with_ids_is_refused_by_few_lookups_and_the_known_request_in_it_is_read_on(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(backlog_limit=1)
+    await gateway.generate(request_id="a").accepted()
+    before = await _num_scripts(fleet.redis)
+    answers = [gateway.generate(request_id=f"b{number}") for number in range(500)]
+    known = gateway.generate(request_id="a")
+    outcomes = await asyncio.gather(*(answer.accepted() for answer in answers), return_exceptions=True)
+    assert all(isinstance(outcome, Exhausted) and outcome.reason == "BACKLOG_FULL" for outcome in outcomes)
+    assert await known.accepted() == "a"
+    assert await _num_scripts(fleet.redis) - before < 250
+
+
+async def test_an_id_that_was_claimed_but_never_stored_is_refused_before_it_is_encoded(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(backlog_limit=1)
+    await gateway.generate().accepted()
+    await claim_id(fleet.redis, "default", "b", fleet.pool)
+    fleet.tokenizer.refuses = 1_000
+    assert (await gateway.generate(request_id="b").error()).reason == "BACKLOG_FULL"
+
+
+async def test_while_redis_is_away_a_request_with_an_id_is_told_so_and_not_that_it_is_unknown(
+    own_redis_server: RedisServer, pool: str
+) -> None:
+    client = await connect(own_redis_server.url)
+    async for fleet in a_fleet(client, own_redis_server.url, pool):
+        gateway = await fleet.gateway(backlog_limit=1)
+        await gateway.generate(request_id="a").accepted()
+        own_redis_server.kill()
+        answers = [gateway.generate(request_id="a") for _ in range(3)]
+        errors = await asyncio.gather(*(answer.error() for answer in answers))
+        assert {(type(error), error.reason) for error in errors} == {(Unavailable, "STORE_UNAVAILABLE")}
+        own_redis_server.start()
+    await client.aclose()
+
+
+async def _num_scripts(redis: Redis) -> int:
+    stats: Any = await redis.info("commandstats")
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
 async def test_more_streams_than_allowed_are_refused(fleet: Fleet) -> None:
     gateway = await fleet.gateway(max_streams=1)
     answer = gateway.generate()
@@ -370,7 +429,7 @@ async def test_while_redis_is_away_nothing_is_accepted_and_health_says_so(
         own_redis_server.start()
         posted = await _posted(fleet)
         (held,) = posted.requests
-        assert (held.key, held.reader, held.gateway) == (started.key, 1, gateway.fleet_address)
+        assert (held.key, held.reader, fleet_address(held.gateway)) == (started.key, 1, gateway.fleet_address)
         assert list(held.choices[0].ids) == tokens_of("abcd"), "more than Redis was ever told"
         assert held.attempt == started.attempt.number
         assert held.payload.max_tokens
@@ -399,4 +458,4 @@ async def _posted(fleet: Fleet) -> request_pb2.Holdings:
 
 async def test_the_lease_beats(fleet: Fleet) -> None:
     gateway = await fleet.gateway()
-    assert await command(fleet.redis, "EXISTS", f"gateway:{gateway.fleet_address}") == 1
+    assert len(await command(fleet.redis, "KEYS", f"gateway:{gateway.fleet_address}#*")) == 1

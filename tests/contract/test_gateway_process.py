@@ -13,10 +13,14 @@ import pytest
 from redis.asyncio import Redis
 
 import services
+from gen.shoal.inference.v1 import inference_pb2 as pb
+from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
+from services.common.ids import fleet_address
+from services.common.store.gateways import GatewayLease
 from services.gateway.gateway import Addresses
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Fleet, RunningGateway, a_fleet
+from tests.contract.gateway_fleet import Answer, Fleet, RunningGateway, a_fleet
 
 REPOSITORY = Path(services.__path__[0]).parent
 MOST_BYTES = 150 * 1024 * 1024
@@ -65,6 +69,28 @@ async def test_a_terminated_gateway_ends_its_streams_writes_that_they_left_and_e
         async with asyncio.timeout(10):
             assert await process.wait() == 0
     assert (await fleet.record(started.key)).reader_left_at_ms
+
+
+async def test_a_gateway_started_anew_at_the_same_address_does_not_stand_for_the_one_that_died(fleet: Fleet) -> None:
+    process, announced = await started_gateway(fleet)
+    request_id = await _accepted(announced["address"])
+    died = (await fleet.record(fleet.key(request_id))).gateway
+    process.kill()
+    await process.wait()
+    process, again = await started_gateway(fleet, "--fleet-listen", announced["fleet_address"])
+    lives = (await fleet.record(fleet.key(await _accepted(again["address"])))).gateway
+    assert fleet_address(lives) == fleet_address(died) == announced["fleet_address"]
+    async with asyncio.timeout(15):
+        while await GatewayLease(fleet.redis).alive([died, lives]) != [False, True]:
+            await asyncio.sleep(0.05)
+    process.kill()
+    await process.wait()
+
+
+async def _accepted(address: str) -> str:
+    async with rpc.channel(address) as channel:
+        stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        return await Answer(stub.Generate(pb.GenerateRequest(prompt="hello"))).accepted()
 
 
 async def _nothing() -> None:

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from gen.shoal.fleet.v1 import delivery_pb2
+from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
-from services.common.errors import Aborted, DeadlineExceeded, Internal, NotFound
+from services.common.errors import Aborted, DeadlineExceeded, Internal, InvalidRequest, NotFound
+from services.common.ids import RequestKey, WorkerId, fleet_address
 from services.common.record import moves
-from services.common.record.record import Attempt
+from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.store.connection import command
+from services.common.store.requests import RequestStore
 from tests.conftest import RedisServer
 from tests.contract.gateway_fleet import Fleet, a_fleet, frame, tokens_of
 
@@ -28,7 +30,8 @@ async def test_accepted_comes_only_after_the_request_is_stored(fleet: Fleet) -> 
     answer = gateway.generate(request_id="a", prompt="hello", sampling=pb.Sampling(temperature=0))
     assert await answer.accepted() == "a"
     record = await fleet.record(fleet.key("a"))
-    assert (record.state, record.reader, record.gateway) == (RequestState.QUEUED, 1, gateway.fleet_address)
+    assert (record.state, record.reader) == (RequestState.QUEUED, 1)
+    assert fleet_address(record.gateway) == gateway.fleet_address
     assert record.resume_ms == 300_000, "a client that chose its id may come back for long"
 
 
@@ -89,7 +92,7 @@ async def test_an_attach_at_another_gateway_goes_on_at_the_next_token_and_ends_t
     attached = second.attach(started.answer.request_id, 2, "ab")
     await attached.accepted()
     record = await fleet.record(started.key)
-    assert (record.reader, record.gateway) == (2, second.fleet_address)
+    assert (record.reader, fleet_address(record.gateway)) == (2, second.fleet_address)
     await started.worker.close(started.key, 1)
     error = await started.answer.error()
     assert isinstance(error, Aborted)
@@ -165,11 +168,85 @@ async def test_an_attach_may_leave_out_the_tokens_it_holds(fleet: Fleet) -> None
     assert (choice.count, list(choice.token_ids)) == (2, tokens_of("ab")), "the journal knows them"
 
 
+async def test_an_attach_that_leaves_a_gap_behind_what_the_fleet_knows_is_refused_and_changes_nothing(
+    fleet: Fleet,
+) -> None:
+    first, other = await fleet.gateway(), await fleet.gateway()
+    started = await fleet.started(first, request_id="running")
+    await fleet.store.append([moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("ab")))])
+    await first.generate(request_id="queued").accepted()
+    for answer, words in (
+        (other.attach("running", 5), ("index 5", "2 tokens")),
+        (other.attach("running", 5, "de"), ("index 3", "2 tokens")),
+        (other.attach("queued", 1), ("index 1", "0 tokens")),
+    ):
+        error = await answer.error()
+        assert isinstance(error, InvalidRequest)
+        assert (error.reason, error.field) == ("HISTORY_GAP", "held_token_ids")
+        assert all(word in error.message for word in words)
+    assert (await fleet.record(started.key)).reader == 1
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+
+
+@pytest.mark.parametrize("held", ["abcde", "cde"])
+async def test_a_client_that_holds_more_than_the_journal_states_it_and_goes_on(fleet: Fleet, held: str) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await fleet.store.append([moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("ab")))])
+    await gateway.attach(started.answer.request_id, 5, held).accepted()
+    answer = await started.worker.open(started.key, started.attempt, reader=2)
+    assert answer.resumes[0].choices[0].token_ids == tokens_of("abcde")
+
+
+async def test_what_a_stream_here_was_given_is_known_though_it_is_not_journaled(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await started.send(0, "abcd")
+    await started.answer.until_text("abcd")
+    await fleet.requeue(started.key)
+    await gateway.attach(started.answer.request_id, 3).accepted()
+    assert (await fleet.record(started.key)).journal == (tuple(tokens_of("abc")),)
+
+
+async def test_what_a_worker_is_about_to_journal_is_waited_for(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = await fleet.started(await fleet.gateway())
+    read, journal = RequestStore.read, moves.Append(started.key, started.attempt, 0, 0, tuple(tokens_of("abcd")))
+
+    async def read_just_before_it_is_journaled(self: RequestStore, key: RequestKey) -> tuple[Record, int] | None:
+        found = await read(self, key)
+        await self.append([journal])
+        return found
+
+    monkeypatch.setattr(RequestStore, "read", read_just_before_it_is_journaled)
+    await (await fleet.gateway()).attach(started.answer.request_id, 4).accepted()
+    assert (await fleet.record(started.key)).reader == 2
+
+
 async def test_a_queued_request_follows_what_its_client_holds(fleet: Fleet) -> None:
     gateway = await fleet.gateway()
     request_id = await gateway.generate(request_id="a").accepted()
     await gateway.attach(request_id, 2, "xy").accepted()
     assert (await fleet.record(fleet.key("a"))).journal == (tuple(tokens_of("xy")),)
+
+
+# Links
+
+
+async def test_the_leader_is_told_once_that_the_stream_of_a_worker_broke_unless_its_session_ended(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    for worker, ended_well in (("well", True), ("gone", False), ("last", False)):
+        link = await fleet.link(gateway)
+        await fleet.directory.register(request_pb2.WorkerInfo(worker_id=worker), 60_000)
+        await link.open(fleet.key("nobody"), Attempt(1, "n"), worker=worker)
+        link.call.cancel()
+        if ended_well:
+            await fleet.directory.close(WorkerId(worker))
+        else:
+            async with asyncio.timeout(10):
+                while worker not in await fleet.links_broken():
+                    await asyncio.sleep(0.01)
+    assert await fleet.links_broken() == ["gone", "last"]
 
 
 # Ends
@@ -296,6 +373,62 @@ async def test_a_client_that_reads_nothing_costs_bounded_memory_and_nobody_else_
     assert len(slow.answer.text) == 100 * 5_000 * len(piece)
     assert slow.answer.tokens == tokens_of("x" * 1900)
     assert slow.answer.num_deltas < 50, "what waited was sent together"
+
+
+async def test_a_stream_whose_reader_redis_lost_attaches_again(fleet: Fleet) -> None:
+    first, second = await fleet.gateway(), await fleet.gateway()
+    started = await fleet.started(first)
+    attached = second.attach(started.answer.request_id)
+    await attached.accepted()
+    lost = await fleet.record(started.key)
+    await fleet.rewrite(started.key, gateway=(await fleet.gateway()).fleet_address, reader=1)
+    record = await fleet.record_until(started.key, lambda record: record.gateway == lost.gateway)
+    assert record.reader == 2
+    worker = await fleet.link(second)
+    assert (await worker.open(started.key, started.attempt, reader=2)).resumes
+    await worker.send(started.key, started.attempt, 0, "ab")
+    await attached.until_text("ab")
+
+
+async def test_a_stream_whose_readers_number_was_given_again_elsewhere_ends(fleet: Fleet) -> None:
+    started = await fleet.started(await fleet.gateway())
+    await fleet.rewrite(started.key, gateway=(await fleet.gateway()).fleet_address, reader=1)
+    assert (await started.answer.error()).reason == "SUPERSEDED"
+
+
+async def test_a_stream_is_not_ended_by_its_own_attach_whose_answer_was_lost(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    await fleet.store.attach(moves.Attach(started.key, (await fleet.record(started.key)).gateway, ()))
+    await fleet.record_until(started.key, lambda record: record.reader == 3)
+    assert (await started.worker.open(started.key, started.attempt, reader=3)).resumes
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+
+
+async def test_an_attach_is_served_though_a_stream_here_has_a_number_that_redis_lost(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    started = await fleet.started(gateway)
+    earlier = [gateway.attach(started.answer.request_id) for _ in range(3)]
+    for answer in earlier:
+        await answer.accepted()
+    await fleet.rewrite(started.key, (await fleet.record(started.key)).gateway, reader=1)
+    last = gateway.attach(started.answer.request_id)
+    await last.accepted()
+    assert (await earlier[-1].error()).reason == "SUPERSEDED"
+    reader = (await fleet.record(started.key)).reader
+    assert (await started.worker.open(started.key, started.attempt, reader)).resumes
+    await started.send(0, "ab")
+    await last.until_text("ab")
+
+
+async def test_whether_a_later_reader_counts_is_the_records_word_not_a_workers(fleet: Fleet) -> None:
+    started = await fleet.started(await fleet.gateway())
+    await started.worker.close(started.key, reader=5)
+    await started.send(0, "ab")
+    await started.answer.until_text("ab")
+    await fleet.finish(started.key, started.attempt, "ab")
+    await started.answer.end()
 
 
 async def test_a_reader_that_was_wrongly_taken_for_gone_is_there_again(fleet: Fleet) -> None:

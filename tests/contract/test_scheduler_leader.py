@@ -9,9 +9,13 @@ from statistics import median
 import pytest
 from redis.asyncio import Redis
 
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken
 from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.states import RequestState
+from services.common.record.transitions import Answer
+from services.common.store.connection import StoreUnavailable
+from services.common.store.requests import RequestStore
 from tests.contract.scheduler_pool import QUICK, SchedulerPool, SkewedClock, scheduler_pool, until
 
 FAR = 3_600_000
@@ -72,6 +76,21 @@ async def test_a_silent_workers_requests_go_on_elsewhere(fleet: SchedulerPool) -
     assert (await silent.finish(first)).verdict == "stale"
     assert (await other.finish(second)).verdict == "ok"
     await until(lambda: _has(scheduler.reigns[-1].view.live(), 0))
+
+
+async def test_a_silent_worker_whose_link_to_a_gateway_broke_is_found_by_its_missing_report(
+    fleet: SchedulerPool,
+) -> None:
+    await fleet.a_scheduler(replace(QUICK, lost_after_ms=FAR))
+    silent = await fleet.a_worker()
+    await fleet.recovered()
+    first = await fleet.given(silent, "r")
+    silent.alive.clear()
+    assert await fleet.store.workers.link_broken(LinkBroken(worker_id=silent.id))
+    other = await fleet.a_worker()
+    assert (await other.next_start()).attempt.number == 2
+    decisions = (await fleet.record(first.key)).decisions
+    assert any(decision.detail.endswith("a gateway's link to it broke") for decision in decisions)
 
 
 async def test_a_worker_that_reports_but_makes_no_step_is_lost(fleet: SchedulerPool) -> None:
@@ -173,6 +192,32 @@ async def test_a_leader_whose_lease_was_taken_places_nothing_more(fleet: Schedul
     start = await worker.next_start()
     assert start.key == key
     assert len(leader.reigns) >= 2
+
+
+@pytest.mark.parametrize("scan_ms", [QUICK.scan_ms, FAR])
+async def test_what_an_earlier_try_of_the_leader_placed_late_is_watched_like_the_rest(
+    fleet: SchedulerPool, monkeypatch: pytest.MonkeyPatch, scan_ms: int
+) -> None:
+    place, tries = RequestStore.place, list[moves.Place]()
+
+    async def first_runs_late(self: RequestStore, move: moves.Place) -> Answer:
+        tries.append(move)
+        if len(tries) == 1:
+            raise StoreUnavailable("the connection died")  # Redis runs it when the next reign has read everything
+        if len(tries) == 2:
+            assert (await place(self, tries[0])).verdict == "ok"
+        return await place(self, move)
+
+    monkeypatch.setattr(RequestStore, "place", first_runs_late)
+    await fleet.a_scheduler(replace(QUICK, scan_ms=scan_ms))
+    await fleet.recovered()
+    silent = await fleet.a_worker()
+    await fleet.submit("r")
+    start = await silent.next_start()
+    assert start.attempt.number == 1
+    silent.alive.clear()
+    other = await fleet.a_worker()
+    assert (await other.next_start()).attempt.number == 2
 
 
 async def test_a_request_that_expires_in_the_queue_is_never_placed(fleet: SchedulerPool) -> None:

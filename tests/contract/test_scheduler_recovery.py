@@ -71,6 +71,26 @@ async def test_what_redis_lost_is_put_back_by_its_gateway(fleet: SchedulerPool) 
     assert (await worker.finish(lost)).verdict == "stale"
 
 
+async def test_a_reader_that_no_gateway_states_has_left(fleet: SchedulerPool, own_redis_server: RedisServer) -> None:
+    await fleet.a_scheduler()
+    await fleet.recovered()
+    worker = await fleet.a_worker()
+    # Redis may have lost that the first was read on elsewhere, and that the last reader had gone.
+    unread, read, moved = [await fleet.given(worker, name) for name in ("unread", "read", "moved")]
+    own_redis_server.kill()
+    own_redis_server.start()
+    await until(lambda: _needs_recovery(fleet))
+    run_id = await fleet.store.recovery.needed()
+    assert run_id is not None
+    stated = [_read_here("read", (), reader=1), _read_here("moved", (), reader=2)]
+    await fleet.store.recovery.post(Holdings(holder=GATEWAY, requests=stated), run_id)
+    await fleet.recovered()
+    left = [bool((await fleet.record(start.key)).reader_left_at_ms) for start in (unread, read, moved)]
+    # Who reads under another number attaches again by itself.
+    assert left == [True, False, True]
+    assert (await worker.finish(unread)).verdict == "ok", "what runs is left alone"
+
+
 async def test_a_fresh_fleet_waits_for_nobody(fleet: SchedulerPool) -> None:
     started_at = time.perf_counter()
     await fleet.a_scheduler(SchedulerConfig())
@@ -93,7 +113,7 @@ async def test_the_next_leader_finishes_a_recovery_that_the_first_began(
     assert (await fleet.reaches(key, RequestState.QUEUED)).attempt.number == 2
 
 
-def _read_here(name: str, delivered: tuple[int, ...]) -> HeldRequest:
+def _read_here(name: str, delivered: tuple[int, ...], reader: int = 4) -> HeldRequest:
     return HeldRequest(
         key=f"acme/{name}",
         attempt=1,
@@ -101,7 +121,7 @@ def _read_here(name: str, delivered: tuple[int, ...]) -> HeldRequest:
         choices=[TokenIds(ids=delivered)],
         payload=a_payload(name),
         payload_digest="digest",
-        reader=4,
+        reader=reader,
         gateway=GATEWAY,
         accepted_at_ms=1_000,
         resume_ms=60_000,

@@ -58,7 +58,6 @@ async def test_every_move_waits_for_recovery(redis: Redis, pool: str) -> None:
         store.rebase(moves.Rebase(KEY, FIRST_ATTEMPT, "n2", ((),))),
         store.cancel(moves.Cancel(KEY, "enough")),
         store.attach(moves.Attach(KEY, "gateway:2", ())),
-        store.leave(moves.Leave(KEY, 1)),
         store.sweep([moves.Sweep(KEY, lease.fence)]),
         store.read(KEY),
         store.peek([KEY]),
@@ -68,6 +67,15 @@ async def test_every_move_waits_for_recovery(redis: Redis, pool: str) -> None:
             await move
     record = await anext(Recovery(redis, pool).unfinished())
     assert (record.state, record.reader, record.cancel) == (RequestState.PLACED, 1, False)
+
+
+async def test_that_a_reader_left_is_noted_also_in_recovery(redis: Redis, pool: str) -> None:
+    await a_placed_request(redis, pool)
+    await redis.set(f"{{{pool}}}:generation", "another-server")
+    store = a_store(redis, pool)
+    assert (await store.leave(moves.Leave(KEY, 2))).verdict == Verdict.STALE
+    assert (await store.leave(moves.Leave(KEY, 1))).verdict == Verdict.OK
+    assert (await anext(Recovery(redis, pool).unfinished())).reader_left_at_ms
 
 
 async def test_a_restarted_redis_is_recovered_and_its_requests_go_on(own_redis_server: RedisServer) -> None:

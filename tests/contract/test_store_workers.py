@@ -5,7 +5,7 @@ import asyncio
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
-from services.common.ids import WorkerId
+from services.common.ids import GatewayId, WorkerId
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
@@ -110,8 +110,8 @@ async def test_a_worker_is_told_to_drain(redis: Redis, pool: str) -> None:
 
 async def test_a_gateway_lives_while_it_beats(redis: Redis) -> None:
     lease = GatewayLease(redis)
-    await lease.beat("10.0.0.1:1", TTL_MS)
-    await lease.beat("10.0.0.2:1", 1)
+    await lease.beat(GatewayId("10.0.0.1:1#a"), TTL_MS)
+    await lease.beat(GatewayId("10.0.0.2:1#a"), 1)
     await asyncio.sleep(0.02)
-    assert await lease.alive(["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"]) == [True, False, False]
+    assert await lease.alive(["10.0.0.1:1#a", "10.0.0.2:1#a", "10.0.0.1:1#b"]) == [True, False, False]
     assert await lease.alive([]) == []

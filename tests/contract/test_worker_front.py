@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
@@ -18,18 +17,6 @@ from services.common.store.connection import StoreUnavailable
 from services.worker.front.engine_client import EngineDiedError
 from services.worker.front.session import LostError
 from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
-
-
-@pytest.fixture
-async def bench(redis: Redis, pool: str) -> AsyncIterator[Bench]:
-    made = Bench(redis, pool)
-    server, made.gateway_address = await serve_gateway(made.gateway)
-    await made.lead()
-    await made.start_session()
-    yield made
-    made.ended.cancel()
-    await asyncio.wait({made.ended})
-    await server.stop(0)
 
 
 async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_it_is_stored(bench: Bench) -> None:
@@ -127,6 +114,24 @@ async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None
     assert (there.tokens, there.text) == ([11, 12], "lm")
     assert seen.tokens == [10]
     await server.stop(0)
+
+
+async def test_a_gateway_started_anew_at_the_same_address_is_sent_to_over_the_same_stream(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=3, gateway=f"{bench.gateway_address}#first")
+    seen = bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.step()
+    await bench.gateway.until(lambda: seen.tokens == [10])
+    there = bench.gateway.expect(key, reader=2, held=(Held(1, (10,)),))
+    await bench.store.attach(moves.Attach(key, f"{bench.gateway_address}#second", (Held(1, (10,)),)))
+    await bench.gateway.until(lambda: bool(there.opened))
+    bench.engine.step()
+    bench.engine.step()
+    await bench.gateway.until(lambda: there.end is not None)
+    assert there.tokens == [11, 12]
+    assert not there.closed, "the word for who was there before would end who is there now"
+    assert bench.gateway.num_streams == 1
 
 
 async def test_an_answer_to_an_earlier_open_speaks_of_another_reader_and_is_ignored(bench: Bench) -> None:

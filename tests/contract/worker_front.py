@@ -5,6 +5,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -35,8 +36,17 @@ READY = engine_pb2.EngineReady(
 )
 
 
+def logprobs_of(token: int) -> inference_pb2.TokenLogprobs:
+    """What the stepped engine tells of a token; of the most probable ones as many as any request asks for."""
+    best = [inference_pb2.TokenLogprob(token_id=token, logprob=-float(rank)) for rank in range(4)]
+    return inference_pb2.TokenLogprobs(logprob=-float(token), top=best)
+
+
 class SteppedEngine:
-    """Stands for the engine process: makes a step when the test says so. Token n of a sequence is (10 + n) % 90."""
+    """Stands for the engine process: makes a step when the test says so. Token n of a sequence is (10 + n) % 90.
+
+    Those that ask for log-probabilities are told them, also of the tokens that they came with.
+    """
 
     pid = 1
 
@@ -44,6 +54,8 @@ class SteppedEngine:
         self.sequences: dict[int, engine_pb2.AddSequence] = {}
         self.generated: dict[int, list[int]] = {}
         self.held: set[int] = set()
+        self.unscored: dict[int, list[int]] = {}
+        """Tokens that a sequence came with: all of them, or those after the prompt."""
         self.commands: list[str] = []
         self.reads = asyncio.Event()
         """Cleared: it is stuck, and whoever sends to it waits."""
@@ -62,6 +74,8 @@ class SteppedEngine:
                 add = command.add
                 self.sequences[add.sequence_id] = add
                 self.generated[add.sequence_id] = list(add.known_token_ids)
+                of_prompt = add.payload.prompt_token_ids[1:] if add.payload.HasField("prompt_logprobs") else ()
+                self.unscored[add.sequence_id] = [*(of_prompt if add.choice == 0 else ()), *add.known_token_ids]
                 if add.held:
                     self.held.add(add.sequence_id)
             elif kind == "abort":
@@ -69,6 +83,7 @@ class SteppedEngine:
             elif kind == "release":
                 self.held.discard(command.release.sequence_id)
                 self.generated[command.release.sequence_id].extend(command.release.forced_token_ids)
+                self.unscored[command.release.sequence_id].extend(command.release.forced_token_ids)
             self.changed.notify_all()
 
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
@@ -83,19 +98,25 @@ class SteppedEngine:
             await self.changed.wait_for(condition)
 
     def step(self, end: "engine_pb2.SequenceEnd.ValueType" = engine_pb2.SEQUENCE_END_UNSPECIFIED) -> None:
-        """One token for every sequence that may sample."""
+        """One token for every sequence that may sample; what is to be scored of all."""
         self.begin_step()
         outputs = []
-        for number in [number for number in self.sequences if number not in self.held]:
-            tokens = self.generated[number]
-            token = (10 + len(tokens)) % 90
-            tokens.append(token)
-            last = end
-            if len(tokens) >= self.sequences[number].payload.max_tokens:
-                last = engine_pb2.SEQUENCE_END_LENGTH
-            outputs.append(engine_pb2.SequenceOutput(sequence_id=number, token_ids=[token], end=last))
-            if last:
-                del self.sequences[number]
+        for number in list(self.sequences):
+            payload, tokens = self.sequences[number].payload, self.generated[number]
+            output = engine_pb2.SequenceOutput(sequence_id=number)
+            if self.unscored[number] and (payload.HasField("logprobs") or payload.HasField("prompt_logprobs")):
+                output.given_from = len(payload.prompt_token_ids) + len(tokens) - len(self.unscored[number])
+                output.given_logprobs.extend(logprobs_of(token) for token in self.unscored[number])
+                self.unscored[number] = []
+            if number not in self.held:
+                if len(tokens) < payload.max_tokens:
+                    tokens.append((10 + len(tokens)) % 90)
+                    output.token_ids.append(tokens[-1])
+                    output.logprobs.extend([logprobs_of(tokens[-1])] if payload.HasField("logprobs") else [])
+                output.end = engine_pb2.SEQUENCE_END_LENGTH if len(tokens) >= payload.max_tokens else end
+                if output.end:
+                    del self.sequences[number]
+            outputs.append(output)
         done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60)
         self._events.put_nowait(engine_pb2.EngineEvent(done=done))
 
@@ -115,10 +136,21 @@ class Seen:
 
     reader: Reader
     text: str = ""
+    """Of choice 0."""
     tokens: list[int] = field(default_factory=list)
+    """Of choice 0."""
+    deltas: list[inference_pb2.Delta] = field(default_factory=list)
+    """Of all choices."""
     end: delivery_pb2.EndFrame | None = None
     closed: bool = False
     opened: list[Attempt] = field(default_factory=list)
+
+    def logprobs(self, choice: int = 0) -> list[float]:
+        """Log-probabilities of the choice's tokens; one for each, or this fails."""
+        of_choice = [delta for delta in self.deltas if delta.choice == choice]
+        for delta in of_choice:
+            assert [told.logprob for told in delta.logprobs] == [-float(token) for token in delta.token_ids]
+        return [told.logprob for delta in of_choice for told in delta.logprobs]
 
 
 class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
@@ -127,12 +159,15 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
         self.changed = asyncio.Condition()
+        self.num_streams = 0
+        self.most_frames = 0
+        """In one message."""
         self.late_answer: tuple[Held, ...] | None = None
         """What an answer to an earlier open says, which comes before that to each open but the first."""
         self.on_end: Callable[[delivery_pb2.EndFrame], object] | None = None
 
-    def expect(self, key: RequestKey, reader: int = 1, held: tuple[Held, ...] = ()) -> Seen:
-        self.seen[key] = Seen(Reader(reader, 1, held))
+    def expect(self, key: RequestKey, reader: int = 1, held: tuple[Held, ...] = (), n: int = 1) -> Seen:
+        self.seen[key] = Seen(Reader(reader, n, held))
         return self.seen[key]
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -142,10 +177,12 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
     async def Deliver(  # noqa: N802
         self, request_iterator: AsyncIterator[delivery_pb2.DeliverRequest], context: object
     ) -> AsyncIterator[delivery_pb2.DeliverResponse]:
+        self.num_streams += 1
         async for message in request_iterator:
             response = delivery_pb2.DeliverResponse()
             for open_ in message.opens:
                 self._open(open_, response)
+            self.most_frames = max(self.most_frames, len(message.frames))
             for frame in message.frames:
                 self._frame(frame)
             for end in message.ends:
@@ -190,8 +227,10 @@ class FakeGateway(delivery_pb2_grpc.DeliveryServiceServicer):
         delta = frame.delta
         if seen.reader.accept(attempt, delta.choice, delta.index, len(delta.token_ids)) == Acceptance.NEW:
             seen.reader.deliver(delta.choice, delta.token_ids)
-            seen.text += delta.text
-            seen.tokens.extend(delta.token_ids)
+            seen.deltas.append(delta)
+            if delta.choice == 0:
+                seen.text += delta.text
+                seen.tokens.extend(delta.token_ids)
 
 
 def _stated(held: tuple[Held, ...]) -> list[delivery_pb2.Delivered]:
@@ -238,17 +277,26 @@ class Bench:
             self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
         )
 
-    async def submit(self, name: str, max_tokens: int = 4, gateway: str | None = None, stop: str = "") -> RequestKey:
+    async def submit(
+        self, name: str, max_tokens: int = 4, gateway: str | None = None, stop: str = "", n: int = 1, **fields: Any
+    ) -> RequestKey:
+        """`fields`: further ones of the payload."""
         key = request_key("default", name)
         payload = request_pb2.RequestPayload(
-            request_id=name, tenant="default", model=self.pool, prompt_token_ids=[1, 2, 3], max_tokens=max_tokens, n=1,
-            sampling=inference_pb2.Sampling(temperature=0), stop=[stop] if stop else [], stop_token_ids=[99],
+            request_id=name, tenant="default", model=self.pool, prompt_token_ids=[1, 2, 3], max_tokens=max_tokens, n=n,
+            sampling=inference_pb2.Sampling(temperature=0), stop=[stop] if stop else [], stop_token_ids=[99], **fields,
         )  # fmt: skip
         move = moves.Submit(
-            key, "digest", payload.SerializeToString(), 1, new_nonce(), gateway or self.gateway_address, 60_000, 0, 100
+            key, "digest", payload.SerializeToString(), n, new_nonce(), gateway or self.gateway_address, 60_000, 0, 100
         )
         assert (await self.store.submit(move)).answer.verdict == Verdict.OK
         return key
+
+    def key(self, name: str) -> RequestKey:
+        return request_key("default", name)
+
+    async def cancel(self, key: RequestKey) -> None:
+        assert (await self.store.cancel(moves.Cancel(key, "test"))).verdict == Verdict.OK
 
     async def place(self, key: RequestKey) -> None:
         record = await self.record(key)

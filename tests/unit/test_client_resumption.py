@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Aborted, Exhausted, Internal, InvalidRequest, ShoalError, Unavailable
+from shoal._prompt import Options, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
+from shoal._values import FinishReason, TokenLogprobs
 
 AWAY = Unavailable("away")
 
@@ -120,6 +122,46 @@ def test_further_choices_are_resumed_at_their_own_places() -> None:
         (1, 2, [9, 8]),
         (2, 1, [7]),
     ]
+
+
+def test_each_choice_is_kept_with_its_log_probabilities_and_its_end() -> None:
+    stream = a_stream()
+    stream.receive(accepted())
+    for choice, index, token in ((1, 0, 9), (0, 0, 5), (1, 1, 8)):
+        told = pb.TokenLogprobs(logprob=-token, top=[pb.TokenLogprob(token_id=token, logprob=-token)])
+        response = delta(index, token, choice=choice)
+        response.delta.logprobs.append(told)
+        given_delta = stream.receive(response)
+        assert given_delta
+        assert given_delta.logprobs == (TokenLogprobs(-token, {token: -token}),)
+    assert [choice.finish_reason for choice in stream.choices] == [None, None]
+    reasons = pb.FINISH_REASON_STOP, [pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP]
+    prompt = [pb.TokenLogprobs(logprob=-0.5)]
+    stream.receive(
+        pb.GenerateResponse(finished=pb.Finished(reason=reasons[0], further_reasons=reasons[1], prompt_logprobs=prompt))
+    )
+    first, second, third = stream.choices
+    assert (first.text, first.token_ids, first.finish_reason) == ("<5>", (5,), FinishReason.STOP)
+    assert (second.text, second.token_ids, second.finish_reason) == ("<9><8>", (9, 8), FinishReason.LENGTH)
+    assert [told.logprob for told in second.logprobs] == [-9, -8]
+    assert (third.text, third.token_ids, third.finish_reason) == ("", (), FinishReason.STOP)
+    assert stream.finished
+    assert [told.logprob for told in stream.finished.prompt_logprobs] == [-0.5]
+
+
+def test_what_is_asked_is_put_into_its_fields() -> None:
+    options: Options = {
+        "n": 3, "logprobs": 0, "prompt_logprobs": 2, "min_p": 0.25, "repetition_penalty": 1.5, "frequency_penalty": 0.5,
+        "presence_penalty": -0.5, "logit_bias": {7: 1.5},
+    }  # fmt: skip
+    request = generate_request("hi", None, None, options)
+    assert (request.n, request.logprobs, request.prompt_logprobs) == (3, 0, 2)
+    assert request.HasField("logprobs")
+    assert request.sampling == pb.Sampling(
+        min_p=0.25, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=-0.5, logit_bias={7: 1.5}
+    )
+    left_out = generate_request("hi", None, None, {})
+    assert not any(left_out.HasField(name) for name in ("logprobs", "prompt_logprobs", "sampling"))
 
 
 def test_a_caller_that_attaches_without_tokens_continues_behind_what_it_then_gets() -> None:

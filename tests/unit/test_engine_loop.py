@@ -3,10 +3,10 @@
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_time import StepTimeModel
 from tests.unit.engine_builders import (
     PretendedFront,
     PretendedRunner,
@@ -47,7 +47,8 @@ def run(front: PretendedFront) -> PretendedRunner:
     runner = SlowRunner(limits)
     runner.time = Time()
     front.on_take = runner.time.pass_by
-    EngineLoop(Planner(limits, BlockPool(limits.num_blocks)), runner, front, runner.time).run()
+    step_time = StepTimeModel()
+    EngineLoop(Planner(limits, step_time), step_time, runner, front, runner.time).run()
     return runner
 
 
@@ -64,7 +65,7 @@ def test_a_step_is_announced_with_its_sequences_and_then_reported() -> None:
     assert (begins.step, list(begins.sequence_ids)) == (1, [1, 2])
     assert begins.predicted_ms > 0
     assert (done.step, done.took_us, done.waiting_prefill_tokens) == (1, 20_000, 4)
-    assert done.free_blocks == 16 - 3
+    assert done.free_blocks == 16 - 2
     assert [(output.sequence_id, list(output.token_ids)) for output in done.outputs] == [(1, [5])]
 
 
@@ -125,6 +126,7 @@ def test_an_exception_in_a_step_is_not_swallowed() -> None:
 
     limits = limits_of()
     front = looks([add_command(add(1))])
+    step_time = StepTimeModel()
     with pytest.raises(RuntimeError, match="on fire"):
-        EngineLoop(Planner(limits, BlockPool(16)), BrokenRunner(limits), front, Time()).run()
+        EngineLoop(Planner(limits, step_time), step_time, BrokenRunner(limits), front, Time()).run()
     assert [event.WhichOneof("event") for event in front.events] == ["begins"]

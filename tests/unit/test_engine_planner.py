@@ -1,44 +1,10 @@
-"""What a step holds: every decode, then prefill chunks in order of arrival. Nothing admitted runs out of blocks."""
+"""What a step holds: every decode, then prefill chunks in order of arrival."""
 
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.block_pool import BlockPool
-from services.worker.engine.limits import EngineLimits
-from services.worker.engine.planner import Planner
 from services.worker.engine.sequence import SequenceId
-from services.worker.engine.step_plan import StepPlan
-from tests.unit.engine_builders import STOP_TOKEN, PretendedRunner, add, limits_of
-
-
-class Engine:
-    """A planner with a pretended runner, step by step."""
-
-    def __init__(self, limits: EngineLimits | None = None) -> None:
-        self.limits = limits or limits_of()
-        self.planner = Planner(self.limits, BlockPool(self.limits.num_blocks))
-        self.runner = PretendedRunner(self.limits)
-        self.outputs: list[engine_pb2.SequenceOutput] = []
-
-    def step(self) -> StepPlan | None:
-        plan = self.planner.plan()
-        if plan:
-            self.outputs += self.planner.complete(plan, self.runner.launch(plan).result())
-        self.outputs += self.planner.take_ended()
-        return plan
-
-    def steps(self) -> list[list[tuple[int, int]]]:
-        """Run until nothing is left to compute; (sequence, tokens) of each step's chunks."""
-        made: list[list[tuple[int, int]]] = []
-        while plan := self.step():
-            made.append([(chunk.sequence_id, len(chunk.token_ids)) for chunk in plan.chunks])
-        return made
-
-    def ends(self) -> dict[int, engine_pb2.SequenceEnd.ValueType]:
-        return {output.sequence_id: output.end for output in self.outputs if output.end}
-
-    def tokens(self, sequence_id: int) -> list[int]:
-        return [token for output in self.outputs if output.sequence_id == sequence_id for token in output.token_ids]
+from tests.unit.engine_builders import STOP_TOKEN, Engine, add, limits_of
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> None:
@@ -100,7 +66,7 @@ def test_an_ended_sequence_leaves_all_its_blocks() -> None:
     engine = Engine()
     engine.planner.add(add(1, prompt=9, max_tokens=5), now_ms=0)
     engine.step()
-    assert engine.planner.num_free_blocks == engine.limits.num_blocks - 4
+    assert engine.planner.num_free_blocks == engine.limits.num_blocks - 3
     engine.steps()
     assert engine.planner.num_free_blocks == engine.limits.num_blocks
 
@@ -264,11 +230,49 @@ def test_what_never_fits_fails_with_the_reason(sequence: engine_pb2.AddSequence,
 def test_what_is_not_supported_fails_by_name_instead_of_being_ignored() -> None:
     engine = Engine()
     sequence = add(1)
-    sequence.payload.sampling.repetition_penalty = 1.2
-    sequence.payload.sampling.logit_bias[7] = 1.0
+    sequence.payload.response_format.json_object = True
     engine.planner.add(sequence, now_ms=0)
     engine.step()
-    assert engine.outputs[0].error == "this engine does not support repetition_penalty, logit_bias"
+    assert engine.outputs[0].error == "this engine does not support response_format"
+
+
+def test_a_bias_for_a_token_that_there_is_not_fails_with_the_reason() -> None:
+    engine = Engine()
+    sequence = add(1)
+    sequence.payload.sampling.logit_bias[1000] = 1.0
+    engine.planner.add(sequence, now_ms=0)
+    engine.step()
+    assert engine.outputs[0].error == "token id 1000 is not in the vocabulary of 1000"
+
+
+def given_logprobs(engine: Engine) -> dict[int, float]:
+    """Log-probabilities of given tokens, by position; of the pretended runner: minus the token."""
+    return {
+        position: told.logprob
+        for output in engine.outputs
+        for position, told in enumerate(output.given_logprobs, output.given_from)
+    }
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 8])
+def test_known_tokens_that_are_the_whole_answer_end_it_once_their_log_probabilities_are_told(chunk_tokens: int) -> None:
+    engine = Engine(limits_of(max_prefill_tokens_per_step=chunk_tokens))
+    engine.planner.add(add(1, prompt=3, max_tokens=4, known=[7, 8, 9, 6], logprobs=0), now_ms=0)
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7, 4: -8, 5: -9, 6: -6}
+    assert (engine.tokens(1), engine.ends()) == ([], {1: engine_pb2.SEQUENCE_END_LENGTH})
+    assert engine.planner.num_free_blocks == engine.limits.num_blocks
+
+
+def test_forced_tokens_that_complete_the_answer_have_their_log_probabilities_told_too() -> None:
+    engine = Engine()
+    engine.planner.add(add(1, prompt=3, max_tokens=4, known=[7], held=True, logprobs=0), now_ms=0)
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7}
+    engine.planner.release(SequenceId(1), [8, STOP_TOKEN])
+    engine.steps()
+    assert given_logprobs(engine) == {3: -7, 4: -8, 5: -STOP_TOKEN}
+    assert (engine.tokens(1), engine.ends()) == ([], {1: engine_pb2.SEQUENCE_END_STOP_TOKEN})
 
 
 def test_tokens_left_to_prefill_are_counted_over_all_sequences() -> None:

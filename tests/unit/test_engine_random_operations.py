@@ -1,15 +1,28 @@
-"""Whatever comes in whatever order: no block is leaked or shared, every sequence ends, and the rules of a step hold."""
+"""Whatever comes in whatever order: no block is leaked, none is written while another reads it, memory is never
+exceeded, every sequence ends with the tokens it would have had alone, and the rules of a step hold."""
+
+from collections import Counter, deque
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.planner import Planner
 from services.worker.engine.sequence import SequenceId
-from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_plan import PENDING_TOKEN, StepPlan, StepResult
+from services.worker.engine.step_time import StepTimeModel
 from tests.unit.engine_builders import STOP_TOKEN, PretendedRunner, add, limits_of
+
+# Few enough that prompts have common beginnings.
+TOKENS = st.sampled_from([5, 6, 7])
+SALTS = st.sampled_from([b"", b"other"])
+
+
+def next_token(context: list[int]) -> int:
+    """Depends on every token before, and on their order."""
+    total = sum(position * token for position, token in enumerate(context, 1))
+    return STOP_TOKEN if total % 11 == 0 else 5 + total % 3
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -22,59 +35,103 @@ class EngineMachine(RuleBasedStateMachine):
         self.commands: dict[int, engine_pb2.AddSequence] = {}
         """Those that have not ended."""
         self.held: set[int] = set()
-        self.generated: dict[int, int] = {}
+        self.tokens: dict[int, list[int]] = {}
+        """Prompt and answer, as far as the front was told."""
+        self.num_sampled: Counter[int] = Counter()
+        self.scored_to: dict[int, int] = {}
+        """Of those with log-probabilities: position of the next given token to be told of."""
         self.admitted: list[int] = []
         self.aborted: set[int] = set()
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
     @initialize(
         num_blocks=st.integers(1, 12),
         block_size_tokens=st.integers(1, 5),
         max_sequences=st.integers(1, 4),
         max_prefill_tokens_per_step=st.integers(1, 9),
+        step_budget_ms=st.sampled_from([1.0, 33.0, 1e9]),
+        steps_ahead=st.integers(0, 1),
     )
     def start(
-        self, num_blocks: int, block_size_tokens: int, max_sequences: int, max_prefill_tokens_per_step: int
+        self,
+        num_blocks: int,
+        block_size_tokens: int,
+        max_sequences: int,
+        max_prefill_tokens_per_step: int,
+        step_budget_ms: float,
+        steps_ahead: int,
     ) -> None:
-        self.limits = limits_of(num_blocks, block_size_tokens, max_sequences, max_prefill_tokens_per_step, 40)
-        self.pool = BlockPool(num_blocks)
-        self.planner = Planner(self.limits, self.pool)
-        self.runner = PretendedRunner(self.limits, lambda context: STOP_TOKEN if sum(context) % 7 == 0 else 50)
+        self.limits = limits_of(
+            num_blocks, block_size_tokens, max_sequences, max_prefill_tokens_per_step, 40, step_budget_ms
+        )
+        self.planner = Planner(self.limits, StepTimeModel())
+        self.runner = PretendedRunner(self.limits, next_token, steps_ahead=steps_ahead)
 
     @rule(
-        prompt=st.lists(st.integers(3, 900), max_size=25),
+        prompt=st.lists(TOKENS, max_size=25),
         max_tokens=st.integers(1, 12),
-        known=st.lists(st.integers(3, 900) | st.just(STOP_TOKEN), max_size=3),
+        known=st.lists(TOKENS | st.just(STOP_TOKEN), max_size=3),
+        num_choices=st.sampled_from([1, 1, 3]),
+        salt=SALTS,
         held=st.booleans(),
         alone=st.sampled_from([0, 0, 1, 3, 6]),
         remaining_ms=st.sampled_from([0, 0, 1, 50]),
+        penalties=st.booleans(),
+        logprobs=st.sampled_from([None, None, 0]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, known: list[int], held: bool, alone: int, remaining_ms: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        known: list[int],
+        num_choices: int,
+        salt: bytes,
+        held: bool,
+        alone: int,
+        remaining_ms: int,
+        penalties: bool,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> None:
-        command = add(
-            self.next_id,
-            prompt,
-            max_tokens=max_tokens,
-            known=known,
-            held=held,
-            alone_until_tokens=alone,
-            remaining_ms=remaining_ms,
-        )
-        self.next_id += 1
-        self.commands[command.sequence_id] = command
-        self.generated[command.sequence_id] = len(known)
-        if held:
-            self.held.add(command.sequence_id)
-        self.planner.add(command, self.now_ms)
-        if remaining_ms:
-            command.remaining_ms += int(self.now_ms)
+        first = self.next_id
+        for choice in range(num_choices):
+            command = add(
+                self.next_id,
+                prompt,
+                max_tokens=max_tokens,
+                known=known[choice:],
+                held=held,
+                alone_until_tokens=alone,
+                remaining_ms=remaining_ms,
+                fork_of=first if choice else 0,
+                salt=salt,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            )
+            command.choice = choice
+            if penalties:
+                command.payload.sampling.presence_penalty = 1.0
+            self.next_id += 1
+            self.commands[command.sequence_id] = command
+            self.tokens[command.sequence_id] = [*prompt, *known[choice:]]
+            if prompt_logprobs is not None and choice == 0:
+                self.scored_to[command.sequence_id] = min(1, len(prompt))
+            elif logprobs is not None:
+                self.scored_to[command.sequence_id] = len(prompt)
+            self.runner.salts[command.sequence_id] = salt
+            if held:
+                self.held.add(command.sequence_id)
+            self.planner.add(command, self.now_ms)
+            if remaining_ms:
+                command.remaining_ms += int(self.now_ms)
 
-    @rule(sequence_id=st.integers(1, 30), forced=st.lists(st.integers(3, 900) | st.just(STOP_TOKEN), max_size=5))
+    @rule(sequence_id=st.integers(1, 30), forced=st.lists(TOKENS | st.just(STOP_TOKEN), max_size=5))
     def release(self, sequence_id: int, forced: list[int]) -> None:
         self.planner.release(SequenceId(sequence_id), forced)
         if sequence_id in self.held:
             self.held.remove(sequence_id)
-            self.generated[sequence_id] += len(forced)
+            self.tokens[sequence_id] += forced
 
     @rule(sequence_id=st.integers(1, 30))
     def abort(self, sequence_id: int) -> None:
@@ -93,19 +150,20 @@ class EngineMachine(RuleBasedStateMachine):
         self._step()
 
     def _step(self) -> bool:
+        """As the loop does it. False: nothing is left to do."""
         self.planner.expire(self.now_ms)
-        self._note_ends(self.planner.take_ended())
+        self._note(self.planner.take_ended())
+        first_before = next(iter(self.planner._running), None)
         plan = self.planner.plan()
-        if plan is None:
-            return False
-        self._check(plan)
-        outputs = self.planner.complete(plan, self.runner.launch(plan).result())
-        for output in outputs:
-            assert len(output.token_ids) == 1
-            self.generated[output.sequence_id] += 1
-            assert self.generated[output.sequence_id] <= self.commands[output.sequence_id].payload.max_tokens
-        self._note_ends(outputs)
-        return True
+        assert first_before is None or first_before in self.planner._running, "the first had to give way"
+        self.admitted += [sequence_id for sequence_id in self.planner._running if sequence_id not in self.admitted]
+        if plan:
+            self._check(plan)
+            self.in_flight.append((plan, self.runner.launch(plan).result()))
+        busy = bool(self.in_flight)
+        if len(self.in_flight) > (self.runner.steps_ahead if plan else 0):
+            self._note(self.planner.complete(*self.in_flight.popleft()))
+        return busy
 
     def _check(self, plan: StepPlan) -> None:
         ids = [chunk.sequence_id for chunk in plan.chunks]
@@ -114,32 +172,71 @@ class EngineMachine(RuleBasedStateMachine):
         for chunk in plan.chunks:
             command = self.commands[chunk.sequence_id]
             assert not command.remaining_ms or command.remaining_ms > self.now_ms, "an expired sequence in a step"
+            num_pending = PENDING_TOKEN in chunk.token_ids
             if chunk.sample_index is not None:
                 assert chunk.sequence_id not in self.held, "a held sequence samples"
-                assert chunk.sample_index == self.generated[chunk.sequence_id]
-            if chunk.sequence_id not in self.admitted:
-                self.admitted.append(chunk.sequence_id)
+                generated = len(self.tokens[chunk.sequence_id]) - len(command.payload.prompt_token_ids) + num_pending
+                assert chunk.sample_index == generated < command.payload.max_tokens
+                assert not (num_pending and command.payload.sampling.presence_penalty), (
+                    "what it depends on is not known"
+                )
             if len(chunk.token_ids) > 1:
                 prefill_tokens += len(chunk.token_ids)
         assert prefill_tokens <= self.limits.max_prefill_tokens_per_step
-        suspects = [i for i in ids if self.generated[i] < self.commands[i].alone_until_tokens]
-        assert not suspects or len(ids) == 1, "a suspect in company"
+        suspects = [i for i in ids if self._generated(i) < self.commands[i].alone_until_tokens]
+        assert not suspects or (len(ids) == 1 and not self.in_flight), "a suspect in company"
+        self._check_writers(plan)
 
-    def _note_ends(self, outputs: list[engine_pb2.SequenceOutput]) -> None:
+    def _check_writers(self, plan: StepPlan) -> None:
+        """What a step writes to has one holder, and nobody can find it by its content."""
+        holders = self._holders()
+        size = self.limits.block_size_tokens
+        for chunk in plan.chunks:
+            for block in chunk.block_table[chunk.first_position // size : -(-chunk.context_tokens // size)]:
+                assert holders[block] == 1
+                assert block not in self.planner._cache
+
+    def _generated(self, sequence_id: int) -> int:
+        return len(self.tokens[sequence_id]) - len(self.commands[sequence_id].payload.prompt_token_ids)
+
+    def _note(self, outputs: list[engine_pb2.SequenceOutput]) -> None:
         for output in outputs:
+            tokens = self.tokens[output.sequence_id]
+            for token in output.token_ids:
+                # With planning ahead, nothing of company, preemption or sharing shows.
+                assert token == next_token(tokens)
+                tokens.append(token)
+                self.num_sampled[output.sequence_id] += 1
+            self._note_logprobs(output)
             if output.end:
                 # An end that was not told yet is told, even if the front gave the sequence up meanwhile.
                 assert self.commands.pop(output.sequence_id, None) or output.sequence_id in self.aborted
                 self.held.discard(output.sequence_id)
 
+    def _note_logprobs(self, output: engine_pb2.SequenceOutput) -> None:
+        tokens = self.tokens[output.sequence_id]
+        given = [-scored.logprob for scored in output.given_logprobs]
+        if given:
+            assert output.given_from == self.scored_to[output.sequence_id], "each is told once, in order"
+            assert given == tokens[output.given_from : output.given_from + len(given)]
+            self.scored_to[output.sequence_id] += len(given)
+        if output.end in (engine_pb2.SEQUENCE_END_STOP_TOKEN, engine_pb2.SEQUENCE_END_LENGTH):
+            num_given = len(tokens) - self.num_sampled[output.sequence_id]
+            assert self.scored_to.get(output.sequence_id, num_given) == num_given, "all of them are told"
+        if output.token_ids and self.commands[output.sequence_id].payload.HasField("logprobs"):
+            assert [-scored.logprob for scored in output.logprobs] == list(output.token_ids)
+
+    def _holders(self) -> Counter[int]:
+        return Counter(block for sequence in self.planner._running.values() for block in sequence.block_table)
+
     @invariant()
-    def blocks_of_a_sequence_are_its_own(self) -> None:
-        if self.next_id == 1:
-            return
-        tables = [sequence.block_table for sequence in self.planner._running.values()]
-        blocks = [block for table in tables for block in table]
-        assert len(set(blocks)) == len(blocks)
-        assert len(blocks) + self.pool.num_free == self.pool.num_blocks
+    def every_block_is_free_or_held(self) -> None:
+        if self.next_id > 1:
+            holders = self._holders()
+            assert len(holders) + self.planner.num_free_blocks == self.limits.num_blocks
+            assert {block: holders[block] for block in range(self.limits.num_blocks)} == dict(
+                enumerate(self.planner._pool._num_holders)
+            )
 
     def teardown(self) -> None:
         """Released and left alone, everything ends, and every block is free again."""
@@ -148,14 +245,14 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence_id in sorted(self.held):
             self.planner.release(SequenceId(sequence_id), [])
         self.held.clear()
-        for _ in range(2000):
+        for _ in range(3000):
             if not self._step():
                 break
-        self._note_ends(self.planner.take_ended())
+        self._note(self.planner.take_ended())
         assert not self.commands
-        assert self.pool.num_free == self.pool.num_blocks
+        assert self.planner.num_free_blocks == self.limits.num_blocks
         assert self.admitted == sorted(self.admitted), "one was admitted before another that came earlier"
 
 
-EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestAnyOrderOfEvents = EngineMachine.TestCase

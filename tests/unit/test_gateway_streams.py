@@ -1,17 +1,24 @@
 """What waits for a slow client is joined, complete, and bounded; what workers ask too early is answered later."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
+from gen.shoal.fleet.v1 import delivery_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Aborted, Unavailable
 from services.common.ids import RequestKey
 from services.common.record.history import Held
 from services.common.record.reader import Acceptance, Reader
 from services.common.record.record import Attempt
+from services.common.store.requests import RequestStore
+from services.common.store.workers import WorkerDirectory
+from services.gateway.delivery import DeliveryService
+from services.gateway.departures import Departures
+from services.gateway.hints import Hints
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Accepted, Stream
 
@@ -26,8 +33,10 @@ def a_stream(number: int = 1, num_choices: int = 1, held: Sequence[Held] = ()) -
     return stream
 
 
-def a_delta(index: int, tokens: Sequence[int], choice: int = 0) -> pb.Delta:
-    return pb.Delta(choice=choice, index=index, text="".join(f"<{token}>" for token in tokens), token_ids=tokens)
+def a_delta(index: int, tokens: Sequence[int], choice: int = 0, *, with_logprobs: bool = False) -> pb.Delta:
+    told = [pb.TokenLogprobs(logprob=-token, top=[pb.TokenLogprob(token_id=token)]) for token in tokens]
+    text = "".join(f"<{token}>" for token in tokens)
+    return pb.Delta(choice=choice, index=index, text=text, token_ids=tokens, logprobs=told if with_logprobs else ())
 
 
 async def deltas_of(stream: Stream) -> list[pb.Delta]:
@@ -36,20 +45,25 @@ async def deltas_of(stream: Stream) -> list[pb.Delta]:
 
 
 @given(
-    pieces=st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 99), min_size=1, max_size=4)), max_size=300)
+    pieces=st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 99), min_size=1, max_size=4)), max_size=300),
+    with_logprobs=st.booleans(),
 )
-def test_a_client_that_reads_late_gets_all_of_it_in_one_delta_a_choice(pieces: list[tuple[int, list[int]]]) -> None:
+def test_a_client_that_reads_late_gets_all_of_it_in_one_delta_a_choice(
+    pieces: list[tuple[int, list[int]]], with_logprobs: bool
+) -> None:
     stream = a_stream(num_choices=2, held=(Held(7), Held(0)))
     counts, tokens = [7, 0], ([], [])  # type: tuple[list[int], tuple[list[int], list[int]]]
     for choice, piece in pieces:
-        assert stream.take(FIRST, a_delta(counts[choice], piece, choice), 1) is Acceptance.NEW
+        delta = a_delta(counts[choice], piece, choice, with_logprobs=with_logprobs)
+        assert stream.take(FIRST, delta, 1) is Acceptance.NEW
         counts[choice] += len(piece)
         tokens[choice].extend(piece)
     stream.finish(pb.Finished())
     deltas = asyncio.run(deltas_of(stream))
     assert [delta.choice for delta in deltas] == [choice for choice in (0, 1) if tokens[choice]]
     for delta in deltas:
-        assert delta == a_delta((7, 0)[delta.choice], tokens[delta.choice], delta.choice)
+        whole = tokens[delta.choice]
+        assert delta == a_delta((7, 0)[delta.choice], whole, delta.choice, with_logprobs=with_logprobs)
 
 
 def test_what_waits_takes_no_more_than_its_text_and_tokens() -> None:
@@ -57,6 +71,17 @@ def test_what_waits_takes_no_more_than_its_text_and_tokens() -> None:
     for index in range(5_000):
         stream.take(FIRST, a_delta(index, [7]), 1)
     assert stream.num_waiting_bytes == 5_000 * (len("<7>") + 4)
+
+
+def test_log_probabilities_that_wait_are_counted_until_they_are_sent() -> None:
+    stream = a_stream()
+    for index in range(100):
+        stream.take(FIRST, a_delta(index, [7], with_logprobs=True), 1)
+    each = a_delta(0, [7], with_logprobs=True).logprobs[0].ByteSize()
+    assert stream.num_waiting_bytes == 100 * (len("<7>") + 4 + each)
+    stream.finish(pb.Finished())
+    asyncio.run(deltas_of(stream))
+    assert stream.num_waiting_bytes == 0
 
 
 async def test_tokens_that_come_while_the_client_is_sent_others_go_in_front_of_the_end() -> None:
@@ -108,3 +133,44 @@ def test_what_is_asked_of_an_arriving_request_is_answered_when_it_has_settled() 
         assert not asked
     assert asked == ["last"], "once, and as it was asked last"
     assert not streams.is_arriving(KEY)
+
+
+async def _next(link: AsyncIterator[delivery_pb2.DeliverResponse]) -> delivery_pb2.DeliverResponse:
+    return await anext(link)
+
+
+class ACall:
+    """A worker's call, as far as the gateway's side of it looks."""
+
+    def __init__(self) -> None:
+        self.when_done: list[Callable[[object], object]] = []
+
+    def add_done_callback(self, callback: Callable[[object], object]) -> None:
+        self.when_done.append(callback)
+
+
+async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again_is_answered_later() -> None:
+    streams, stream = OpenStreams(), a_stream(number=5)
+    streams.install(stream)
+    call = ACall()
+    wishes: asyncio.Queue[delivery_pb2.DeliverRequest] = asyncio.Queue()
+
+    async def messages() -> AsyncIterator[delivery_pb2.DeliverRequest]:
+        while True:
+            yield await wishes.get()
+
+    async with asyncio.TaskGroup() as tasks:
+        departures = Departures(RequestStore(Redis(), "unused", 1))
+        hints = Hints(WorkerDirectory(Redis(), "unused"))
+        link = DeliveryService(streams, departures, hints, tasks, lambda: 0.0).Deliver(messages(), call)
+        answer = tasks.create_task(_next(link))
+        with streams.arriving(KEY):
+            attempt = delivery_pb2.AttemptId(number=FIRST.number, nonce=FIRST.nonce)
+            wish = delivery_pb2.Open(key=KEY, attempt=attempt, reader=3)
+            wishes.put_nowait(delivery_pb2.DeliverRequest(opens=[wish]))
+            while not wishes.empty():
+                await asyncio.sleep(0)
+            stream.reader.number = 3
+        assert [resume.key for resume in (await answer).resumes] == [KEY]
+        for callback in call.when_done:
+            callback(call)

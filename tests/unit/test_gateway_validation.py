@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import InvalidRequest, NotFound, ShoalError, to_status
+from services.common.ids import RequestKey
 from services.common.record.history import NOTHING, Held
+from services.common.record.record import Attempt
 from services.gateway.identity import DEFAULT_TENANT, cache_salt, tenant_of, traceparent_of
 from services.gateway.model import Model, Room
 from services.gateway.validation import (
@@ -22,6 +24,7 @@ from services.gateway.validation import (
     held_by_client,
     validate,
 )
+from services.scheduler.ledger import Reservation
 
 MODEL = Model("smol", context_tokens=100, vocabulary_tokens=500, end_token_ids=(2,))
 
@@ -34,6 +37,10 @@ def a_request(**fields: Any) -> pb.GenerateRequest:
 
 def a_chat(*roles: str) -> pb.Chat:
     return pb.Chat(messages=[pb.ChatMessage(role=role, content="hi") for role in roles])
+
+
+def one_of(*texts: str) -> pb.ResponseFormat:
+    return pb.ResponseFormat(choices=pb.ResponseFormat.Choices(texts=texts))
 
 
 def refusal(request: pb.GenerateRequest) -> ShoalError:
@@ -58,6 +65,12 @@ def refusal(request: pb.GenerateRequest) -> ShoalError:
         ({"sampling": pb.Sampling(min_p=-1)}, "sampling.min_p", "-1.0", "1"),
         ({"sampling": pb.Sampling(repetition_penalty=0)}, "sampling.repetition_penalty", "0.0", "10"),
         ({"sampling": pb.Sampling(presence_penalty=math.nan)}, "sampling.presence_penalty", "nan", "-2 to 2"),
+        ({"sampling": pb.Sampling(repetition_penalty=10.5)}, "sampling.repetition_penalty", "10.5", "10"),
+        ({"sampling": pb.Sampling(frequency_penalty=2.5)}, "sampling.frequency_penalty", "2.5", "-2 to 2"),
+        ({"sampling": pb.Sampling(logit_bias={500: 1})}, "sampling.logit_bias[500]", "500", "below 500"),
+        ({"sampling": pb.Sampling(logit_bias={3: 100.5})}, "sampling.logit_bias[3]", "100.5", "-100 to 100"),
+        ({"sampling": pb.Sampling(logit_bias={3: math.nan})}, "sampling.logit_bias[3]", "nan", "-100 to 100"),
+        ({"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(1025), 1.0))}, "sampling.logit_bias", "1025", "1024"),
         ({"stop": ["x"] * 17}, "stop", "17", "16"),
         ({"stop": ["x", ""]}, "stop[1]", "0 bytes", "1 to 256"),
         ({"stop": ["é" * 129]}, "stop[0]", "258 bytes", "1 to 256"),
@@ -70,9 +83,29 @@ def refusal(request: pb.GenerateRequest) -> ShoalError:
         ({"token_ids": pb.TokenIds(ids=[1, 2, 500])}, "token_ids.ids[2]", "500", "below 500"),
         ({"n": 17}, "n", "17", "16"),
         ({"logprobs": 21}, "logprobs", "21", "20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "21", "20"),
         ({"request_id": "a\x00b"}, "request_id", "'a\\x00b'", "A-Z a-z 0-9"),
         ({"request_id": "x" * 1_000_000}, "request_id", "1000000 characters", "1 to 128"),
         ({"request_id": "a/b"}, "request_id", "'a/b'", "A-Z a-z 0-9"),
+        ({"response_format": pb.ResponseFormat()}, "response_format", "no form", "json_schema, regex, choices"),
+        (
+            {"response_format": pb.ResponseFormat(json_object=False)},
+            "response_format.json_object",
+            "false",
+            "expected true",
+        ),
+        (
+            {"response_format": pb.ResponseFormat(json_schema=" " * 65_537)},
+            "response_format.json_schema",
+            "65537 bytes",
+            "1 to 65536",
+        ),
+        ({"response_format": pb.ResponseFormat(json_schema="")}, "response_format.json_schema", "0 bytes", "1 to"),
+        ({"response_format": pb.ResponseFormat(regex="é" * 2_049)}, "response_format.regex", "4098 bytes", "4096"),
+        ({"response_format": one_of()}, "response_format.choices.texts", "length 0", "1 to 1024"),
+        ({"response_format": one_of(*["a"] * 1_025)}, "response_format.choices.texts", "length 1025", "1 to 1024"),
+        ({"response_format": one_of("a", "")}, "response_format.choices.texts[1]", "empty", "at least 1"),
+        ({"response_format": one_of("a" * 65_537)}, "response_format.choices.texts", "65537 bytes", "65536"),
         ({"priority": 7}, "priority", "7", "Priority"),
     ],
 )
@@ -92,25 +125,6 @@ def test_no_input_at_all_is_refused() -> None:
     assert refusal(pb.GenerateRequest()).field == "input"
 
 
-@pytest.mark.parametrize(
-    ("fields", "field"),
-    [
-        ({"n": 2}, "n"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"response_format": pb.ResponseFormat(json_object=True)}, "response_format"),
-        ({"sampling": pb.Sampling(min_p=0.5)}, "sampling.min_p"),
-        ({"sampling": pb.Sampling(repetition_penalty=1.5)}, "sampling.repetition_penalty"),
-        ({"sampling": pb.Sampling(frequency_penalty=0.5)}, "sampling.frequency_penalty"),
-        ({"sampling": pb.Sampling(presence_penalty=0.5)}, "sampling.presence_penalty"),
-        ({"sampling": pb.Sampling(logit_bias={3: 1.0})}, "sampling.logit_bias"),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_and_not_ignored(fields: dict[str, Any], field: str) -> None:
-    error = refusal(a_request(**fields))
-    assert (error.field, error.reason) == (field, "NOT_SUPPORTED_YET")
-    assert "not supported yet" in error.message
-
-
 def test_an_unknown_model_is_not_found_and_the_known_one_is_named() -> None:
     error = refusal(a_request(model="gpt-9"))
     assert isinstance(error, NotFound)
@@ -121,29 +135,43 @@ def test_an_unknown_model_is_not_found_and_the_known_one_is_named() -> None:
 def test_defaults_are_filled_in() -> None:
     valid = validate(a_request(), MODEL)
     assert (valid.sampling.temperature, valid.sampling.top_p, valid.sampling.top_k) == (1, 1, 0)
+    assert (valid.sampling.min_p, valid.sampling.repetition_penalty, dict(valid.sampling.logit_bias)) == (0, 1, {})
+    assert (valid.logprobs, valid.prompt_logprobs) == (None, None)
     assert not valid.sampling.HasField("seed"), "drawn where the request is accepted"
     assert (valid.n, valid.priority, valid.max_tokens) == (1, pb.PRIORITY_STANDARD, None)
 
 
 def test_limits_themselves_are_taken() -> None:
-    sampling = pb.Sampling(temperature=100, top_p=1, top_k=1_000_000, seed=2**64 - 1, repetition_penalty=1)
+    biases = {token: 100.0 if token % 2 else -100.0 for token in range(500)}
+    sampling = pb.Sampling(
+        temperature=100, top_p=1, top_k=1_000_000, seed=2**64 - 1, repetition_penalty=10, min_p=1, frequency_penalty=-2,
+        presence_penalty=2, logit_bias=biases,
+    )  # fmt: skip
     request = a_request(
         request_id="A" * 128,
         sampling=sampling,
         stop=["x" * 256] * 16,
         stop_token_ids=range(64),
         max_tokens=99,
-        n=1,
+        n=16,
+        logprobs=20,
+        prompt_logprobs=0,
         deadline_ms=2**32 - 1,
     )
     valid = validate(request, MODEL)
     assert valid.sampling.seed == 2**64 - 1
-    assert valid.sampling.temperature == 100
+    assert valid.sampling == sampling
+    assert (valid.n, valid.logprobs, valid.prompt_logprobs) == (16, 20, 0)
 
 
 def test_the_models_own_end_tokens_stop_unless_they_are_ignored() -> None:
     assert validate(a_request(stop_token_ids=[7]), MODEL).stop_token_ids == (7, 2)
     assert validate(a_request(stop_token_ids=[7], ignore_eos=True), MODEL).stop_token_ids == (7,)
+
+
+def a_room(cache_tokens: int, context_tokens: int = 100) -> Room:
+    """In blocks of a token."""
+    return Room(cache_tokens, 1, context_tokens)
 
 
 def fitted(num_prompt_tokens: int, max_tokens: int | None = None, room: Room | None = None, n: int = 1) -> int:
@@ -155,8 +183,8 @@ def fitted(num_prompt_tokens: int, max_tokens: int | None = None, room: Room | N
 def test_without_max_tokens_the_answer_may_fill_what_is_left() -> None:
     assert fitted(40) == 60
     assert fitted(99) == 1
-    assert fitted(40, room=Room(cache_tokens=64, context_tokens=100)) == 24
-    assert fitted(40, room=Room(cache_tokens=64, context_tokens=100), n=2) == 12
+    assert fitted(40, room=a_room(64)) == 24
+    assert fitted(40, room=a_room(64), n=2) == 11, "the prompt's last token is in a block of each choice"
 
 
 @pytest.mark.parametrize(
@@ -166,9 +194,9 @@ def test_without_max_tokens_the_answer_may_fill_what_is_left() -> None:
         (100, None, None, "PROMPT_TOO_LONG", "100 tokens", "100 tokens"),
         (100, 1, None, "PROMPT_TOO_LONG", "100 tokens", "Shorten it by 1"),
         (60, 41, None, "CONTEXT_EXCEEDED", "41", "leave 40"),
-        (60, 20, Room(79, 100), "CAPACITY_EXCEEDED", "20", "79 tokens"),
-        (80, None, Room(80, 100), "CAPACITY_EXCEEDED", "80 prompt tokens", "80 tokens"),
-        (60, 10, Room(1000, 64), "CONTEXT_EXCEEDED", "10", "64 tokens"),
+        (60, 20, a_room(79), "CAPACITY_EXCEEDED", "20", "79 tokens"),
+        (80, None, a_room(80), "CAPACITY_EXCEEDED", "80 prompt tokens", "80 tokens"),
+        (60, 10, a_room(1000, 64), "CONTEXT_EXCEEDED", "10", "64 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -190,7 +218,52 @@ def test_more_tokens_than_the_context_are_refused_before_each_is_looked_at() -> 
 
 def test_prompt_and_answer_may_fill_context_and_cache_to_the_last_token() -> None:
     assert fitted(60, 40) == 40
-    assert fitted(60, 20, Room(80, 100)) == 20
+    assert fitted(60, 20, a_room(80)) == 20
+
+
+def test_log_probabilities_are_bounded_by_what_one_message_can_tell() -> None:
+    large = Model("large", context_tokens=1_000_000, vocabulary_tokens=500, end_token_ids=())
+
+    def most(num_prompt_tokens: int, **fields: Any) -> int:
+        return fitted_max_tokens(num_prompt_tokens, validate(a_request(**fields), large), large, None)
+
+    assert most(10) == 999_990
+    assert most(10, logprobs=0) == 999_990
+    assert most(10, logprobs=19, n=5) == 10_000
+    assert most(1_000, logprobs=9, prompt_logprobs=19) == 98_000
+    assert most(50_000, prompt_logprobs=19) == 950_000
+    for fields, field in (
+        ({"logprobs": 19, "n": 5, "max_tokens": 10_001}, "logprobs"),
+        ({"prompt_logprobs": 20}, "prompt_logprobs"),
+    ):
+        with pytest.raises(InvalidRequest, match="1000000 log-probabilities") as caught:
+            most(50_000 if "prompt_logprobs" in fields else 10, **fields)
+        assert (caught.value.reason, caught.value.field) == ("TOO_MANY_LOGPROBS", field)
+
+
+@given(
+    prompt_tokens=st.integers(1, 90),
+    n=st.integers(1, 16),
+    num_blocks=st.integers(1, 40),
+    block_size_tokens=st.sampled_from([1, 4, 16]),
+)
+def test_what_is_taken_is_what_an_empty_worker_can_be_given(
+    prompt_tokens: int, n: int, num_blocks: int, block_size_tokens: int
+) -> None:
+    room = Room(num_blocks, block_size_tokens, context_tokens=100)
+    attempt = Attempt(1, "n")
+
+    def could_hold(max_tokens: int) -> bool:
+        reservation = Reservation(RequestKey("t/r"), attempt, prompt_tokens, 0, max_tokens, n)
+        return reservation.num_blocks(block_size_tokens) <= num_blocks
+
+    try:
+        most = fitted(prompt_tokens, room=room, n=n)
+    except InvalidRequest:
+        assert not could_hold(1)
+    else:
+        assert could_hold(most)
+        assert most == 100 - prompt_tokens or not could_hold(most + 1)
 
 
 def test_the_digest_ignores_the_id_and_nothing_else() -> None:
@@ -198,6 +271,8 @@ def test_the_digest_ignores_the_id_and_nothing_else() -> None:
     same = a_request(request_id="b", stop=["x"], sampling=pb.Sampling(temperature=0.5, logit_bias={2: 2, 1: 1}))
     assert digest(request) == digest(same)
     assert digest(pb.GenerateRequest.FromString(request.SerializeToString())) == digest(request)
+    for fields in ({"prompt_logprobs": 0}, {"logprobs": 0}, {"n": 2}, {"sampling": pb.Sampling(logit_bias={1: 1})}):
+        assert digest(a_request(**fields)) != digest(a_request())
     assert digest(a_request(max_tokens=5)) != digest(a_request(max_tokens=6))
     assert digest(a_request(sampling=pb.Sampling(temperature=1))) != digest(a_request())
 

@@ -27,6 +27,7 @@ def test_every_invariant_holds_whatever_goes_wrong() -> None:
         (387, "a queued request that was recovered kept an entry in the intake that could not be placed any more"),
         (1561, "Redis lost that a reader had come and gone, and the request was read by nobody for ever"),
         (7470, "Redis lost a submission that was sent again, and one attempt ran twice"),
+        (6107995, "a gateway started anew stood for the one that died there, and a request ran unread for ever"),
         (1010421, "a leader that stood still in the midst of a round declared a healthy worker lost"),
     ],
 )

@@ -102,6 +102,14 @@ def test_tokens_are_sent_once() -> None:
     assert list(run.frames()) == [Frame(0, 1, (2,))]
 
 
+def test_tokens_that_may_not_be_sent_yet_are_sent_later() -> None:
+    run = a_run(SECOND, (1, 2, 3))
+    run.resume(held(1))
+    assert list(run.frames([1])) == []
+    assert list(run.frames([2])) == [Frame(0, 1, (2,))]
+    assert list(run.frames([3])) == [Frame(0, 2, (3,))]
+
+
 def test_a_later_attempt_samples_nothing_until_its_reader_was_heard() -> None:
     run = a_run(SECOND, (1, 2))
     assert not run.sampling

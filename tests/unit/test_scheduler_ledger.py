@@ -19,6 +19,8 @@ def test_a_request_reserves_whole_blocks_for_each_of_its_choices() -> None:
     assert a_reservation(prompt_tokens=16, max_tokens=16).num_blocks(16) == 2
     assert a_reservation(prompt_tokens=16, max_tokens=17).num_blocks(16) == 3
     assert a_reservation(prompt_tokens=16, max_tokens=17, num_choices=4).num_blocks(16) == 12
+    # The two full blocks in front of the prompt's last token are shared by all choices.
+    assert a_reservation(prompt_tokens=33, max_tokens=15, num_choices=4).num_blocks(16) == 2 + 4
 
 
 def test_what_was_generated_before_is_prefill_but_no_further_memory() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.ids import WorkerId
-from services.scheduler.liveness import Liveness, Patience
+from services.scheduler.liveness import Liveness, Loss, Patience
 from tests.unit.scheduler_builders import W1, W2, a_report
 
 PATIENCE = Patience(least_ms=1000, steps=8, held_ms=10_000, stall_ms=500)
@@ -119,6 +119,66 @@ def test_a_wake_up_in_time_restarts_nothing() -> None:
     assert lost(liveness, 1000) == [W1]
 
 
+def test_a_hint_leaves_a_silent_worker_one_and_a_half_of_its_report_intervals() -> None:
+    liveness = a_watch()
+    liveness.hinted(W1, report_interval_ms=200, now_ms=400)
+    assert liveness.next_due_ms() == 700
+    assert lost(liveness, 699) == []
+    assert liveness.lost(700) == [Loss(W1, silent_ms=700, hinted=True)]
+
+
+def test_whoever_reports_after_a_hint_is_not_lost_by_it() -> None:
+    liveness = a_watch()
+    liveness.hinted(W1, 200, 400)
+    liveness.reported(a_report(steps=1, requests=1, predicted_step_ms=20), 650)
+    assert lost(liveness, 1649) == []
+    assert liveness.lost(1650) == [Loss(W1, silent_ms=1000, hinted=False)]
+
+
+def test_a_hint_never_gives_more_time_and_a_second_one_changes_nothing() -> None:
+    liveness = a_watch()
+    liveness.hinted(W1, 200, 100)
+    liveness.hinted(W1, 200, 390)
+    assert lost(liveness, 400) == [W1]
+    liveness = a_watch()
+    liveness.hinted(W1, 200, 900)
+    assert lost(liveness, 1000) == [W1]
+
+
+def test_a_hint_at_a_worker_without_work_or_without_a_known_interval_loses_nobody() -> None:
+    idle, unknown = a_watch(busy=False), a_watch()
+    idle.hinted(W1, 200, 0)
+    unknown.hinted(W1, 0, 0)
+    assert lost(idle, 1e9) == []
+    assert lost(unknown, 999) == []
+
+
+def test_a_hinted_worker_is_given_its_report_when_its_work_begins() -> None:
+    liveness = a_watch(busy=False)
+    liveness.hinted(W1, 200, 0)
+    liveness.watch(W1, True, 5000)
+    assert lost(liveness, 5299) == []
+    assert lost(liveness, 5300) == [W1]
+
+
+def test_after_a_stall_of_the_leader_a_hint_waits_anew() -> None:
+    liveness = a_watch()
+    liveness.hinted(W1, 200, 100)
+    liveness.woke(now_ms=5000, expected_at_ms=400)
+    assert lost(liveness, 5000) == []
+    liveness.caught_up(5010)
+    assert lost(liveness, 5309) == []
+    assert lost(liveness, 5310) == [W1]
+
+
+def test_the_leaders_own_delay_is_not_counted_against_a_hinted_worker() -> None:
+    liveness = a_watch()
+    liveness.hinted(W1, 200, 100)
+    liveness.woke(now_ms=650, expected_at_ms=400)
+    assert lost(liveness, 649) == []
+    assert lost(liveness, 650) == [W1]
+
+
 def test_the_next_loss_is_announced() -> None:
     liveness = a_watch()
     liveness.watch(W2, False, 0)
@@ -134,7 +194,8 @@ def test_the_next_loss_is_announced() -> None:
 def test_a_worker_that_steps_is_never_lost_however_the_leader_stalls(
     rounds: list[tuple[float, float]], step_ms: int
 ) -> None:
-    """The leader follows, then is stopped for a while, again and again; the worker makes steps all the time."""
+    """The leader follows, then is stopped for a while, again and again; the worker makes steps all the time, and its
+    streams break all the time."""
     liveness = a_watch()
     now_ms = 0.0
     for wait_ms, stalled_ms in rounds:
@@ -148,3 +209,4 @@ def test_a_worker_that_steps_is_never_lost_however_the_leader_stalls(
         liveness.reported(a_report(steps=steps, requests=1, predicted_step_ms=step_ms), now_ms)
         liveness.caught_up(now_ms)
         assert lost(liveness, now_ms) == []
+        liveness.hinted(W1, 300, now_ms)

@@ -71,6 +71,18 @@ def test_a_placement_that_redis_lost_is_raised() -> None:
     assert not claims(w_1=held(2, "n2", True)).confirm(queued)
 
 
+def test_only_the_reader_that_the_record_names_counts_as_there() -> None:
+    def stated(gateway: str, reader: int) -> Claims:
+        request = held(2, "n2", runs_here=False, reader=reader)
+        request.gateway = gateway
+        return claims(a=request)
+
+    assert stated("gateway:1", 1).is_read(RUNNING)
+    assert not stated("gateway:1", 2).is_read(RUNNING)
+    assert not stated("gateway:2", 1).is_read(RUNNING)
+    assert not claims(w_1=held(2, "n2", True)).is_read(RUNNING)
+
+
 def test_what_redis_lost_is_put_back_from_its_last_reader() -> None:
     stated = claims(a=held(1, "n1", False, reader=1), b=held(1, "n1", False, reader=2), w_1=held(3, "n3", True))
     assert [request.reader for request in stated.lost(set())] == [2]

@@ -1,6 +1,7 @@
 """The pool answers whatever happens to its processes, and never blocks the event loop that asks it."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gen.shoal.fleet.v1.tokenizer_pb2 import EncodeRequest, EncodeResponse
+from gen.shoal.fleet.v1.tokenizer_pb2 import CheckFormatRequest, EncodeRequest, EncodeResponse
+from gen.shoal.inference.v1.inference_pb2 import ResponseFormat
 from services.common.errors import DeadlineExceeded, Exhausted, InvalidRequest, Unavailable
 from services.common.model.location import default_model_path
 from services.tokenizer.frames import Operation
@@ -27,9 +29,14 @@ LONG = EncodeRequest(prompt="abcdefgh" * (1 << 17)).SerializeToString()
 
 @asynccontextmanager
 async def a_pool(
-    num_processes: int = 2, max_queued_jobs: int = 100, max_queued_bytes: int = 1 << 26, job_limit_s: float = 60.0
+    num_processes: int = 2,
+    max_queued_jobs: int = 100,
+    max_queued_bytes: int = 1 << 26,
+    job_limit_s: float = 60.0,
+    format_limit_s: float = 60.0,
 ) -> AsyncIterator[Pool]:
-    pool = Pool(default_model_path(), PoolLimits(num_processes, max_queued_jobs, max_queued_bytes, job_limit_s))
+    limits = PoolLimits(num_processes, max_queued_jobs, max_queued_bytes, job_limit_s, format_limit_s)
+    pool = Pool(default_model_path(), limits)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(pool.run())
         await pool.ready.wait()
@@ -146,6 +153,18 @@ async def test_an_input_that_takes_too_long_is_ended() -> None:
         assert await encode(pool, SHORT) == SHORT_TOKENS
 
 
+async def test_a_form_that_takes_too_long_to_compile_is_refused_and_its_process_ended() -> None:
+    patterns = [{"type": "string", "pattern": f".*{one}.*{other}"} for one in "abcdefgh" for other in "klmnop"]
+    form = ResponseFormat(json_schema=json.dumps({"allOf": patterns}))  # Some minutes, without a limit.
+    async with a_pool(num_processes=1, format_limit_s=1.5) as pool:
+        (pid,) = pool_pids()
+        with pytest.raises(InvalidRequest, match="1500 ms") as caught:
+            await pool.submit(Operation.CHECK_FORMAT, CheckFormatRequest(response_format=form).SerializeToString())
+        assert (caught.value.field, caught.value.reason) == ("response_format", "FORMAT_TOO_COMPLEX")
+        assert await encode(pool, SHORT) == SHORT_TOKENS
+        assert pid not in pool_pids()
+
+
 async def test_a_refused_input_names_its_field() -> None:
     async with a_pool(num_processes=1) as pool:
         with pytest.raises(InvalidRequest) as caught:
@@ -178,5 +197,5 @@ async def test_a_pool_whose_model_cannot_be_read_does_not_start(
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
     with pytest.RaisesGroup(PoolStartError):
-        await Pool(path, PoolLimits(1, 1, 1, 1.0)).run()
+        await Pool(path, PoolLimits(1, 1, 1, 1.0, 1.0)).run()
     assert "not a GGUF file" in capfd.readouterr().err

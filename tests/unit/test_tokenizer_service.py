@@ -18,8 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2_grpc
-from gen.shoal.fleet.v1.tokenizer_pb2 import DecodeRequest, DescribeRequest, EncodeRequest, SpellRequest
-from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage
+from gen.shoal.fleet.v1.tokenizer_pb2 import (
+    CheckFormatRequest,
+    DecodeRequest,
+    DescribeRequest,
+    EncodeRequest,
+    SpellRequest,
+)
+from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage, ResponseFormat
 from services.common import rpc
 from services.common.errors import InvalidRequest, from_rpc
 from tests.unit.eventually import eventually
@@ -128,6 +134,55 @@ async def test_invalid_inputs_are_refused_with_the_field(stub: "Stub") -> None:
     assert (await refusal(stub.Encode(EncodeRequest(chat=Chat())))).field == "chat.messages"
     assert (await refusal(stub.Decode(DecodeRequest(token_ids=[1], from_index=2)))).field == "from_index"
     assert (await refusal(stub.Decode(DecodeRequest(token_ids=[1 << 31])))).field == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        (ResponseFormat(json_schema="{"), "json_schema: is not JSON: Expecting property name"),
+        (ResponseFormat(json_schema="[1]"), "json_schema: is a JSON list; expected an object"),
+        (ResponseFormat(json_schema='{"minimum": 1e999}'), "json_schema: is not JSON"),
+        (ResponseFormat(json_schema='{"type": "strin"}'), "json_schema: Invalid type: strin"),
+        (ResponseFormat(json_schema='{"minLength": -1}'), "minLength"),
+        (ResponseFormat(json_schema='{"type": "array", "uniqueItems": true}'), "json_schema: Unimplemented keys: "),
+        (ResponseFormat(json_schema='{"type": "array", "uniqueItems": true}'), '"uniqueItems"'),
+        (ResponseFormat(json_schema='{"x-guidance": {"lenient": true}}'), "x-guidance"),
+        (ResponseFormat(json_schema='{"type": "string", "format": "nosuch"}'), "Unknown format: nosuch"),
+        (ResponseFormat(json_schema='{"$ref": "http://localhost/a"}'), "does not fetch"),
+        (ResponseFormat(json_schema='{"type": "integer", "minimum": 5, "maximum": 3}'), "minimum (5) is greater"),
+        (ResponseFormat(json_schema='{"allOf": [{"type": "string"}, {"type": "null"}]}'), "Unsatisfiable schema"),
+        (ResponseFormat(json_schema='{"$ref": "#"}'), "json_schema: fits no text"),
+        (ResponseFormat(json_schema='{"items":' * 65 + "{}" + "}" * 65), "nested more than 64 levels"),
+        (ResponseFormat(json_schema='{"items":' * 9_000), "json_schema: is not JSON"),
+        (ResponseFormat(regex="[0-9"), "regex: unclosed character class"),
+        (ResponseFormat(regex="(?=a)b"), "regex: look-around"),
+        (ResponseFormat(regex=r"(a)\1"), "regex: backreferences are not supported"),
+        (ResponseFormat(regex="a\\"), "regex: ends in a backslash"),
+        (ResponseFormat(regex=r"[^\s\S]"), "regex: fits no text"),
+        (ResponseFormat(regex="a{0}"), "regex: fits the empty text only"),
+        (ResponseFormat(), "give one of"),
+    ],
+)
+async def test_a_form_that_cannot_be_kept_is_refused_with_the_field_and_the_reason(
+    stub: "Stub", form: ResponseFormat, problem: str
+) -> None:
+    error = await refusal(stub.CheckFormat(CheckFormatRequest(response_format=form)))
+    assert error.field == f"response_format.{form.WhichOneof('format') or 'format'}"
+    assert problem in error.message
+    assert len(error.message) < 500
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        ResponseFormat(json_object=True),
+        ResponseFormat(json_schema='{"type": "object", "properties": {"a": {"$ref": "#"}}, "description": "a tree"}'),
+        ResponseFormat(regex=r"^a/b\/[0-9]+$"),
+        ResponseFormat(choices=ResponseFormat.Choices(texts=['\x00/\n\\"', "é😀", *map(str, range(1_000))])),
+    ],
+)
+async def test_a_form_that_can_be_kept_is_taken(stub: "Stub", form: ResponseFormat) -> None:
+    await stub.CheckFormat(CheckFormatRequest(response_format=form))
 
 
 async def test_an_input_over_the_limit_is_refused_with_the_limit(stub: "Stub") -> None:

@@ -47,7 +47,7 @@ class Record:
     resume_ms: int
     """How long it lives without a reader."""
     gateway: str
-    """Fleet address of the gateway that serves the reader."""
+    """Id (`ids.GatewayId`) of the gateway that serves the reader."""
     reader: int
     """Number of the reader that counts, from 1; each Attach raises it."""
     reader_left_at_ms: int

@@ -85,15 +85,19 @@ class Run:
         """The engine sampled these."""
         self.known[choice].extend(tokens)
 
-    def frames(self) -> Iterator[Frame]:
-        """What the reader has not been sent, once; nothing unless its gateway is open."""
+    def frames(self, num_ready: Sequence[int] | None = None) -> Iterator[Frame]:
+        """What the reader has not been sent, once; nothing unless its gateway is open.
+
+        `num_ready`: of each choice, how many tokens may be sent; None: all.
+        """
         if not self.open:
             return
         for choice, known in enumerate(self.known):
             sent = self._sent[choice]
-            if sent < len(known):
-                self._sent[choice] = len(known)
-                yield Frame(choice, sent, tuple(known[sent:]))
+            end = len(known) if num_ready is None else num_ready[choice]
+            if sent < end:
+                self._sent[choice] = end
+                yield Frame(choice, sent, tuple(known[sent:end]))
 
     def unjournaled(self) -> Iterator[Frame]:
         """What the journal is not known to have."""

@@ -1,11 +1,11 @@
-"""The pool's events: workers' reports and freed reservations, as the leader reads them."""
+"""The pool's events: workers' reports, freed reservations and broken links, as the leader reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken, WorkerReport
 from services.common.ids import RequestKey, WorkerId
 from services.common.store.keys import Keys
 from services.common.store.streams import Entry, read_many, read_newest
@@ -19,7 +19,7 @@ class Released:
     worker: WorkerId
 
 
-Event = WorkerReport | Released
+Event = WorkerReport | Released | LinkBroken
 
 
 class Events:
@@ -49,4 +49,7 @@ def _event(entry: Entry) -> Event:
     report = entry.fields.get(b"report")
     if report is not None:
         return WorkerReport.FromString(report)
+    broken = entry.fields.get(b"link_broken")
+    if broken is not None:
+        return LinkBroken.FromString(broken)
     return Released(RequestKey(entry.fields[b"released"].decode()), WorkerId(entry.fields[b"worker"].decode()))

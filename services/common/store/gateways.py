@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
+from services.common.ids import GatewayId
 from services.common.store.connection import command, translated
 from services.common.store.keys import gateway_key
 
@@ -14,16 +15,16 @@ class GatewayLease:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def beat(self, address: str, ttl_ms: int) -> None:
-        """The gateway at this fleet address lives for `ttl_ms` more."""
-        await command(self._redis, "SET", gateway_key(address), "1", "PX", ttl_ms)
+    async def beat(self, gateway: GatewayId, ttl_ms: int) -> None:
+        """This gateway lives for `ttl_ms` more."""
+        await command(self._redis, "SET", gateway_key(gateway), "1", "PX", ttl_ms)
 
-    async def alive(self, addresses: Sequence[str]) -> list[bool]:
+    async def alive(self, gateways: Sequence[str]) -> list[bool]:
         """Which of these live, in one round trip."""
-        if not addresses:
+        if not gateways:
             return []
         pipeline = self._redis.pipeline(transaction=False)
-        for address in addresses:
-            pipeline.execute_command("EXISTS", gateway_key(address))
+        for gateway in gateways:
+            pipeline.execute_command("EXISTS", gateway_key(gateway))
         with translated():
             return [bool(exists) for exists in await pipeline.execute()]

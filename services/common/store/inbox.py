@@ -22,7 +22,7 @@ class Start:
     key: RequestKey
     attempt: Attempt
     gateway: str
-    """Fleet address to send to."""
+    """Id of the gateway to send to; `ids.fleet_address` says where it is."""
     reader: int
     reader_left: bool
     """Nobody reads at the moment."""
@@ -54,6 +54,7 @@ class Redirect:
     key: RequestKey
     attempt: Attempt
     gateway: str
+    """Id of its gateway."""
     reader: int
 
 

@@ -21,7 +21,7 @@ class Keys:
         self.intake = f"{self.prefix}intake"
         """Stream of queued requests."""
         self.events = f"{self.prefix}events"
-        """Stream of workers' reports and freed reservations."""
+        """Stream of workers' reports, freed reservations and broken links."""
         self.leader = f"{self.prefix}leader"
         """The current leader's fence `<epoch>:<holder>`; expires."""
         self.epoch = f"{self.prefix}epoch"
@@ -57,6 +57,6 @@ def id_key(tenant: str, request_id: str) -> str:
     return f"id:{tenant}/{request_id}"
 
 
-def gateway_key(address: str) -> str:
-    """String: exists while the gateway at this fleet address beats. Outside pools."""
-    return f"gateway:{address}"
+def gateway_key(gateway: str) -> str:
+    """String: exists while the gateway with this id beats. Outside pools."""
+    return f"gateway:{gateway}"

@@ -1,8 +1,9 @@
 """After Redis restarted: it may have lost its last writes (DESIGN 4.9).
 
 Every move's script refuses (Recovering) while the server's run id is not the pool's recovered generation. The leader
-then collects what workers and gateways hold, raises the attempts of live requests (`RequestStore.recover`), puts lost
-ones back (`restore`), and calls `complete`. A pool's very first start goes the same way, and finds nothing.
+then collects what workers and gateways hold, raises the attempts of live requests (`RequestStore.recover`), notes that
+readers left whom no gateway serves (`leave`), puts lost requests back (`restore`), and calls `complete`. A pool's very
+first start goes the same way, and finds nothing.
 """
 
 from collections.abc import AsyncIterator, Sequence

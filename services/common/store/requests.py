@@ -1,7 +1,7 @@
 """The request record's moves, each one atomic script: `services.common.record.transitions` in Redis.
 
-All methods raise StoreUnavailable (whether the move was made is then unknown) and, but for `restore` and `recover`,
-Recovering (nothing was done). No move is repeated here; each method says what a repetition answers.
+All methods raise StoreUnavailable (whether the move was made is then unknown) and, but for `restore`, `recover` and
+`leave`, Recovering (nothing was done). No move is repeated here; each method says what a repetition answers.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -206,7 +206,7 @@ class RequestStore:
         return Attached(_answer(answer), record, now_ms)
 
     async def leave(self, move: moves.Leave) -> Answer:
-        """Note that a reader went away. Repeated: STALE or ENDED."""
+        """Note that a reader went away. Works in recovery. Repeated: STALE or ENDED."""
         return _answer(await self._call(self._leave, move.key, move.reader))
 
     async def sweep(self, sweeps: Sequence[moves.Sweep]) -> list[Answer]:

@@ -2,7 +2,7 @@
 
 from redis.asyncio import Redis
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import LinkBroken, WorkerInfo, WorkerReport
 from services.common.ids import WorkerId
 from services.common.store.connection import Argument, command
 from services.common.store.keys import Keys
@@ -17,6 +17,7 @@ class WorkerDirectory:
         self._keys = Keys(pool)
         self._register = Script.load("register")
         self._report = Script.load("report")
+        self._link_broken = Script.load("link_broken")
         self._retire = Script.load("retire")
         self._drain = Script.load("drain")
 
@@ -32,6 +33,13 @@ class WorkerDirectory:
         """
         worker = WorkerId(report.worker_id)
         return bool(await self._call(self._report, worker, report.SerializeToString(), ttl_ms))
+
+    async def link_broken(self, broken: LinkBroken) -> bool:
+        """Tell the leader that a gateway's stream from a worker broke. Repeated: told twice.
+
+        False: this worker is not registered (it ended well, or is known to be lost): there is nothing to tell.
+        """
+        return bool(await self._call(self._link_broken, WorkerId(broken.worker_id), broken.SerializeToString()))
 
     async def retire(self, worker: WorkerId, fence: str) -> bool:
         """The leader removes a lost worker: registration, membership, inbox. Repeated: True.

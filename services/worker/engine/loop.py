@@ -1,17 +1,22 @@
 """The engine's loop: take messages, plan, run, deliver."""
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.engine.planner import Planner
-from services.worker.engine.runner import Runner
+from services.worker.engine.runner import Runner, RunningStep
 from services.worker.engine.sequence import SequenceId
 from services.worker.engine.step_plan import StepPlan
 from services.worker.engine.step_time import StepTimeModel
 
 Clock = Callable[[], float]
 """Milliseconds that never go back."""
+
+PREPARED_LOOK_MS = 1.0
+"""How soon an engine that does nothing else looks again whether a grammar is compiled."""
 
 
 class FrontChannel(Protocol):
@@ -33,44 +38,66 @@ class FrontGoneError(Exception):
     """The front has closed its end: it died, and nobody is left to compute for."""
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    plan: StepPlan
+    running: RunningStep
+    launched_ms: float
+
+
 class EngineLoop:
     """One engine's steps, until the front says Shutdown or goes."""
 
-    def __init__(self, planner: Planner, runner: Runner, front: FrontChannel, clock: Clock) -> None:
+    def __init__(
+        self, planner: Planner, step_time: StepTimeModel, runner: Runner, front: FrontChannel, clock: Clock
+    ) -> None:
+        """`step_time` is the planner's; the loop teaches it."""
         self._planner = planner
+        self._step_time = step_time
         self._runner = runner
         self._front = front
         self._clock = clock
-        self._step_time = StepTimeModel()
+        self._launched: deque[_LaunchedStep] = deque()
+        self._last_done_ms = 0.0
 
     def run(self) -> None:
         """Make steps while there is work, else wait for the front. Returns after Shutdown.
 
-        Raises FrontGoneError; whatever else is raised in a step ends the engine, since the cache's content is unknown
-        after it.
+        While the runner computes a step, the next one is planned and launched, if the runner can take it. Raises
+        FrontGoneError; whatever else is raised in a step ends the engine, since the cache's content is unknown after
+        it.
         """
-        plan: StepPlan | None = None
-        while self._obey(self._front.take(0 if plan else self._idle_ms())):
+        busy = False
+        while self._obey(self._front.take(0 if busy else self._idle_ms())):
             self._planner.expire(self._clock())
             plan = self._planner.plan()
             if plan:
-                self._run_step(plan)
-            else:
+                self._launch(plan)
+            busy = bool(self._launched)
+            if len(self._launched) > (self._runner.steps_ahead if plan else 0):
+                self._finish(self._launched.popleft())
+            elif not busy:
                 self._deliver_ended()
 
-    def _run_step(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan) -> None:
         begins = engine_pb2.StepBegins(
             step=plan.step,
             predicted_ms=max(1, round(self._step_time.predict_ms(plan))),
             sequence_ids=[chunk.sequence_id for chunk in plan.chunks],
         )
         self._front.send(engine_pb2.EngineEvent(begins=begins))
-        began_ms = self._clock()
-        result = self._runner.launch(plan).result()
-        took_ms = self._clock() - began_ms
-        self._step_time.observe(plan, took_ms)
-        outputs = self._planner.take_ended() + self._planner.complete(plan, result)
-        self._deliver(plan.step, took_ms, outputs)
+        launched_ms = self._clock()
+        self._launched.append(_LaunchedStep(plan, self._runner.launch(plan), launched_ms))
+
+    def _finish(self, step: _LaunchedStep) -> None:
+        result = step.running.result()
+        now_ms = self._clock()
+        # One that was launched behind another began when that was done.
+        took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
+        self._last_done_ms = now_ms
+        self._step_time.observe(step.plan, took_ms)
+        outputs = self._planner.take_ended() + self._planner.complete(step.plan, result)
+        self._deliver(step.plan.step, took_ms, outputs)
 
     def _deliver_ended(self) -> None:
         """Report ends that no step brought under the number of the last step, which took no time this time."""
@@ -103,6 +130,8 @@ class EngineLoop:
         return True
 
     def _idle_ms(self) -> float | None:
-        """How long nothing can happen by itself: until a sequence expires."""
+        """How long nothing can happen by itself: until a sequence expires, or may have its grammar."""
+        if self._planner.is_preparing:
+            return PREPARED_LOOK_MS
         deadline_ms = self._planner.next_deadline_ms
         return None if deadline_ms is None else max(0.0, deadline_ms - self._clock())

@@ -1,32 +1,67 @@
 """Decides what each step computes.
 
-Each step takes every decode, then prefill chunks, in order of admission, up to a number of tokens. Sequences are
-admitted in order of arrival, each when all the blocks that it can ever need are free: so nothing admitted ever runs out
-of memory.
+Each step takes every decode, then prefill chunks, in order of arrival, up to a number of tokens and, while others
+decode, to a time. Sequences are admitted in that order when the blocks of their tokens are free, less those that the
+prefix cache has; they take further blocks as they grow. When none is left, the last of the running sequences is put
+back to the head of those that wait, to be computed again: so the first always ends, and the rest after it.
+
+A step may be planned while the one before still runs: what is computed is counted when it is planned, since steps run
+in order, and a token not yet known has its place by number.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from concurrent.futures import Future
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.engine.block_pool import BlockPool
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.blocks import num_shared_blocks
+from services.common.text.grammar import GrammarError
+from services.worker.engine.block_pool import BlockId, BlockPool
+from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
+from services.worker.engine.prefix_cache import PrefixCache, block_hash
 from services.worker.engine.refusal import why_refused, why_tokens_refused
 from services.worker.engine.sequence import Sequence, SequenceId, SequenceState
-from services.worker.engine.step_plan import SequenceChunk, StepPlan, StepResult
+from services.worker.engine.step_plan import (
+    PENDING_TOKEN,
+    BlockCopy,
+    ChunkResult,
+    SeenTokens,
+    SequenceChunk,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from services.worker.engine.step_time import StepTimeModel, StepWork
 
 
 class Planner:
     """All sequences of an engine and the blocks they hold. Only the loop calls it; nothing else changes a sequence."""
 
-    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: EngineLimits, step_time: StepTimeModel, grammars: Grammars | None = None) -> None:
+        """`step_time` is asked for predictions; whoever runs the steps teaches it.
+
+        `grammars`: None: answers of a given form are refused.
+        """
         self._limits = limits
-        self._pool = pool
-        # Both in order of arrival, which is also the order of admission.
-        self._waiting: dict[SequenceId, Sequence] = {}
-        self._running: dict[SequenceId, Sequence] = {}
+        self._step_time = step_time
+        self._grammars = grammars
+        self._cache = PrefixCache()
+        self._pool = BlockPool(limits.num_blocks, self._cache)
+        # Both in order of arrival. A preempted sequence goes to the head of those that wait, and nobody overtakes: so
+        # all that run came before all that wait.
+        self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._running: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._preparing: OrderedDict[SequenceId, tuple[Sequence, Future[SequenceGrammar]]] = OrderedDict()
+        """New ones whose grammar is compiled. They come to wait behind the others when it is there."""
+        self._copies: dict[BlockId, BlockId] = {}
+        """Sources by destination, for the next step: nothing is written before it, so they may wait for one."""
         self._ended_without_step: list[engine_pb2.SequenceOutput] = []
         self._num_steps = 0
+        self._num_in_flight = 0
+        self._num_preemptions = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -37,6 +72,16 @@ class Planner:
     def num_steps(self) -> int:
         """Steps planned so far; the number of the last one."""
         return self._num_steps
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times that a sequence had to give its blocks to one before it."""
+        return self._num_preemptions
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether `plan` may find more to do in a moment, without another command."""
+        return bool(self._preparing)
 
     @property
     def waiting_prefill_tokens(self) -> int:
@@ -51,11 +96,13 @@ class Planner:
     def add(self, add: engine_pb2.AddSequence, now_ms: float) -> None:
         """Take in a sequence; it waits behind those that came before. Raises ValueError for an id in use."""
         sequence = Sequence.from_command(add, now_ms)
-        if sequence.id in self._waiting or sequence.id in self._running:
+        if self._find(sequence.id):
             raise ValueError(f"sequence {sequence.id} is in the engine already")
         self._waiting[sequence.id] = sequence
         if problem := why_refused(add.payload, sequence, self._limits):
             self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+        elif add.payload.response_format.WhichOneof("format"):
+            self._prepare(sequence, add.payload.response_format)
         elif not sequence.held:
             self._end_if_complete(sequence)
 
@@ -74,7 +121,8 @@ class Planner:
             return
         sequence.held = False
         sequence.token_ids.extend(forced_token_ids)
-        self._end_if_complete(sequence)
+        if sequence.id not in self._preparing:
+            self._follow_or_end(sequence)
 
     def expire(self, now_ms: float) -> None:
         """End every sequence whose time has run out. O(sequences)."""
@@ -89,84 +137,260 @@ class Planner:
 
     def plan(self) -> StepPlan | None:
         """Decide the next step and admit sequences for it; None if nothing can be computed now. O(running)."""
-        # Asked twice: what must be alone may only have been admitted by the search for prefills.
-        chunks = self._chunk_alone() or [*self._decodes(), *self._prefills()] or self._chunk_alone()
+        self._take_prepared()
+        may_admit = self._make_room()
+        alone = self._alone()
+        chunks = self._chunk_alone(alone) if alone else self._chunks(may_admit)
+        if not chunks and not alone and (alone := self._alone()):
+            # It was only admitted by the search for prefills.
+            chunks = self._chunk_alone(alone)
         if not chunks:
             return None
+        for chunk in chunks:
+            self._count(chunk)
+        copies = tuple(BlockCopy(source, destination) for destination, source in self._copies.items())
+        self._copies.clear()
         self._num_steps += 1
-        return StepPlan(self._num_steps, tuple(chunks))
+        self._num_in_flight += 1
+        return StepPlan(self._num_steps, tuple(chunks), copies)
 
     def complete(self, plan: StepPlan, result: StepResult) -> list[engine_pb2.SequenceOutput]:
-        """Take in what a step computed: sequences grow, some end. Returns an output for each sampled token."""
+        """Take in what a step computed: sequences grow, some end. Returns an output for each that has something new.
+
+        Steps are completed in the order of their plans. What was aborted or has ended since the plan is passed over.
+        """
+        self._num_in_flight -= 1
         outputs = []
-        for chunk, token_id in zip(plan.chunks, result.sampled_token_ids, strict=True):
-            sequence = self._running[chunk.sequence_id]
-            sequence.num_computed_tokens += len(chunk.token_ids)
-            if token_id is None:
+        for chunk, computed in zip(plan.chunks, result.chunks, strict=True):
+            sequence = self._find(chunk.sequence_id)
+            if sequence is None:
                 continue
-            sequence.token_ids.append(token_id)
-            sequence.num_sampled_tokens += 1
-            end = sequence.end_reached()
-            outputs.append(engine_pb2.SequenceOutput(sequence_id=sequence.id, token_ids=[token_id], end=end))
+            if computed.token_id is not None:
+                sequence.token_ids.append(computed.token_id)
+                sequence.num_pending_tokens -= 1
+            if computed.scored:
+                sequence.tell_from = _last_scored(chunk) + 1
+            self._cache_filled_blocks(sequence, chunk)
+            problem = _follow(sequence) if computed.token_id is not None else ""
+            is_over = computed.token_id is not None or (sequence.scores_only and sequence.is_told)
+            end = engine_pb2.SEQUENCE_END_UNSPECIFIED
+            if problem:
+                end = engine_pb2.SEQUENCE_END_FAILED
+            elif is_over:
+                end = sequence.end_reached()
+            if computed.token_id is not None or computed.scored:
+                outputs.append(_output(sequence, chunk, computed, end, problem))
             if end:
                 self._end(sequence)
         return outputs
 
-    def _chunk_alone(self) -> list[SequenceChunk]:
-        """The next chunk of the first running sequence that must be alone in its steps."""
-        for sequence in self._running.values():
-            if sequence.wants_step_alone:
-                return [self._chunk(sequence, self._limits.max_prefill_tokens_per_step)]
-        return []
+    # Forms of answers
 
-    def _decodes(self) -> list[SequenceChunk]:
-        return [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
+    def _prepare(self, sequence: Sequence, form: inference_pb2.ResponseFormat) -> None:
+        """Have a new sequence's grammar compiled; it is not admitted before."""
+        if self._grammars is None:
+            problem = "this engine does not support response_format"
+            self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+            return
+        del self._waiting[sequence.id]
+        known = sequence.token_ids[sequence.num_prompt_tokens :]
+        self._preparing[sequence.id] = sequence, self._grammars.prepare(form, sequence.stop_token_ids, known)
 
-    def _prefills(self) -> Iterator[SequenceChunk]:
-        budget_tokens = self._limits.max_prefill_tokens_per_step
-        for sequence in self._prefilling():
-            chunk = self._chunk(sequence, budget_tokens)
-            yield chunk
-            budget_tokens -= len(chunk.token_ids)
-            if budget_tokens == 0:
-                return
+    def _take_prepared(self) -> None:
+        """Let those wait for room whose grammar is there. O(sequences that it is compiled for)."""
+        for sequence, prepared in [entry for entry in self._preparing.values() if entry[1].done()]:
+            del self._preparing[sequence.id]
+            self._waiting[sequence.id] = sequence
+            try:
+                sequence.grammar = prepared.result()
+            except GrammarError as error:
+                self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, str(error))
+                continue
+            if not sequence.held:
+                # It may have been released meanwhile, with further tokens.
+                self._follow_or_end(sequence)
 
-    def _prefilling(self) -> Iterator[Sequence]:
-        """Running sequences that prefill, then further ones, admitted as they are asked for."""
-        yield from [s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding]
-        while self._waiting and (sequence := self._admit_first()):
-            if sequence.wants_step_alone:
-                return  # The next step is its own.
-            if sequence.num_ready_tokens > 0:
-                yield sequence
+    def _follow_or_end(self, sequence: Sequence) -> None:
+        """A sequence that may sample has got tokens outside a step: it goes on behind them, or has ended with them."""
+        if problem := _follow(sequence):
+            self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+        else:
+            self._end_if_complete(sequence)
+
+    # Blocks
+
+    def _make_room(self) -> bool:
+        """See to it that running sequences hold the blocks of all their tokens, the first ones at the cost of the last.
+
+        False: some had to give way, so there is no room for new ones.
+        """
+        num_preempted = self._num_preemptions
+        for sequence in list(self._running.values()):
+            while sequence.state == SequenceState.RUNNING and (num_missing := self._num_missing_blocks(sequence)):
+                if num_missing <= self._pool.num_free:
+                    sequence.block_table += self._pool.allocate(num_missing)
+                else:
+                    self._preempt(next(reversed(self._running.values())))
+        return self._num_preemptions == num_preempted
+
+    def _num_missing_blocks(self, sequence: Sequence) -> int:
+        return self._limits.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it is computed again later, from what the prefix cache still has by then."""
+        self._release_blocks(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.move_to(SequenceState.WAITING)
+        del self._running[sequence.id]
+        self._waiting[sequence.id] = sequence
+        self._waiting.move_to_end(sequence.id, last=False)
+        self._num_preemptions += 1
+
+    def _cache_filled_blocks(self, sequence: Sequence, chunk: SequenceChunk) -> None:
+        """Let others find the blocks that a chunk has filled; those before it were found, shared or filled before."""
+        if sequence.state != SequenceState.RUNNING:
+            return
+        size = self._limits.block_size_tokens
+        first, end = chunk.first_position // size, chunk.context_tokens // size
+        self._hash_blocks(sequence, end)
+        for index in range(first, end):
+            self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
+
+    def _hash_blocks(self, sequence: Sequence, num_blocks: int) -> None:
+        size = self._limits.block_size_tokens
+        hashes = sequence.block_hashes
+        for index in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else sequence.cache_salt
+            hashes.append(block_hash(parent, sequence.token_ids[index * size : (index + 1) * size]))
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_table)
+        sequence.block_table = ()
+
+    # Admission
 
     def _admit_first(self) -> Sequence | None:
-        """Reserve blocks for the sequence that waits longest. None overtakes it: large ones would starve."""
+        """Give the sequence that waits longest its blocks, if there are enough. None overtakes it: large ones would
+        starve."""
         sequence = next(iter(self._waiting.values()))
-        num_blocks = self._limits.blocks_for(sequence.most_tokens)
-        if len(self._running) >= self._limits.max_sequences or num_blocks > self._pool.num_free:
+        if len(self._running) >= self._limits.max_sequences or sequence.num_pending_tokens:
             return None
-        sequence.block_table = self._pool.allocate(num_blocks)
+        parent = self._running.get(sequence.fork_of)
+        if parent and not parent.has_computed_prompt:
+            return None
+        shared = self._blocks_of_prompt(parent, sequence) if parent else self._cached_blocks(sequence)
+        num_new = self._limits.blocks_for(sequence.num_tokens) - len(shared)
+        # One block more for each that runs already: it will want it soon, and would take it back from this one.
+        if num_new + self._pool.num_free_of(shared) + len(self._running) > self._pool.num_free and self._running:
+            return None
+        self._pool.share(shared)
+        sequence.block_table = (*shared, *self._pool.allocate(num_new))
+        sequence.num_computed_tokens = len(shared) * self._limits.block_size_tokens
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = 0 if parent else min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        if parent:
+            self._copy_rest_of_prompt(parent, sequence)
         sequence.move_to(SequenceState.RUNNING)
         del self._waiting[sequence.id]
         self._running[sequence.id] = sequence
         return sequence
 
+    def _cached_blocks(self, sequence: Sequence) -> list[BlockId]:
+        """The blocks that hold its first tokens already: all but the last token, and but what is to be scored."""
+        num_tokens = len(sequence.token_ids) - 1
+        if sequence.score_from is not None:
+            num_tokens = min(num_tokens, sequence.score_from - 1)
+        num_blocks = num_tokens // self._limits.block_size_tokens
+        self._hash_blocks(sequence, num_blocks)
+        return self._cache.find(sequence.block_hashes[:num_blocks])
+
+    def _blocks_of_prompt(self, parent: Sequence, sequence: Sequence) -> list[BlockId]:
+        """The full blocks of the prompt, all but its last token, that another choice has computed."""
+        num_blocks = num_shared_blocks(sequence.num_prompt_tokens, self._limits.block_size_tokens)
+        return list(parent.block_table[:num_blocks])
+
+    def _copy_rest_of_prompt(self, parent: Sequence, sequence: Sequence) -> None:
+        """Take over what another choice has computed in the block that both go on to write."""
+        index = sequence.num_computed_tokens // self._limits.block_size_tokens
+        if sequence.num_prompt_tokens - 1 > sequence.num_computed_tokens:
+            self._copies[sequence.block_table[index]] = parent.block_table[index]
+            sequence.num_computed_tokens = sequence.num_prompt_tokens - 1
+
+    # Chunks
+
+    def _alone(self) -> Sequence | None:
+        """The first running sequence that must be alone in its steps."""
+        return next((sequence for sequence in self._running.values() if sequence.wants_step_alone), None)
+
+    def _chunk_alone(self, sequence: Sequence) -> list[SequenceChunk]:
+        """Its next chunk; nothing while another step is in flight: it would not be alone if the engine died then."""
+        return [] if self._num_in_flight else [self._chunk(sequence, self._limits.max_prefill_tokens_per_step)]
+
+    def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
+        chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
+        budget_ms = self._limits.step_budget_ms if chunks else None
+        work = StepWork.of(chunks)
+        tokens_left = self._limits.max_prefill_tokens_per_step
+        for sequence in self._prefilling(may_admit):
+            if budget_ms is not None:
+                within = self._step_time.tokens_within(budget_ms, work, sequence.num_computed_tokens)
+                # Not less than a block for the first: a prompt goes on, however long the decodes alone take.
+                least = self._limits.block_size_tokens if work.num_prefill_tokens == 0 else 0
+                tokens_left = min(tokens_left, max(within, least))
+            if tokens_left == 0:
+                break
+            chunk = self._chunk(sequence, tokens_left)
+            chunks.append(chunk)
+            work = work.with_prefill(chunk)
+            tokens_left -= len(chunk.token_ids)
+            if tokens_left == 0:
+                break
+        return chunks
+
+    def _prefilling(self, may_admit: bool) -> Iterator[Sequence]:
+        """Running sequences that prefill, then further ones, admitted as they are asked for."""
+        yield from [s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding]
+        while may_admit and self._waiting and (sequence := self._admit_first()):
+            if sequence.wants_step_alone:
+                return  # The next step is its own.
+            if sequence.num_ready_tokens > 0:
+                yield sequence
+
     def _chunk(self, sequence: Sequence, most_tokens: int) -> SequenceChunk:
         first = sequence.num_computed_tokens
-        num_tokens = min(sequence.num_ready_tokens, most_tokens)
-        samples = first + num_tokens == len(sequence.token_ids)
+        end = first + min(sequence.num_ready_tokens, most_tokens)
+        samples = end == sequence.num_tokens
+        token_ids = tuple(sequence.token_ids[first:end])
         return SequenceChunk(
             sequence_id=sequence.id,
-            token_ids=tuple(sequence.token_ids[first : first + num_tokens]),
+            token_ids=token_ids if len(token_ids) == end - first else (*token_ids, PENDING_TOKEN),
             first_position=first,
             block_table=sequence.block_table,
             sampling=sequence.sampling,
             sample_index=sequence.num_generated_tokens if samples else None,
+            scored_token_ids=_scored(sequence, first, end),
+            seen=_seen(sequence) if samples and sequence.sampling.has_penalties else None,
+            allowed_tokens=sequence.grammar.allowed_tokens if samples and sequence.grammar else None,
         )
 
+    def _count(self, chunk: SequenceChunk) -> None:
+        """A chunk is in the step: from the next one on, what it computes is there."""
+        sequence = self._running[chunk.sequence_id]
+        sequence.num_computed_tokens = chunk.context_tokens
+        if sequence.score_from is not None:
+            sequence.score_from = max(sequence.score_from, chunk.context_tokens + 1)
+        if chunk.sample_index is not None:
+            sequence.num_pending_tokens += 1
+            sequence.num_sampled_tokens += 1
+            sequence.score_from = None
+
+    # Ends
+
     def _end_if_complete(self, sequence: Sequence) -> None:
-        if end := sequence.end_reached():
+        """End a sequence that came with all its tokens, once the log-probabilities of these are told."""
+        end = sequence.end_reached()
+        sequence.scores_only = bool(end)
+        if end and sequence.is_told:
             self._end_without_step(sequence, end)
 
     def _end_without_step(self, sequence: Sequence, end: engine_pb2.SequenceEnd.ValueType, error: str = "") -> None:
@@ -174,16 +398,74 @@ class Planner:
         self._ended_without_step.append(engine_pb2.SequenceOutput(sequence_id=sequence.id, end=end, error=error))
 
     def _end(self, sequence: Sequence) -> None:
-        """Forget a sequence. The only place where blocks are freed."""
+        """Forget a sequence and free its blocks."""
         self._waiting.pop(sequence.id, None)
         self._running.pop(sequence.id, None)
-        self._pool.free(sequence.block_table)
-        sequence.block_table = ()
+        if entry := self._preparing.pop(sequence.id, None):
+            entry[1].cancel()
+        self._release_blocks(sequence)
         sequence.move_to(SequenceState.ENDED)
 
     def _find(self, sequence_id: SequenceId) -> Sequence | None:
+        if entry := self._preparing.get(sequence_id):
+            return entry[0]
         return self._running.get(sequence_id) or self._waiting.get(sequence_id)
 
     def _sequences(self) -> Iterator[Sequence]:
-        yield from self._waiting.values()
         yield from self._running.values()
+        yield from self._waiting.values()
+        yield from (sequence for sequence, _ in self._preparing.values())
+
+
+def _follow(sequence: Sequence) -> str:
+    """Take its grammar, if it has one, to the end of its tokens. Returns why that cannot be, or nothing."""
+    if sequence.grammar is None:
+        return ""
+    try:
+        sequence.grammar.follow(sequence.token_ids[sequence.num_prompt_tokens :])
+    except GrammarError as error:
+        return str(error)
+    return ""
+
+
+def _scored(sequence: Sequence, first: int, end: int) -> tuple[int, ...]:
+    """Given tokens that a chunk of positions first to end - 1 has the log-probabilities of: those behind its tokens."""
+    if sequence.score_from is None:
+        return ()
+    return tuple(sequence.token_ids[max(first + 1, sequence.score_from) : end + 1])
+
+
+def _seen(sequence: Sequence) -> SeenTokens:
+    tokens = sequence.token_ids
+    return SeenTokens(tuple(tokens[: sequence.num_prompt_tokens]), tuple(tokens[sequence.num_prompt_tokens :]))
+
+
+def _output(
+    sequence: Sequence,
+    chunk: SequenceChunk,
+    computed: ChunkResult,
+    end: engine_pb2.SequenceEnd.ValueType,
+    error: str,
+) -> engine_pb2.SequenceOutput:
+    return engine_pb2.SequenceOutput(
+        sequence_id=sequence.id,
+        token_ids=[] if computed.token_id is None else [computed.token_id],
+        end=end,
+        error=error,
+        cached_tokens=sequence.num_cached_tokens or 0,
+        logprobs=[_logprobs(computed.logprobs)] if computed.logprobs else [],
+        given_logprobs=[_logprobs(scored) for scored in computed.scored],
+        given_from=_last_scored(chunk) + 1 - len(computed.scored) if computed.scored else 0,
+    )
+
+
+def _last_scored(chunk: SequenceChunk) -> int:
+    """Position of the last of a chunk's `scored_token_ids`."""
+    return chunk.context_tokens - (chunk.sample_index is not None)
+
+
+def _logprobs(logprobs: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top=[inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top],
+    )

@@ -22,7 +22,7 @@ def why_refused(payload: request_pb2.RequestPayload, sequence: Sequence, limits:
     num_blocks = limits.blocks_for(sequence.most_tokens)
     if num_blocks > limits.num_blocks:
         return f"{sequence.most_tokens} tokens need {num_blocks} blocks; the KV cache has {limits.num_blocks}"
-    return why_tokens_refused(sequence.token_ids, limits) or _why_unsupported(payload)
+    return why_tokens_refused([*sequence.token_ids, *payload.sampling.logit_bias], limits)
 
 
 def why_tokens_refused(token_ids: Tokens[int], limits: EngineLimits) -> str | None:
@@ -31,18 +31,3 @@ def why_tokens_refused(token_ids: Tokens[int], limits: EngineLimits) -> str | No
     if largest < limits.vocabulary_size:
         return None
     return f"token id {largest} is not in the vocabulary of {limits.vocabulary_size}"
-
-
-def _why_unsupported(payload: request_pb2.RequestPayload) -> str | None:
-    """Name what would silently change the answer if it were ignored."""
-    sampling = payload.sampling
-    asked = {
-        "repetition_penalty": sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1,
-        "frequency_penalty": sampling.frequency_penalty != 0,
-        "presence_penalty": sampling.presence_penalty != 0,
-        "logit_bias": len(sampling.logit_bias) > 0,
-        "logprobs": payload.HasField("logprobs"),
-        "response_format": payload.response_format.WhichOneof("format") is not None,
-    }
-    names = [name for name, is_asked in asked.items() if is_asked]
-    return f"this engine does not support {', '.join(names)}" if names else None

@@ -16,6 +16,9 @@ class RunningStep(Protocol):
 class Runner(Protocol):
     """Computes steps over a paged KV cache: in this process, on a GPU, or on several ranks at once."""
 
+    steps_ahead: int
+    """Steps that may be launched while one before them runs: 0 or 1."""
+
     def launch(self, plan: StepPlan) -> RunningStep:
         """Begin a step and return, on a GPU before it is done.
 

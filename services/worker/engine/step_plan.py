@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 
+PENDING_TOKEN = -1
+"""In place of a token that the step before, still running, samples for the same sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenTokens:
+    """What penalties look at."""
+
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceChunk:
@@ -15,7 +26,7 @@ class SequenceChunk:
 
     sequence_id: SequenceId
     token_ids: tuple[int, ...]
-    """The tokens to compute; at least one."""
+    """The tokens to compute; at least one. The last may be PENDING_TOKEN."""
     first_position: int
     """Position of `token_ids[0]` in the sequence. All positions before it are in the cache."""
     block_table: tuple[BlockId, ...]
@@ -23,11 +34,31 @@ class SequenceChunk:
     sampling: SamplingParameters
     sample_index: int | None
     """Index, in its choice, of the token to sample after the chunk's last one. None: nothing is sampled."""
+    scored_token_ids: tuple[int, ...] = ()
+    """Given tokens whose log-probabilities are asked for, in order. The last of them follows the chunk's last token or,
+    if the chunk samples, its last but one."""
+    seen: SeenTokens | None = None
+    """Set if the sequence has penalties and samples."""
+    allowed_tokens: bytes | None = None
+    """Bit i % 8 of byte i // 8 says whether token i may be sampled. None: all may."""
 
     @property
     def context_tokens(self) -> int:
         """Number of tokens that the chunk's last token attends to, itself included."""
         return self.first_position + len(self.token_ids)
+
+    @property
+    def num_attended_tokens(self) -> int:
+        """Pairs of a token of the chunk and a token that it attends to."""
+        return len(self.token_ids) * (self.first_position + self.context_tokens + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The content of a block is wanted in another one: it was shared, and one of its holders is about to write."""
+
+    source: BlockId
+    destination: BlockId
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +68,8 @@ class StepPlan:
     step: int
     """From 1."""
     chunks: tuple[SequenceChunk, ...]
+    block_copies: tuple[BlockCopy, ...] = ()
+    """Done before anything is written; no destination is a source."""
 
     @property
     def num_tokens(self) -> int:
@@ -46,14 +79,34 @@ class StepPlan:
     @property
     def num_attended_tokens(self) -> int:
         """Pairs of a computed token and a token that it attends to."""
-        return sum(
-            len(chunk.token_ids) * (chunk.first_position + chunk.context_tokens + 1) // 2 for chunk in self.chunks
-        )
+        return sum(chunk.num_attended_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one token's place, of the model's distribution: before temperature, penalties and masks."""
+
+    logprob: float
+    """Of the token that stands there."""
+    top: tuple[tuple[int, float], ...]
+    """Token ids and log-probabilities of the most probable tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a step gave for one chunk."""
+
+    token_id: int | None
+    """The sampled token; None where nothing was to be sampled."""
+    logprobs: TokenLogprobs | None = None
+    """Of the sampled token, if asked for."""
+    scored: tuple[TokenLogprobs, ...] = ()
+    """One for each of the chunk's `scored_token_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled."""
+    """What a step gave."""
 
-    sampled_token_ids: tuple[int | None, ...]
-    """One for each chunk of the plan, None where nothing was to be sampled."""
+    chunks: tuple[ChunkResult, ...]
+    """One for each chunk of the plan, in its order."""

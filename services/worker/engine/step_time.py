@@ -1,14 +1,17 @@
 """How long a step will take, learned from the steps before."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_plan import SequenceChunk, StepPlan
 
 # A step keeps this share of its weight with each later one: the last hundred or so count.
 MEMORY = 0.99
 # The machine's pace against the fit is that of the last ten or so: a busy neighbour comes and goes faster than the fit.
 PACE_MEMORY = 0.9
+_ANY_NUMBER = 1 << 30
 
 
 class StepTimeCoefficients(NamedTuple):
@@ -20,6 +23,30 @@ class StepTimeCoefficients(NamedTuple):
 
 
 INITIAL = StepTimeCoefficients()
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step's time depends on, while it is being planned."""
+
+    num_tokens: int
+    num_attended_tokens: int
+    num_prefill_tokens: int = 0
+    """Of num_tokens, those of prefill chunks."""
+
+    @classmethod
+    def of(cls, decodes: Iterable[SequenceChunk]) -> "StepWork":
+        """Add up decodes."""
+        contexts = [chunk.num_attended_tokens for chunk in decodes]
+        return cls(len(contexts), sum(contexts))
+
+    def with_prefill(self, chunk: SequenceChunk) -> "StepWork":
+        """Add a prefill chunk."""
+        return StepWork(
+            self.num_tokens + len(chunk.token_ids),
+            self.num_attended_tokens + chunk.num_attended_tokens,
+            self.num_prefill_tokens + len(chunk.token_ids),
+        )
 
 
 class StepTimeModel:
@@ -41,6 +68,22 @@ class StepTimeModel:
     def predict_ms(self, plan: StepPlan) -> float:
         """Return the expected time of a step, ms."""
         return self._pace * self._fitted_ms(plan)
+
+    def tokens_within(self, budget_ms: float, work: StepWork, first_position: int) -> int:
+        """Return how many tokens of a sequence, from a position on, fit into a step of some work within a time.
+
+        The largest t with fixed + a * (tokens + t) + b * (attended + t * first_position + t * (t + 1) / 2) within it.
+        """
+        fixed_ms, per_token, per_attended = self._coefficients
+        left_ms = budget_ms / self._pace - fixed_ms - per_token * work.num_tokens
+        left_ms -= per_attended * work.num_attended_tokens
+        if left_ms <= 0:
+            return 0
+        slope = per_token + per_attended * (first_position + 0.5)
+        if slope == 0:
+            return _ANY_NUMBER
+        # The positive root of b/2 t^2 + slope t = left, in the form that has no difference of near numbers.
+        return min(_ANY_NUMBER, int(2 * left_ms / (slope + math.sqrt(slope * slope + 2 * per_attended * left_ms))))
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:
         """Learn from a step. A few microseconds, whatever the plan's size."""

@@ -104,6 +104,7 @@ def _arguments(config: WorkerConfig, fd: int) -> list[str]:
         "block-size-tokens": config.block_size_tokens,
         "max-sequences": config.max_sequences,
         "max-prefill-tokens-per-step": config.max_prefill_tokens_per_step,
+        "step-budget-ms": config.step_budget_ms,
         "threads": config.threads or os.cpu_count() or 1,
     }
     return [f"--{name}={value}" for name, value in values.items()]

@@ -14,7 +14,7 @@ import grpc
 
 from gen.shoal.fleet.v1 import delivery_pb2, delivery_pb2_grpc
 from services.common import rpc
-from services.common.ids import RequestKey, WorkerId
+from services.common.ids import RequestKey, WorkerId, fleet_address
 from services.common.record.history import Held
 from services.common.record.record import Attempt
 from services.worker.front.active import ActiveRequest, attempt_id
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 1.0
 MAX_REQUESTS_A_MESSAGE = 512
+FULL_MESSAGE_BYTES = 4 * 1024 * 1024
+"""A message that has so much takes no further request. One request may add 11 MB of log-probabilities, if its gateway
+was away for long; the most that gRPC takes is 16."""
 
 OnResume = Callable[[ActiveRequest, Sequence[Held]], Awaitable[None]]
 OnRefusal = Callable[[ActiveRequest, delivery_pb2.Refusal], Awaitable[None]]
@@ -41,16 +44,16 @@ class GatewayLinks:
 
     def open(self, active: ActiveRequest) -> None:
         """Ask the request's gateway to take its frames."""
-        link = self._links.get(active.run.gateway)
+        link = self._link(active)
         if link is None or link.closed:
-            link = _Link(active.run.gateway, self._worker, self._on_resume, self._on_refusal)
-            self._links[active.run.gateway] = link
-            link.task = self._tasks.create_task(link.run(), name=f"link to {active.run.gateway}")
+            address = fleet_address(active.run.gateway)
+            link = self._links[address] = _Link(address, self._worker, self._on_resume, self._on_refusal)
+            link.task = self._tasks.create_task(link.run(), name=f"link to {address}")
         link.open(active)
 
     def tell(self, active: ActiveRequest) -> None:
         """The request may have new tokens."""
-        link = self._links.get(active.run.gateway)
+        link = self._link(active)
         if link and active.run.open:
             link.tell(active)
 
@@ -59,21 +62,25 @@ class GatewayLinks:
 
         A gateway that cannot be reached finds the end in the record.
         """
-        link = self._links.get(active.run.gateway)
+        link = self._link(active)
         if link:
             link.end(active, end)
 
     def close(self, active: ActiveRequest) -> None:
         """The reader at the request's gateway was superseded."""
-        link = self._links.get(active.run.gateway)
+        link = self._link(active)
         if link:
             link.close(active)
 
     def forget(self, active: ActiveRequest) -> None:
         """The request has left; nothing more is sent for it."""
-        link = self._links.get(active.run.gateway)
+        link = self._link(active)
         if link:
             link.forget(active)
+
+    def _link(self, active: ActiveRequest) -> "_Link | None":
+        """By address: a gateway that was started anew there takes the place of the one before."""
+        return self._links.get(fleet_address(active.run.gateway))
 
 
 class _Link:
@@ -202,11 +209,18 @@ class _Link:
             active = self._opens.pop(key)
             run, number = active.run, active.num_opens
             message.opens.append(delivery_pb2.Open(key=key, attempt=attempt_id(run), reader=run.reader, number=number))
+        num_bytes = 0
         for key in list(self._changed)[:MAX_REQUESTS_A_MESSAGE]:
+            if num_bytes >= FULL_MESSAGE_BYTES:
+                break
             active = self._changed.pop(key)
-            message.frames.extend(active.token_frames())
+            frames = active.token_frames()
+            message.frames.extend(frames)
+            num_bytes += sum(frame.ByteSize() for frame in frames)
             if key in self._ends and active.run.open:
-                message.ends.append(self._ends[key])
+                end = self._ends[key]
+                message.ends.append(end)
+                num_bytes += end.ByteSize()
                 self.forget(active)
         message.closes.extend(self._closes)
         self._closes.clear()

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.ids import RequestKey, WorkerId, new_nonce, new_worker_id
+from services.common.ids import RequestKey, WorkerId, fleet_address, new_nonce, new_worker_id
 from services.common.record import moves
 from services.common.record.history import Held
 from services.common.record.record import Attempt
@@ -79,7 +79,7 @@ class Session:
         self._vocabulary = vocabulary
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
-        self._in_flight: Sequence[int] = ()
+        self._in_flight: dict[int, Sequence[int]] = {}
         self._departing = False
         self._links: GatewayLinks
         self._tasks: asyncio.TaskGroup
@@ -109,7 +109,7 @@ class Session:
             reason = str(error)
             # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
             if isinstance(error, EngineDiedError) and not error.on_request:
-                suspects = self._in_flight
+                suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
         except* LostError:
             reason = "worker was lost"
@@ -179,7 +179,8 @@ class Session:
         active = self._holding(message.key, message.attempt)
         if not active:
             return
-        if active.run.gateway != message.gateway:
+        # One that was started anew at the same address is told nothing of who read before.
+        if fleet_address(active.run.gateway) != fleet_address(message.gateway):
             self._links.close(active)
         active.run.redirect(message.gateway, message.reader)
         self._links.open(active)
@@ -215,8 +216,8 @@ class Session:
             await self._give_back(run.key, run.attempt, why, floor=floor, tries=END_TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
-        for choice, forced in zip(active.choices, begin.forced, strict=True):
-            if choice.end is None:
+        for number, (choice, forced) in enumerate(zip(active.choices, begin.forced, strict=True)):
+            if choice.end is None or active.lacks_logprobs(number):
                 release = engine_pb2.ReleaseSequence(sequence_id=choice.sequence_id, forced_token_ids=forced)
                 await self._engine.send(engine_pb2.EngineCommand(release=release))
             elif choice.sequence_id in self._sequences:
@@ -239,17 +240,18 @@ class Session:
             match event.WhichOneof("event"):
                 case "begins":
                     self.predicted_step_ms = event.begins.predicted_ms
-                    self._in_flight = event.begins.sequence_ids
+                    self._in_flight[event.begins.step] = event.begins.sequence_ids
                     self.progress.set()
                 case "done":
                     await self._step_done(event.done)
 
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
-        self.predicted_step_ms = 0
+        self._in_flight.pop(done.step, None)
+        if not self._in_flight:
+            self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
-        self._in_flight = ()
         now_s = time.monotonic()
         for output in done.outputs:
             await self._output(output, now_s)
@@ -413,6 +415,7 @@ def _end_frame(
             further_reasons=outcome.reasons[1:],
             usage=outcome.usage,
             timings=outcome.timings,
+            prompt_logprobs=outcome.prompt_logprobs,
         ),
         error=error,
     )

@@ -141,4 +141,5 @@ class Worker:
             max_prefill_tokens_per_step=ready.max_prefill_tokens_per_step,
             context_tokens=ready.context_tokens,
             model=self._config.pool,
+            report_interval_ms=self._config.report_interval_ms,
         )

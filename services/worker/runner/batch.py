@@ -48,6 +48,8 @@ class BatchInputs:
     """In order of their rows; together they hold every row once."""
     sample_rows: Tensor
     """The last row of each chunk that samples, in the plan's order: [num_samples] int64."""
+    scored_rows: Tensor
+    """The rows that each chunk's `scored_token_ids` follow, in the plan's order: [num_scored] int64."""
 
 
 def make_batch(plan: StepPlan, block_size_tokens: int) -> BatchInputs:
@@ -58,6 +60,7 @@ def make_batch(plan: StepPlan, block_size_tokens: int) -> BatchInputs:
     for chunk in chunks:
         num_rows += len(chunk.token_ids)
         last_rows[chunk.sequence_id] = num_rows - 1
+    scored = [row for chunk in plan.chunks for row in _scored_rows(chunk, last_rows[chunk.sequence_id])]
     samples = [last_rows[chunk.sequence_id] for chunk in plan.chunks if chunk.sample_index is not None]
     positions = [position for chunk in chunks for position in range(chunk.first_position, chunk.context_tokens)]
     return BatchInputs(
@@ -68,7 +71,14 @@ def make_batch(plan: StepPlan, block_size_tokens: int) -> BatchInputs:
         ),
         attention_groups=tuple(_attention_groups(chunks, block_size_tokens)),
         sample_rows=torch.tensor(samples, dtype=torch.int64),
+        scored_rows=torch.tensor(scored, dtype=torch.int64),
     )
+
+
+def _scored_rows(chunk: SequenceChunk, last_row: int) -> range:
+    """A chunk that samples has no given token behind its last one."""
+    end = last_row + 1 - (chunk.sample_index is not None)
+    return range(end - len(chunk.scored_token_ids), end)
 
 
 def _slots(chunk: SequenceChunk, block_size_tokens: int) -> Iterator[int]:

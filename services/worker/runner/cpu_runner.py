@@ -1,14 +1,20 @@
 """Computes steps on the CPU."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from services.worker.engine.step_plan import StepPlan, StepResult
+from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult, TokenLogprobs
 from services.worker.runner.batch import make_batch
 from services.worker.runner.kv_cache import PagedKvCache
+from services.worker.runner.logprobs import Place, token_logprobs
 from services.worker.runner.models.llama import LlamaModel
 from services.worker.runner.sampling import Draw, sample
+
+SCORED_AT_ONCE = 32
+"""Rows of given tokens whose logits are in memory together: 6 MB for a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,9 @@ class FinishedStep:
 class CpuRunner:
     """A model and its KV cache in this process: a `Runner` of the engine."""
 
+    steps_ahead = 0
+    """A step is done when it is launched: nothing is gained by planning another meanwhile."""
+
     def __init__(self, model: LlamaModel, cache: PagedKvCache) -> None:
         self._model = model
         self._cache = cache
@@ -32,10 +41,41 @@ class CpuRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> FinishedStep:
         """Compute a step."""
+        self._cache.copy(plan.block_copies)
         batch = make_batch(plan, self._cache.block_size_tokens)
-        logits = self._model.forward(batch, self._cache)
-        draws = [Draw(chunk.sampling, chunk.sample_index) for chunk in plan.chunks if chunk.sample_index is not None]
-        sampled = iter(sample(logits, draws))
-        return FinishedStep(
-            StepResult(tuple(None if chunk.sample_index is None else next(sampled) for chunk in plan.chunks))
-        )
+        hidden = self._model.forward(batch, self._cache)
+        sampled = self._sampled(hidden[batch.sample_rows], [c for c in plan.chunks if c.sample_index is not None])
+        scored = self._scored(hidden, batch.scored_rows, plan.chunks)
+        results = []
+        for chunk in plan.chunks:
+            token_id, logprobs = next(sampled) if chunk.sample_index is not None else (None, None)
+            results.append(ChunkResult(token_id, logprobs, tuple(next(scored) for _ in chunk.scored_token_ids)))
+        return FinishedStep(StepResult(tuple(results)))
+
+    def _sampled(self, hidden: Tensor, chunks: Sequence[SequenceChunk]) -> Iterator[tuple[int, TokenLogprobs | None]]:
+        """Choose a token for each chunk that samples, of the row of `hidden` that is its last."""
+        logits = self._model.logits(hidden)
+        draws = [
+            Draw(chunk.sampling, chunk.sample_index, chunk.seen, chunk.allowed_tokens)
+            for chunk in chunks
+            if chunk.sample_index is not None
+        ]
+        token_ids = sample(logits, draws)
+        asked = {
+            row: Place(token_id, chunk.sampling.num_logprobs)
+            for row, (token_id, chunk) in enumerate(zip(token_ids, chunks, strict=True))
+            if chunk.sampling.num_logprobs is not None
+        }
+        logprobs = dict(zip(asked, token_logprobs(logits[list(asked)], list(asked.values())), strict=True))
+        return ((token_id, logprobs.get(row)) for row, token_id in enumerate(token_ids))
+
+    def _scored(self, hidden: Tensor, rows: Tensor, chunks: Sequence[SequenceChunk]) -> Iterator[TokenLogprobs]:
+        """Log-probabilities of all given tokens that are asked for, in the order of `rows`; some rows at a time."""
+        places = [
+            Place(token_id, chunk.sampling.num_scored_logprobs)
+            for chunk in chunks
+            for token_id in chunk.scored_token_ids
+        ]
+        for first in range(0, len(places), SCORED_AT_ONCE):
+            logits = self._model.logits(hidden[rows[first : first + SCORED_AT_ONCE]])
+            yield from token_logprobs(logits, places[first : first + SCORED_AT_ONCE])

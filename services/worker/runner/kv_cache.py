@@ -1,9 +1,12 @@
 """The paged KV cache: allocated once, addressed by block tables."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from services.worker.engine.step_plan import BlockCopy
 from services.worker.runner.models.llama_weights import LlamaConfig
 
 
@@ -21,6 +24,15 @@ class PagedKvCache:
         # Zeros, since what lies behind a sequence's end is multiplied by a weight of 0, and 0 * NaN would be NaN. From
         # numpy, whose zeros are pages that the system clears at their first use: torch clears all at once, 1 s a GiB.
         self._layers = [torch.from_numpy(np.zeros(shape, dtype=np.float32)) for _ in range(config.num_layers)]
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in all layers; all sources are read before anything is written."""
+        if not copies:
+            return
+        sources = torch.tensor([copy.source for copy in copies])
+        destinations = torch.tensor([copy.destination for copy in copies])
+        for layer in self._layers:
+            layer.index_copy_(0, destinations, layer.index_select(0, sources))
 
     def write(self, layer: int, slot_mapping: Tensor, kv: Tensor) -> None:
         """Store tokens. slot_mapping: [num_tokens] int64; kv: [num_tokens, 2, num_kv_heads, head_dim]."""

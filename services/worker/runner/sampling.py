@@ -1,5 +1,9 @@
 """Chooses tokens from logits.
 
+In this order: logits are adjusted (see `adjustments`), divided by the temperature, and cut to candidates by top_k,
+top_p and min_p, as transformers does; vLLM does min_p before the other two, which keeps the same tokens whenever one of
+them is used alone. At temperature 0 the best adjusted logit is taken.
+
 With noise g of the standard Gumbel distribution, argmax(logits / temperature + g) is a sample of the softmax. The noise
 of a candidate is a hash of (seed, choice, index of the token to choose, candidate) and of nothing else: a sequence that
 is continued elsewhere, or in other company, meets the same noise.
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.sequence import SamplingParameters
+from services.worker.engine.step_plan import SeenTokens
+from services.worker.runner.adjustments import adjusted
 from services.worker.runner.noise import gumbel_noise
 
 # Sorting a whole vocabulary costs some ms; most nuclei are among so many of the best.
@@ -26,10 +32,14 @@ class Draw:
     parameters: SamplingParameters
     index: int
     """The token's index in its choice."""
+    seen: SeenTokens | None = None
+    """What penalties look at; None: there are none."""
+    allowed_tokens: bytes | None = None
+    """As in SequenceChunk."""
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Choose a token for each row. logits: [num_draws, vocabulary_size] float32.
+    """Choose a token for each row. logits: [num_draws, vocabulary_size] float32; they are not changed.
 
     One row after the other: so a row cannot depend on the others, not even by rounding.
     """
@@ -38,8 +48,10 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 def _sample_row(logits: Tensor, draw: Draw) -> int:
     parameters = draw.parameters
+    logits = adjusted(logits, parameters, draw.seen, draw.allowed_tokens)
     if parameters.temperature == 0:
-        return int(logits.argmax())
+        # By numpy: 4 us over 49,152 tokens where torch takes 44. Of equal ones the first.
+        return int(logits.numpy().argmax())
     # Less the largest first: however low the temperature, the best token has 0 and nothing overflows to +inf.
     scores = (logits - logits.max()) / parameters.temperature
     scores, token_ids = _candidates(scores, parameters)

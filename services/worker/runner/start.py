@@ -32,6 +32,7 @@ def start_cpu_runner(
         block_size_tokens=engine_config.block_size_tokens,
         max_sequences=engine_config.max_sequences,
         max_prefill_tokens_per_step=engine_config.max_prefill_tokens_per_step,
+        step_budget_ms=engine_config.step_budget_ms,
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary_size,
     )

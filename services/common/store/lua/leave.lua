@@ -1,9 +1,7 @@
 #!lua flags=allow-oom
--- A reader went away.
+-- A reader went away. Works in recovery: Redis may have lost that another came, who then comes again.
 -- ARGV[4] key, [5] reader
 -- Returns verdict, choice, index
-if recovering() then return RECOVERING end
-
 local record = load_record(ARGV[4])
 if not record then return answer('unknown') end
 if ENDED[record.state] then return answer('ended') end

@@ -24,16 +24,23 @@ class LlamaModel:
     def forward(self, batch: BatchInputs, cache: PagedKvCache) -> Tensor:
         """Compute a batch, writing its keys and values to the cache.
 
-        Returns the logits after each of `batch.sample_rows`: [num_samples, vocabulary_size].
+        Returns every row's hidden state: [num_tokens, hidden_size]. `logits` of those that are wanted is left to the
+        caller: they are 200 KB a row for 49,152 tokens.
         """
         hidden = embedding(batch.token_ids, self._weights.embedding)
         angles = self._rotary.at(batch.positions)
         for index, layer in enumerate(self._weights.layers):
             hidden += self._attention(index, layer, hidden, angles, batch, cache)
             hidden += self._mlp(layer, hidden)
-        if batch.sample_rows.numel() == 0:
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states, [num_rows, hidden_size], to the logits of the tokens after them:
+        [num_rows, vocabulary_size].
+        """
+        if hidden.shape[0] == 0:
             return hidden.new_empty((0, self._config.vocabulary_size))
-        return self._weights.lm_head(self._norm(hidden[batch.sample_rows], self._weights.norm))
+        return self._weights.lm_head(self._norm(hidden, self._weights.norm))
 
     def _attention(
         self,
