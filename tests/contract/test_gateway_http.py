@@ -14,6 +14,7 @@ from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.record.record import Record
 from services.common.record.states import RequestState
+from services.gateway.http import outgoing
 from tests.conftest import RedisServer
 from tests.contract.gateway_fleet import (
     CONTEXT_TOKENS,
@@ -234,6 +235,23 @@ async def test_a_body_without_a_length_is_bounded_too(fleet: Fleet, user: HttpUs
     assert (response.status, (await error_of(response))["code"]) == (413, "body_too_large")
 
 
+async def test_bodies_that_are_being_read_are_bounded_together(fleet: Fleet, user: HttpUser) -> None:
+    gateway = await fleet.gateway(http_max_body_bytes=2_000)
+    slow = [await connect(gateway) for _ in range(40)]
+    for _, writer in slow:
+        writer.write(post(CHAT, {"prompt": "x" * 1_900})[:-10])
+    async with asyncio.timeout(WITHIN_S):
+        while (response := await user.post(gateway.addresses, COMPLETIONS, prompt="x" * 1_900, n=99)).status == 400:
+            await asyncio.sleep(0.01)
+    assert (response.status, (await error_of(response))["code"]) == (429, "too_many_bodies")
+    assert response.headers["Retry-After"] == "1"
+    for _, writer in slow:
+        writer.close()
+    async with asyncio.timeout(WITHIN_S):
+        while (await user.post(gateway.addresses, COMPLETIONS, prompt="x" * 1_900, n=99)).status == 429:
+            await asyncio.sleep(0.01)
+
+
 async def test_bytes_that_are_no_http_are_refused(fleet: Fleet, user: HttpUser) -> None:
     gateway = await fleet.gateway()
     for garbage in (b"\x00\xff\r\n\r\n", chunked(b"zz\r\nxx")):
@@ -361,12 +379,18 @@ async def test_a_key_that_can_be_none_is_refused(fleet: Fleet, user: HttpUser, k
 
 
 @BOTH
-async def test_a_client_that_hangs_up_is_a_reader_that_left(fleet: Fleet, user: HttpUser, path: str) -> None:
-    gateway = await fleet.gateway()
-    events, opened = await streaming(fleet, gateway, user, path)
+async def test_a_client_that_hangs_up_cancels_its_request(fleet: Fleet, user: HttpUser, path: str) -> None:
+    events, opened = await streaming(fleet, await fleet.gateway(), user, path)
+    events.response.close()
+    await fleet.record_until(opened.key, lambda record: record.cancel)
+
+
+@BOTH
+async def test_with_a_key_it_is_a_reader_that_left(fleet: Fleet, user: HttpUser, path: str) -> None:
+    events, opened = await streaming(fleet, await fleet.gateway(), user, path, key="a")
     events.response.close()
     record = await fleet.record_until(opened.key, lambda record: bool(record.reader_left_at_ms))
-    assert record.state == RequestState.PLACED, "another may attach for a while"
+    assert (record.state, record.cancel) == (RequestState.PLACED, False)
 
 
 async def test_an_answer_in_one_document_that_nobody_waits_for_is_cancelled(fleet: Fleet) -> None:
@@ -386,6 +410,20 @@ async def test_one_with_a_key_lives_on_for_its_retry(fleet: Fleet) -> None:
     writer.close()
     record = await fleet.record_until(fleet.key("a"), lambda record: bool(record.reader_left_at_ms))
     assert (record.state, record.cancel) == (RequestState.QUEUED, False)
+
+
+async def test_a_client_that_takes_nothing_for_long_counts_as_gone(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing, "WITHIN_S", 0.2)
+    gateway = await fleet.gateway()
+    _, writer = await connect(gateway, held_bytes=4_096)
+    writer.write(post(COMPLETIONS, {"prompt": "hi", "stream": True}))
+    opened = await fleet.opened(gateway, await fleet.only_key())
+    piece = frame(opened.key, opened.attempt, 0, "x" * 1_000_000, tokens=[5])
+    await opened.worker.call.write(delivery_pb2.DeliverRequest(frames=[piece]))
+    await fleet.record_until(opened.key, lambda record: record.cancel)
+    writer.close()
 
 
 async def test_what_waits_for_a_client_that_does_not_read_is_joined(fleet: Fleet) -> None:

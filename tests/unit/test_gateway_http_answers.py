@@ -14,11 +14,11 @@ from services.gateway.http.chat_form import ChatForm
 from services.gateway.http.completion_form import CompletionForm
 from services.gateway.http.envelope import Envelope, Wanted
 from services.gateway.http.form import FINISH_REASONS, Form
-from services.gateway.http.spelling import Spelling
+from services.gateway.http.spelling import MAX_PLACES, Place, Spelling
 
 STOP, LENGTH, CANCELLED = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_CANCELLED
-PLAIN = Wanted(logprobs=False, usage=False, running_usage=False)
-LOGPROBS = Wanted(logprobs=True, usage=False, running_usage=False)
+PLAIN = Wanted()
+LOGPROBS = Wanted(logprobs=True)
 SPELLINGS = {1: b"a", 2: "é".encode(), 3: b"\xe2\x82", 4: b"\xac", 5: b"<|im_end|>"}
 
 
@@ -61,9 +61,9 @@ async def _stream(responses: Sequence[pb.GenerateResponse]) -> AsyncIterator[pb.
         yield response
 
 
-def whole(form: Form, *responses: pb.GenerateResponse, wanted: Wanted = PLAIN) -> dict[str, Any]:
-    envelope = Envelope(form, "r", "m", created_s=99)
-    document: dict[str, Any] = json.loads(asyncio.run(envelope.whole(_stream(responses), wanted, spelling())))
+def whole(form: Form, *responses: pb.GenerateResponse, wanted: Wanted = PLAIN, num_choices: int = 1) -> dict[str, Any]:
+    envelope = Envelope(form, "r", "m", 99, spelling())
+    document: dict[str, Any] = json.loads(asyncio.run(envelope.whole(_stream(responses), num_choices, wanted)))
     return document
 
 
@@ -71,8 +71,8 @@ def chunks(
     form: Form, *responses: pb.GenerateResponse, wanted: Wanted = PLAIN, num_choices: int = 1
 ) -> list[dict[str, Any]]:
     async def read() -> list[dict[str, Any]]:
-        envelope = Envelope(form, "r", "m", created_s=99)
-        written = envelope.chunks(_stream(responses), num_choices, wanted, spelling())
+        envelope = Envelope(form, "r", "m", 99, spelling())
+        written = envelope.chunks(_stream(responses), num_choices, wanted)
         return [json.loads(chunk) async for chunk in written]
 
     return asyncio.run(read())
@@ -136,7 +136,7 @@ def test_tokens_that_show_nothing_yet_make_no_chunk() -> None:
 
 
 def test_usage_comes_in_a_last_chunk_without_choices_and_is_null_before() -> None:
-    *others, last = chunks(ChatForm(), *ONE, wanted=Wanted(logprobs=False, usage=True, running_usage=False))
+    *others, last = chunks(ChatForm(), *ONE, wanted=Wanted(usage=True))
     assert {chunk["usage"] for chunk in others} == {None}
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 3
@@ -144,7 +144,7 @@ def test_usage_comes_in_a_last_chunk_without_choices_and_is_null_before() -> Non
 
 
 def test_usage_may_run_with_the_text() -> None:
-    written = chunks(CompletionForm(), *ONE, wanted=Wanted(logprobs=False, usage=True, running_usage=True))
+    written = chunks(CompletionForm(), *ONE, wanted=Wanted(usage=True, running_usage=True))
     counts = [(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"]) for chunk in written]
     assert counts == [(7, 2), (7, 3), (7, 3), (7, 3)]
 
@@ -167,7 +167,7 @@ def test_each_choice_has_its_own_text_and_end_in_chunks_as_in_one_document(
         responses.append(a_delta(text, 1, choice=choice, index=counts[choice]))
         counts[choice] += 1
     responses.append(finished(STOP, LENGTH, CANCELLED))
-    document = whole(form(), *responses)
+    document = whole(form(), *responses, num_choices=3)
     assert [choice["index"] for choice in document["choices"]] == [0, 1, 2]
     assert [choice["finish_reason"] for choice in document["choices"]] == ["stop", "length", "cancelled"]
     texts, reasons = ["", "", ""], [None, None, None]
@@ -239,13 +239,6 @@ def test_a_special_token_is_told_by_its_name() -> None:
     assert choice["logprobs"]["content"][0]["token"] == "<|im_end|>"
 
 
-def test_tokens_without_logprobs_are_left_out_of_the_list() -> None:
-    responses = (accepted(), a_delta("a", 1), a_delta("é", 2, index=1, top=1), finished(STOP))
-    (choice,) = whole(ChatForm(), *responses, wanted=LOGPROBS)["choices"]
-    assert [each["token"] for each in choice["logprobs"]["content"]] == ["é"]
-    assert choice["message"]["content"] == "aé"
-
-
 def test_an_impossible_token_has_a_number_that_json_can_write() -> None:
     delta = pb.Delta(text="a", token_ids=[1], logprobs=[pb.TokenLogprobs(logprob=float("-inf"))])
     (choice,) = whole(ChatForm(), accepted(), pb.GenerateResponse(delta=delta), finished(STOP), wanted=LOGPROBS)[
@@ -254,15 +247,28 @@ def test_an_impossible_token_has_a_number_that_json_can_write() -> None:
     assert choice["logprobs"]["content"][0]["logprob"] == -9999.0
 
 
+async def places(spelled: Spelling, delta: pb.Delta) -> list[Place]:
+    return [place async for some in spelled.places(delta.token_ids, delta.logprobs) for place in some]
+
+
 async def test_a_token_is_spelled_once() -> None:
     tokenizers: Any = FakeTokenizers()
     spelled = Spelling(tokenizers)
     for _ in range(3):
-        assert len(await spelled.places(a_delta("aé", 1, 2, top=3).delta)) == 2
+        assert len(await places(spelled, a_delta("aé", 1, 2, top=3).delta)) == 2
     assert sorted(tokenizers.asked) == [1, 2, 3]
 
 
-async def test_however_many_tokens_are_spelled_few_are_remembered_and_each_call_is_bounded() -> None:
+async def test_however_many_tokens_are_spelled_few_are_remembered() -> None:
+    tokenizers: Any = FakeTokenizers(lambda token_id: str(token_id).encode())
+    spelled = Spelling(tokenizers)
+    for _ in range(2):
+        found = await places(spelled, a_delta("", *range(25_000), top=1).delta)
+        assert [place.chosen.text for place in found] == [str(token) for token in range(25_000)]
+    assert len(tokenizers.asked) > 25_000, "the first ones were forgotten"
+
+
+async def test_each_call_of_a_tokenizer_is_bounded() -> None:
     calls: list[int] = []
 
     class Counting(FakeTokenizers):
@@ -270,9 +276,58 @@ async def test_however_many_tokens_are_spelled_few_are_remembered_and_each_call_
             calls.append(len(token_ids))
             return await super().spell(token_ids)
 
-    tokenizers: Any = Counting(lambda token_id: str(token_id).encode())
-    spelled = Spelling(tokenizers)
-    for _ in range(2):
-        places = await spelled.places(a_delta("", *range(25_000), top=1).delta)
-        assert [place.chosen.text for place in places] == [str(token) for token in range(25_000)]
+    tokenizers: Any = Counting(lambda token_id: b"x")
+    assert await Spelling(tokenizers).text(range(25_000)) == "x" * 25_000
     assert max(calls) == 10_000
+
+
+# An answer that begins with the prompt
+
+
+def test_an_echoed_prompt_stands_before_each_choice() -> None:
+    responses = (accepted(), a_delta("Hi", 1), a_delta("Ho", 2, choice=1), finished(STOP, STOP))
+    document = whole(CompletionForm("Say: "), *responses, num_choices=2)
+    assert [choice["text"] for choice in document["choices"]] == ["Say: Hi", "Say: Ho"]
+    written = chunks(CompletionForm("Say: "), *responses, num_choices=2)
+    for index, text in enumerate(("Say: Hi", "Say: Ho")):
+        pieces = [choice["text"] for chunk in written for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(pieces) == text
+
+
+def test_an_echoed_prompts_logprobs_stand_before_those_of_each_choice() -> None:
+    last = finished(STOP, STOP)
+    last.finished.prompt_logprobs.add(logprob=-5, top=[pb.TokenLogprob(token_id=1, logprob=-0.5)])
+    document = whole(
+        CompletionForm("éa"), accepted(), a_delta("a", 1, top=1), a_delta("é", 2, choice=1, top=1), last,
+        num_choices=2, wanted=Wanted(logprobs=True, prompt_token_ids=[2, 1]),
+    )  # fmt: skip
+    first, second = (choice["logprobs"] for choice in document["choices"])
+    # Nothing stands before a prompt's first token.
+    assert first["token_logprobs"] == [None, -5, 0]
+    assert first["top_logprobs"] == [None, {"a": -5}, {"a": 0}]
+    assert first["tokens"] == ["é", "a", "a"]
+    assert second["tokens"] == ["é", "a", "é"]
+    assert first["text_offset"] == second["text_offset"] == [0, 1, 2]
+
+
+def test_a_cancelled_requests_prompt_may_have_no_logprobs() -> None:
+    document = whole(
+        CompletionForm("éa"), accepted(), finished(CANCELLED), wanted=Wanted(logprobs=True, prompt_token_ids=[2, 1])
+    )
+    assert document["choices"][0]["logprobs"]["token_logprobs"] == [None]
+
+
+# Many log-probabilities
+
+
+def test_many_logprobs_in_one_delta_are_told_in_chunks_of_bounded_size() -> None:
+    num_tokens = 1_000
+    responses = (accepted(), a_delta("a" * num_tokens, *[1] * num_tokens, top=2), finished(STOP))
+    *pieces, _ = chunks(CompletionForm(), *responses, wanted=LOGPROBS)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == "a" * num_tokens
+    told = [len(piece["choices"][0]["logprobs"]["tokens"]) for piece in pieces]
+    assert sum(told) == num_tokens
+    assert max(told) == MAX_PLACES
+    (choice,) = whole(CompletionForm(), *responses, wanted=LOGPROBS)["choices"]
+    for name, values in choice["logprobs"].items():
+        assert [value for piece in pieces for value in piece["choices"][0]["logprobs"][name]] == values

@@ -121,10 +121,16 @@ def test_a_prompt_is_a_text_or_token_ids_and_one_of_a_list() -> None:
 def test_what_a_completion_cannot_do_is_refused_and_what_is_no_demand_is_taken() -> None:
     completion(echo=False, best_of=1, suffix=None)
     completion(n=2, best_of=2)
-    for fields in ({"echo": True}, {"best_of": 2}, {"suffix": "x"}):
+    for fields in ({"best_of": 2}, {"suffix": "x"}, {"stream": True, "echo": True, "logprobs": 1}):
         with pytest.raises(InvalidRequest, match="not supported") as caught:
             completion(**fields)
         assert caught.value.field in fields
+
+
+def test_an_echo_with_logprobs_asks_for_those_of_the_prompt() -> None:
+    assert completion(echo=True, logprobs=3).prompt_logprobs == 3
+    assert not completion(echo=True).HasField("prompt_logprobs")
+    assert not completion(logprobs=3).HasField("prompt_logprobs")
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 import asyncio
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from services.common.errors import InvalidRequest
+from services.common.errors import Exhausted, InvalidRequest
+from services.gateway.admission import RETRY_AFTER_MS
 from services.gateway.http.errors import HttpRefusal
 
 WITHIN_S = 30.0
+NUM_LARGEST = 32
+"""Bodies of the largest size that may be read, or wait to be accepted, at once: 16 MiB by default."""
 JSON = "application/json"
 MAX_SHOWN_CHARACTERS = 100
 _AT_PATH = re.compile(r"(?s)(?P<problem>.*) - at (?P<key>`key` in )?`\$\.?(?P<path>.*)`")
@@ -20,8 +25,55 @@ _FIELD = re.compile(r"(?s)Object (?:contains unknown|missing required) field `(?
 F = TypeVar("F")
 
 
-async def read(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body. Raises HttpRefusal: 408, 413, 415.
+class Bodies:
+    """Bodies that are read, or whose requests are not accepted yet: all of them together are bounded."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes`: of one; NUM_LARGEST times that of all."""
+        self.max_bytes = max_bytes
+        self._left_bytes = NUM_LARGEST * max_bytes
+
+    @contextmanager
+    def room(self) -> Iterator["Room"]:
+        """Room for one body, given back with the block's end."""
+        room = Room(self)
+        try:
+            yield room
+        finally:
+            self._left_bytes += room.num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Raises Exhausted if so much is not left."""
+        if num_bytes > self._left_bytes:
+            raise Exhausted(
+                f"bodies that are being read here have {NUM_LARGEST * self.max_bytes} bytes, the most; come back later",
+                reason="TOO_MANY_BODIES",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._left_bytes -= num_bytes
+
+
+class Room:
+    """What one body has taken."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self.num_bytes = 0
+
+    def check(self, num_bytes: int) -> None:
+        """Raises HttpRefusal if a body of this size is too large."""
+        if num_bytes > self._bodies.max_bytes:
+            raise _too_large(self._bodies.max_bytes)
+
+    def grow(self, num_bytes: int) -> None:
+        """So much was read. Raises HttpRefusal if this body is too large, Exhausted if all are together."""
+        self.check(self.num_bytes + num_bytes)
+        self._bodies.take(num_bytes)
+        self.num_bytes += num_bytes
+
+
+async def read(request: web.Request, room: Room) -> bytes:
+    """The whole body. Raises HttpRefusal: 408, 413, 415; Exhausted.
 
     Not `request.read()`, which keeps the body for as long as its answer is streamed.
     """
@@ -32,15 +84,13 @@ async def read(request: web.Request, max_bytes: int) -> bytes:
             "unsupported_media_type",
             f"the body is {request.content_type[:80]!r}, encoding {encoding[:80]!r}; send {JSON} as it is",
         )
-    if (request.content_length or 0) > max_bytes:
-        raise _too_large(max_bytes)
+    room.check(request.content_length or 0)
     body = bytearray()
     try:
         async with asyncio.timeout(WITHIN_S):
             while chunk := await request.content.readany():
+                room.grow(len(chunk))
                 body += chunk
-                if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
     except TimeoutError as error:
         message = f"the body did not come within {WITHIN_S:.0f} s; send it at once"
         raise HttpRefusal(HTTPStatus.REQUEST_TIMEOUT, "request_timeout", message) from error

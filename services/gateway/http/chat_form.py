@@ -1,9 +1,11 @@
 """Answers of /v1/chat/completions."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from services.gateway.http.spelling import Place, Spelled
+import msgspec
+
+from services.gateway.http.logprob_lists import Part
+from services.gateway.http.spelling import Places, Spelled
 
 
 class ChatForm:
@@ -17,31 +19,27 @@ class ChatForm:
         """Who speaks."""
         return _chunk({"role": "assistant", "content": ""})
 
-    def piece(self, choice: int, text: str, places: Sequence[Place] | None) -> dict[str, Any]:
+    def piece(self, text: str, logprobs: Part | None) -> dict[str, Any]:
         """Text that is added."""
-        return _chunk({"content": text}, places)
+        return _chunk({"content": text}, logprobs)
 
     def ending(self, finish_reason: str) -> dict[str, Any]:
         """Nothing is added."""
         return _chunk({}, finish_reason=finish_reason)
 
-    def whole(self, choice: int, text: str, places: Sequence[Place] | None, finish_reason: str) -> dict[str, Any]:
+    def whole(self, text: str, logprobs: msgspec.Raw | None, finish_reason: str) -> dict[str, Any]:
         """The message."""
         message = {"role": "assistant", "content": text}
-        return {"message": message, "logprobs": _logprobs(places), "finish_reason": finish_reason}
+        return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def logprobs(self, choice: int, places: Places) -> Part:
+        """Each token, and the most probable ones at its place."""
+        content = [{**_token(place.chosen), "top_logprobs": [_token(token) for token in place.top]} for place in places]
+        return {"content": content, "refusal": None}
 
 
-def _chunk(
-    delta: dict[str, str], places: Sequence[Place] | None = None, finish_reason: str | None = None
-) -> dict[str, Any]:
-    return {"delta": delta, "logprobs": _logprobs(places), "finish_reason": finish_reason}
-
-
-def _logprobs(places: Sequence[Place] | None) -> dict[str, Any] | None:
-    if places is None:
-        return None
-    content = [{**_token(place.chosen), "top_logprobs": [_token(token) for token in place.top]} for place in places]
-    return {"content": content, "refusal": None}
+def _chunk(delta: dict[str, str], logprobs: Part | None = None, finish_reason: str | None = None) -> dict[str, Any]:
+    return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def _token(token: Spelled) -> dict[str, Any]:

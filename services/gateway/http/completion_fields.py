@@ -22,22 +22,25 @@ class CompletionFields(CommonFields, kw_only=True, forbid_unknown_fields=True):
 
     prompt: str | Annotated[list[str | UInt32], Meta(max_length=MAX_PROMPT_IDS)]
     logprobs: UInt32 | None = None
-    # Refused, but for what is no demand.
     echo: bool | None = None
+    # Refused, but for what is no demand.
     best_of: UInt32 | None = None
     suffix: NotSupported = None
 
 
 def completion_request(fields: CompletionFields) -> inference_pb2.GenerateRequest:
     """The request, but for its id. Raises InvalidRequest."""
-    if fields.echo:
-        raise _not_supported("echo", "true")
     if fields.best_of not in (None, fields.n or 1):
         raise _not_supported("best_of", str(fields.best_of))
     request = common_request(fields)
     _set_input(request, fields.prompt)
     if fields.logprobs is not None:
         request.logprobs = fields.logprobs
+        if fields.echo:
+            if fields.stream:
+                # The core tells a prompt's at the end.
+                raise _not_supported("stream", "true with echo and logprobs")
+            request.prompt_logprobs = fields.logprobs
     if fields.max_tokens is None:
         request.max_tokens = DEFAULT_MAX_TOKENS
     return request

@@ -1,10 +1,13 @@
 """Answers of /v1/completions."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
 from typing import Any
 
-from services.gateway.http.spelling import Place
+import msgspec
+
+from services.gateway.http.form import PROMPT
+from services.gateway.http.logprob_lists import Part
+from services.gateway.http.spelling import Place, Places
 
 
 class CompletionForm:
@@ -14,28 +17,29 @@ class CompletionForm:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self) -> None:
-        self._num_characters: Counter[int] = Counter()
+    def __init__(self, prompt: str = "") -> None:
+        """`prompt`: put in front of each choice."""
+        self._prompt = prompt
+        self._num_characters: defaultdict[int, int] = defaultdict(lambda: len(prompt), {PROMPT: 0})
 
     def opening(self) -> dict[str, Any] | None:
-        """Nothing."""
-        return None
+        """The prompt, if it is wanted."""
+        return self.piece(self._prompt, None) if self._prompt else None
 
-    def piece(self, choice: int, text: str, places: Sequence[Place] | None) -> dict[str, Any]:
+    def piece(self, text: str, logprobs: Part | None) -> dict[str, Any]:
         """Text that follows."""
-        return {"text": text, "logprobs": self._logprobs(choice, places), "finish_reason": None}
+        return {"text": text, "logprobs": logprobs, "finish_reason": None}
 
     def ending(self, finish_reason: str) -> dict[str, Any]:
         """No text follows."""
         return {"text": "", "logprobs": None, "finish_reason": finish_reason}
 
-    def whole(self, choice: int, text: str, places: Sequence[Place] | None, finish_reason: str) -> dict[str, Any]:
+    def whole(self, text: str, logprobs: msgspec.Raw | None, finish_reason: str) -> dict[str, Any]:
         """All of the text."""
-        return {"text": text, "logprobs": self._logprobs(choice, places), "finish_reason": finish_reason}
+        return {"text": self._prompt + text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, choice: int, places: Sequence[Place] | None) -> dict[str, Any] | None:
-        if places is None:
-            return None
+    def logprobs(self, choice: int, places: Places) -> Part:
+        """Lists with one member a token."""
         return {
             "tokens": [place.chosen.text for place in places],
             "token_logprobs": [place.chosen.logprob for place in places],
@@ -50,6 +54,8 @@ class CompletionForm:
         return offset
 
 
-def _by_text(place: Place) -> dict[str, float]:
-    """The most probable tokens and the generated one, as OpenAI's: it may be one more than was asked for."""
+def _by_text(place: Place) -> dict[str, float | None] | None:
+    """The most probable tokens and the one that stands there, as OpenAI's: it may be one more than was asked for."""
+    if place.chosen.logprob is None:
+        return None
     return {token.text: token.logprob for token in (*place.top, place.chosen)}

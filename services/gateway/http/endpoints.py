@@ -1,8 +1,7 @@
 """The HTTP calls, thin: a body becomes a GenerateRequest, the core answers, and its stream becomes JSON or events."""
 
-import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from aiohttp import web
 
+from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import ShoalError
 from services.gateway.admission import OpenCalls
@@ -22,10 +22,10 @@ from services.gateway.http.chat_form import ChatForm
 from services.gateway.http.completion_fields import CompletionFields, completion_request
 from services.gateway.http.completion_form import CompletionForm
 from services.gateway.http.envelope import Envelope, Wanted
-from services.gateway.http.errors import CLIENT_CLOSED_REQUEST, defect, error_object, error_response, renamed
-from services.gateway.http.events import EventStream
+from services.gateway.http.errors import defect, error_object, error_response, renamed
 from services.gateway.http.fields import CommonFields
 from services.gateway.http.form import Form
+from services.gateway.http.outgoing import Outgoing
 from services.gateway.http.spelling import Spelling
 from services.gateway.identity import tenant_of, traceparent_of
 from services.gateway.model import Model
@@ -39,6 +39,12 @@ logger = logging.getLogger(__name__)
 IDEMPOTENCY_KEY = "Idempotency-Key"
 REQUEST_ID = "x-request-id"
 DONE = b"[DONE]"
+EVENT_HEADERS: Mapping[str, str] = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache",
+    # Nginx would collect events otherwise.
+    "X-Accel-Buffering": "no",
+}
 
 F = TypeVar("F", bound=CommonFields)
 
@@ -49,15 +55,21 @@ class Endpoint(Generic[F]):
 
     decoder: "msgspec.json.Decoder[F]"
     to_request: Callable[[F], inference_pb2.GenerateRequest]
-    form: Callable[[], Form]
+    form: Callable[[str], Form]
+    """For an answer that begins with this text."""
+    echoes: Callable[[F], bool]
+    """Whether it begins with the prompt."""
     names: Mapping[str, str]
     """Names in the body, by field of the proto."""
 
 
-CHAT = Endpoint(msgspec.json.Decoder(ChatFields), chat_request, ChatForm, chat_fields.NAMES)
-COMPLETIONS = Endpoint(
-    msgspec.json.Decoder(CompletionFields), completion_request, CompletionForm, completion_fields.NAMES
+CHAT = Endpoint(
+    msgspec.json.Decoder(ChatFields), chat_request, lambda _: ChatForm(), lambda _: False, chat_fields.NAMES
 )
+COMPLETIONS = Endpoint(
+    msgspec.json.Decoder(CompletionFields), completion_request, CompletionForm, lambda fields: bool(fields.echo),
+    completion_fields.NAMES,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,11 @@ class Started:
     in_events: bool
     resumable: bool
     """Its client chose the id, so it can come back."""
+
+    @property
+    def num_choices(self) -> int:
+        """Of the request."""
+        return len(self.stream.delivered())
 
 
 class Endpoints:
@@ -84,7 +101,7 @@ class Endpoints:
         self._requests = requests
         self._spelling = spelling
         self._readiness = readiness
-        self._max_body_bytes = max_body_bytes
+        self._bodies = body.Bodies(max_body_bytes)
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -120,75 +137,76 @@ class Endpoints:
             try:
                 return await self._answer(request, endpoint, started)
             finally:
-                self._requests.close(started.stream)
+                # A client that hangs up ends its request, as OpenAI's users expect; one with a key may send it again.
+                hung_up = started.stream.end is None
+                self._requests.close(started.stream, cancel=hung_up and not started.resumable)
 
     async def _start(self, request: web.Request, endpoint: Endpoint[F]) -> Started:
         # In a method of its own: the body is not kept while the answer is streamed.
         metadata = [(name.lower(), value) for name, value in request.headers.items()]
         caller = Caller(tenant_of(metadata), traceparent_of(metadata), lambda: None)
-        fields = body.decode(await body.read(request, self._max_body_bytes), endpoint.decoder)
-        asked = endpoint.to_request(fields)
-        if IDEMPOTENCY_KEY in request.headers:
-            # Checked here, for an empty one would be none to the core.
-            asked.request_id = check_request_id(request.headers[IDEMPOTENCY_KEY])
-        stream = await self._generation.start(asked, caller)
+        with self._bodies.room() as room:
+            fields = body.decode(await body.read(request, room), endpoint.decoder)
+            asked = endpoint.to_request(fields)
+            if IDEMPOTENCY_KEY in request.headers:
+                # Checked here, for an empty one would be none to the core.
+                asked.request_id = check_request_id(request.headers[IDEMPOTENCY_KEY])
+            stream = await self._generation.start(asked, caller)
         options = fields.stream_options
         wanted = Wanted(
             logprobs=asked.HasField("logprobs"),
             usage=bool(options and options.include_usage),
             running_usage=bool(options and options.continuous_usage_stats),
+            prompt_token_ids=_prompt_token_ids(stream) if endpoint.echoes(fields) else (),
         )
         return Started(stream, wanted, bool(fields.stream), bool(asked.request_id))
 
     async def _answer(self, request: web.Request, endpoint: Endpoint[F], started: Started) -> web.StreamResponse:
         accepted = started.stream.accepted
-        envelope = Envelope(
-            endpoint.form(), accepted.request_id, self._model.name, created_s=accepted.accepted_at_ms // 1000
-        )
-        if started.in_events:
-            return await self._in_events(request, endpoint, started, envelope)
+        headers = {REQUEST_ID: accepted.request_id}
         try:
-            whole = await envelope.whole(started.stream.responses(), started.wanted, self._spelling)
+            form = endpoint.form(await self._spelling.text(started.wanted.prompt_token_ids))
+            envelope = Envelope(
+                form, accepted.request_id, self._model.name, accepted.accepted_at_ms // 1000, self._spelling
+            )
+            if started.in_events:
+                # An error has its place in the stream from here on.
+                return await self._in_events(request, endpoint, started, envelope, headers)
+            document = await envelope.whole(started.stream.responses(), started.num_choices, started.wanted)
         except ShoalError as error:
             return error_response(renamed(error, endpoint.names), accepted.request_id)
-        except asyncio.CancelledError:
-            await self._client_left(started)
-            raise
-        return _json_bytes(whole, headers={REQUEST_ID: accepted.request_id})
+        return await self._in_one(request, document, headers)
 
     async def _in_events(
-        self, request: web.Request, endpoint: Endpoint[F], started: Started, envelope: Envelope
-    ) -> web.StreamResponse:
+        self, request: web.Request, endpoint: Endpoint[F], started: Started, envelope: Envelope,
+        headers: Mapping[str, str],
+    ) -> web.StreamResponse:  # fmt: skip
         stream = started.stream
-        try:
-            events = await EventStream.begun(request, {REQUEST_ID: stream.accepted.request_id})
-        except ConnectionError:
-            return web.Response(status=CLIENT_CLOSED_REQUEST)
-        chunks = envelope.chunks(stream.responses(), len(stream.delivered()), started.wanted, self._spelling)
+        outgoing = Outgoing(request, {**EVENT_HEADERS, **headers})
         with suppress(ConnectionError):  # The client is gone: nobody is left to be told.
+            await outgoing.begin()
             try:
-                async for chunk in chunks:
-                    await events.send(chunk)
-                await events.send(DONE)
+                async for chunk in envelope.chunks(stream.responses(), started.num_choices, started.wanted):
+                    await outgoing.event(chunk)
+                await outgoing.event(DONE)
             except ShoalError as error:
-                await events.send(msgspec.json.encode(error_object(renamed(error, endpoint.names))))
+                await outgoing.event(msgspec.json.encode(error_object(renamed(error, endpoint.names))))
             except ConnectionError:
                 raise
             except Exception as error:
                 logger.error("a stream failed by a defect", exc_info=error, extra={"request": stream.key})
-                await events.send(msgspec.json.encode(error_object(defect())))
-            await events.end()
-        return events.response
+                await outgoing.event(msgspec.json.encode(error_object(defect())))
+            await outgoing.end()
+        return outgoing.response
 
-    async def _client_left(self, started: Started) -> None:
-        """End a request whose only answer can't be given: nobody knows its id."""
-        if started.resumable or started.stream.settled:
-            return
-        try:
-            await self._requests.cancel(started.stream.key)
-        except ShoalError as error:
-            # It ends by itself when its time without a reader is over.
-            logger.info("not cancelled", extra={"request": started.stream.key, "error": error.message})
+    async def _in_one(self, request: web.Request, document: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
+        length = {"Content-Type": body.JSON, "Content-Length": str(len(document))}
+        outgoing = Outgoing(request, {**length, **headers})
+        with suppress(ConnectionError):
+            await outgoing.begin()
+            await outgoing.document(document)
+            await outgoing.end()
+        return outgoing.response
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -220,11 +238,9 @@ class _Call:
             callback(self)
 
 
+def _prompt_token_ids(stream: Stream) -> Sequence[int]:
+    return request_pb2.RequestPayload.FromString(stream.accepted.payload).prompt_token_ids
+
+
 def _json(document: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK) -> web.Response:
-    return _json_bytes(msgspec.json.encode(document), status)
-
-
-def _json_bytes(
-    document: bytes, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return web.Response(status=status, body=document, content_type=body.JSON, headers=headers)
+    return web.Response(status=status, body=msgspec.json.encode(document), content_type=body.JSON)

@@ -1,15 +1,15 @@
 """A stream of the core as one JSON document, or as the chunks of a stream. Knows protos and forms, nothing of HTTP."""
 
-from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from gen.shoal.inference.v1 import inference_pb2
-from services.gateway.http.form import FINISH_REASONS, Form
-from services.gateway.http.spelling import Place, Spelling
+from services.gateway.http.form import FINISH_REASONS, PROMPT, Form
+from services.gateway.http.logprob_lists import LogprobLists
+from services.gateway.http.spelling import Spelling
 
 Responses = AsyncIterator[inference_pb2.GenerateResponse]
 
@@ -18,46 +18,55 @@ Responses = AsyncIterator[inference_pb2.GenerateResponse]
 class Wanted:
     """What the caller asked to be told beside the text."""
 
-    logprobs: bool
-    usage: bool
+    logprobs: bool = False
+    usage: bool = False
     """In a stream, a last chunk with all counts."""
-    running_usage: bool
+    running_usage: bool = False
     """In a stream, the counts so far in each chunk."""
+    prompt_token_ids: Sequence[int] = ()
+    """Of the prompt, if the answer begins with it. Their log-probabilities are told in one document only."""
 
 
 class Envelope:
     """Writes one request's answer."""
 
-    def __init__(self, form: Form, request_id: str, model: str, created_s: int) -> None:
+    def __init__(self, form: Form, request_id: str, model: str, created_s: int, spelling: Spelling) -> None:
         """`created_s`: when the request was accepted, in s since the epoch."""
         self._form = form
         self._head = {"id": f"{form.id_prefix}{request_id}", "created": created_s, "model": model}
+        self._spelling = spelling
 
-    async def whole(self, responses: Responses, wanted: Wanted, spelling: Spelling) -> bytes:
-        """The one document, once the request has ended. Raises what the responses and the tokenizers raise."""
-        texts: defaultdict[int, list[str]] = defaultdict(list)
-        places: defaultdict[int, list[Place]] = defaultdict(list)
+    async def whole(self, responses: Responses, num_choices: int, wanted: Wanted) -> bytes:
+        """The one document, once the request has ended. Raises what the responses and the tokenizers raise.
+
+        It is written in one go: a million log-probabilities, the most that may be, hold the event loop for 0.1 s.
+        """
+        texts: list[list[str]] = [[] for _ in range(num_choices)]
+        lists = [self._lists(choice) for choice in range(num_choices)]
         async for response in responses:
             match response.WhichOneof("event"):
                 case "delta":
                     delta = response.delta
                     texts[delta.choice].append(delta.text)
                     if wanted.logprobs:
-                        places[delta.choice] += await spelling.places(delta)
+                        async for places in self._spelling.places(delta.token_ids, delta.logprobs):
+                            lists[delta.choice].add(self._form.logprobs(delta.choice, places))
                 case "finished":
+                    finished = response.finished
+                    of_prompt = await self._of_prompt(wanted, finished)
                     choices = [
                         self._form.whole(
-                            choice, "".join(texts[choice]), places[choice] if wanted.logprobs else None, reason
+                            "".join(texts[choice]),
+                            lists[choice].written(of_prompt) if wanted.logprobs else None,
+                            reason,
                         )
                         | {"index": choice}
-                        for choice, reason in enumerate(_reasons(response.finished))
+                        for choice, reason in enumerate(_reasons(finished))
                     ]
-                    return self._written(self._form.whole_object, choices, {"usage": _usage(response.finished.usage)})
+                    return self._written(self._form.whole_object, choices, {"usage": _usage(finished.usage)})
         raise AssertionError("a stream of the core ends by `finished` or an error")
 
-    async def chunks(
-        self, responses: Responses, num_choices: int, wanted: Wanted, spelling: Spelling
-    ) -> AsyncIterator[bytes]:
+    async def chunks(self, responses: Responses, num_choices: int, wanted: Wanted) -> AsyncIterator[bytes]:
         """The documents of a stream, each as soon as it can be. Raises as `whole`."""
         counts = _Counts(wanted)
         async for response in responses:
@@ -69,18 +78,40 @@ class Envelope:
                         for choice in range(num_choices):
                             yield self._chunk(choice, opening, counts)
                 case "delta":
-                    delta = response.delta
-                    counts.completion_tokens += len(delta.token_ids)
-                    places = await spelling.places(delta) if wanted.logprobs else None
-                    # Half a character, or a possible stop text, has nothing to show yet.
-                    if delta.text or places:
-                        yield self._chunk(delta.choice, self._form.piece(delta.choice, delta.text, places), counts)
+                    counts.completion_tokens += len(response.delta.token_ids)
+                    async for piece in self._pieces(response.delta, wanted):
+                        yield self._chunk(response.delta.choice, piece, counts)
                 case "finished":
                     for choice, reason in enumerate(_reasons(response.finished)):
                         yield self._chunk(choice, self._form.ending(reason), counts)
                     if wanted.usage:
                         usage = {"usage": _usage(response.finished.usage)}
                         yield self._written(self._form.chunk_object, [], usage)
+
+    async def _pieces(self, delta: inference_pb2.Delta, wanted: Wanted) -> AsyncIterator[dict[str, Any]]:
+        if wanted.logprobs:
+            text = delta.text
+            async for places in self._spelling.places(delta.token_ids, delta.logprobs):
+                yield self._form.piece(text, self._form.logprobs(delta.choice, places))
+                text = ""
+        # Half a character, or a possible stop text, has nothing to show yet.
+        elif delta.text:
+            yield self._form.piece(delta.text, None)
+
+    async def _of_prompt(self, wanted: Wanted, finished: inference_pb2.Finished) -> LogprobLists | None:
+        token_ids = wanted.prompt_token_ids
+        if not (wanted.logprobs and token_ids):
+            return None
+        lists = self._lists(PROMPT)
+        lists.add(self._form.logprobs(PROMPT, [await self._spelling.first_of_prompt(token_ids[0])]))
+        # One that was cancelled may have been told none.
+        told = token_ids[1 : 1 + len(finished.prompt_logprobs)]
+        async for places in self._spelling.places(told, finished.prompt_logprobs):
+            lists.add(self._form.logprobs(PROMPT, places))
+        return lists
+
+    def _lists(self, choice: int) -> LogprobLists:
+        return LogprobLists(self._form.logprobs(choice, ()))
 
     def _chunk(self, choice: int, part: dict[str, Any], counts: "_Counts") -> bytes:
         return self._written(self._form.chunk_object, [{"index": choice, **part}], counts.told())
