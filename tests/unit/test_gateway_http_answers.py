@@ -63,7 +63,8 @@ async def _stream(responses: Sequence[pb.GenerateResponse]) -> AsyncIterator[pb.
 
 def whole(form: Form, *responses: pb.GenerateResponse, wanted: Wanted = PLAIN, num_choices: int = 1) -> dict[str, Any]:
     envelope = Envelope(form, "r", "m", 99, spelling())
-    document: dict[str, Any] = json.loads(asyncio.run(envelope.whole(_stream(responses), num_choices, wanted)))
+    pieces = asyncio.run(envelope.whole(_stream(responses), num_choices, wanted))
+    document: dict[str, Any] = json.loads(b"".join(pieces))
     return document
 
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import msgspec
-
 from services.gateway.http.logprob_lists import Part
 from services.gateway.http.spelling import Places, Spelled
 
@@ -27,10 +25,9 @@ class ChatForm:
         """Nothing is added."""
         return _chunk({}, finish_reason=finish_reason)
 
-    def whole(self, text: str, logprobs: msgspec.Raw | None, finish_reason: str) -> dict[str, Any]:
+    def whole(self, text: str, finish_reason: str) -> dict[str, Any]:
         """The message."""
-        message = {"role": "assistant", "content": text}
-        return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
 
     def logprobs(self, choice: int, places: Places) -> Part:
         """Each token, and the most probable ones at its place."""

@@ -3,8 +3,6 @@
 from collections import defaultdict
 from typing import Any
 
-import msgspec
-
 from services.gateway.http.form import PROMPT
 from services.gateway.http.logprob_lists import Part
 from services.gateway.http.spelling import Place, Places
@@ -34,9 +32,9 @@ class CompletionForm:
         """No text follows."""
         return {"text": "", "logprobs": None, "finish_reason": finish_reason}
 
-    def whole(self, text: str, logprobs: msgspec.Raw | None, finish_reason: str) -> dict[str, Any]:
+    def whole(self, text: str, finish_reason: str) -> dict[str, Any]:
         """All of the text."""
-        return {"text": self._prompt + text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {"text": self._prompt + text, "finish_reason": finish_reason}
 
     def logprobs(self, choice: int, places: Places) -> Part:
         """Lists with one member a token."""

@@ -199,8 +199,10 @@ class Endpoints:
             await outgoing.end()
         return outgoing.response
 
-    async def _in_one(self, request: web.Request, document: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
-        length = {"Content-Type": body.JSON, "Content-Length": str(len(document))}
+    async def _in_one(
+        self, request: web.Request, document: Sequence[bytes], headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        length = {"Content-Type": body.JSON, "Content-Length": str(sum(map(len, document)))}
         outgoing = Outgoing(request, {**length, **headers})
         with suppress(ConnectionError):
             await outgoing.begin()

@@ -1,6 +1,6 @@
 """A stream of the core as one JSON document, or as the chunks of a stream. Knows protos and forms, nothing of HTTP."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,8 @@ class Envelope:
         self._head = {"id": f"{form.id_prefix}{request_id}", "created": created_s, "model": model}
         self._spelling = spelling
 
-    async def whole(self, responses: Responses, num_choices: int, wanted: Wanted) -> bytes:
-        """The one document, once the request has ended. Raises what the responses and the tokenizers raise.
-
-        It is written in one go: a million log-probabilities, the most that may be, hold the event loop for 0.1 s.
-        """
+    async def whole(self, responses: Responses, num_choices: int, wanted: Wanted) -> Sequence[bytes]:
+        """The one document, in pieces, once the request has ended. Raises what responses and tokenizers raise."""
         texts: list[list[str]] = [[] for _ in range(num_choices)]
         lists = [self._lists(choice) for choice in range(num_choices)]
         async for response in responses:
@@ -52,19 +49,23 @@ class Envelope:
                         async for places in self._spelling.places(delta.token_ids, delta.logprobs):
                             lists[delta.choice].add(self._form.logprobs(delta.choice, places))
                 case "finished":
-                    finished = response.finished
-                    of_prompt = await self._of_prompt(wanted, finished)
-                    choices = [
-                        self._form.whole(
-                            "".join(texts[choice]),
-                            lists[choice].written(of_prompt) if wanted.logprobs else None,
-                            reason,
-                        )
-                        | {"index": choice}
-                        for choice, reason in enumerate(_reasons(finished))
-                    ]
-                    return self._written(self._form.whole_object, choices, {"usage": _usage(finished.usage)})
+                    of_prompt = await self._of_prompt(wanted, response.finished)
+                    logprobs = [each.written(of_prompt) if wanted.logprobs else [b"null"] for each in lists]
+                    return list(self._document(response.finished, ["".join(each) for each in texts], logprobs))
         raise AssertionError("a stream of the core ends by `finished` or an error")
+
+    def _document(
+        self, finished: inference_pb2.Finished, texts: Sequence[str], logprobs: Sequence[Iterable[bytes]]
+    ) -> Iterator[bytes]:
+        head = {**self._head, "object": self._form.whole_object, "usage": _usage(finished.usage)}
+        yield msgspec.json.encode(head)[:-1] + b',"choices":['
+        for choice, reason in enumerate(_reasons(finished)):
+            part = {"index": choice, **self._form.whole(texts[choice], reason)}
+            yield (b"," if choice else b"") + msgspec.json.encode(part)[:-1] + b',"logprobs":'
+            # Not copied into one value: they may be 70 MB.
+            yield from logprobs[choice]
+            yield b"}"
+        yield b"]}"
 
     async def chunks(self, responses: Responses, num_choices: int, wanted: Wanted) -> AsyncIterator[bytes]:
         """The documents of a stream, each as soon as it can be. Raises as `whole`."""

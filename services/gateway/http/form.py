@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import msgspec
-
 from gen.shoal.inference.v1 import inference_pb2
 from services.gateway.http.logprob_lists import Part
 from services.gateway.http.spelling import Places
@@ -37,8 +35,8 @@ class Form(Protocol):
     def ending(self, finish_reason: str) -> dict[str, Any]:
         """The end of a choice of a stream."""
 
-    def whole(self, text: str, logprobs: msgspec.Raw | None, finish_reason: str) -> dict[str, Any]:
-        """A choice in one document."""
+    def whole(self, text: str, finish_reason: str) -> dict[str, Any]:
+        """A choice in one document. Lacks its `logprobs` too."""
 
     def logprobs(self, choice: int, places: Places) -> Part:
         """Log-probabilities of a choice's next tokens."""

@@ -3,7 +3,7 @@
 An entry takes about 70 bytes so, where Python's values take 500: a request may ask for a million.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,11 +27,18 @@ class LogprobLists:
             if values and pieces is not None:
                 pieces.append(msgspec.json.encode(values)[1:-1])
 
-    def written(self, before: "LogprobLists | None" = None) -> msgspec.Raw:
-        """The whole object. `before`: lists that stand in front of these."""
-        members = []
+    def written(self, before: "LogprobLists | None" = None) -> Iterator[bytes]:
+        """The whole object, in pieces. `before`: lists that stand in front of these."""
+        mark = b"{"
         for name, pieces in self._pieces.items():
+            yield mark + msgspec.json.encode(name) + b":"
+            mark = b","
+            if pieces is None:
+                yield b"null"
+                continue
+            yield b"["
             in_front = (before._pieces[name] or []) if before else []
-            values = b"null" if pieces is None else b"[" + b",".join((*in_front, *pieces)) + b"]"
-            members.append(msgspec.json.encode(name) + b":" + values)
-        return msgspec.Raw(b"{" + b",".join(members) + b"}")
+            for number, piece in enumerate((*in_front, *pieces)):
+                yield b"," + piece if number else piece
+            yield b"]"
+        yield b"}"

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from aiohttp import web
@@ -39,10 +39,15 @@ class Outgoing:
         """Send a server-sent event (WHATWG HTML, section 9.2). `data` has no line feed."""
         await self._write(b"data: " + data + b"\n\n")
 
-    async def document(self, data: bytes) -> None:
+    async def document(self, pieces: Iterable[bytes]) -> None:
         """Send a whole body."""
-        for start in range(0, len(data), PIECE_BYTES):
-            await self._write(data[start : start + PIECE_BYTES])
+        waiting = bytearray()
+        for piece in pieces:
+            waiting += piece
+            if len(waiting) >= PIECE_BYTES:
+                await self._write(bytes(waiting))
+                waiting.clear()
+        await self._write(bytes(waiting))
 
     async def end(self) -> None:
         """Send the end of the response."""
