@@ -206,6 +206,8 @@ def test_a_long_unknown_name_is_cut() -> None:
         ("input", "messages"),
         ("request_id", "Idempotency-Key"),
         ("max_tokens", "max_tokens"),
+        ("response_format.json_schema", "response_format.json_schema.schema"),
+        ("response_format.json_schema.name", "response_format.json_schema.name"),
         ("", ""),
     ],
 )

@@ -52,8 +52,11 @@ class ChatFields(CommonFields, kw_only=True, forbid_unknown_fields=True):
     function_call: NotSupported = None
     functions: NotSupported = None
     modalities: NotSupported = None
+    moderation: NotSupported = None
     parallel_tool_calls: NotSupported = None
     prediction: NotSupported = None
+    prompt_cache_options: NotSupported = None
+    prompt_cache_retention: NotSupported = None
     reasoning_effort: NotSupported = None
     service_tier: NotSupported = None
     store: NotSupported = None

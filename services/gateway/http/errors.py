@@ -40,7 +40,10 @@ CODES: Mapping[str, str] = {
     "CONTEXT_EXCEEDED": "context_length_exceeded",
 }
 """OpenAI's words, by our reasons; any other reason is told in lower case."""
-COMMON_NAMES: Mapping[str, str] = {"request_id": "Idempotency-Key"}
+COMMON_NAMES: Mapping[str, str] = {
+    "request_id": "Idempotency-Key",
+    "response_format.json_schema": "response_format.json_schema.schema",
+}
 SAMPLING = "sampling."
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -134,7 +137,7 @@ async def answered(request: web.Request, handler: Handler) -> web.StreamResponse
 
 def _name(field: str, names: Mapping[str, str]) -> str:
     for known, name in names.items():
-        if field == known or field.startswith((known + "[", known + ".")):
+        if field == known or field.startswith(known + "["):
             return name + field[len(known) :]
     return field.removeprefix(SAMPLING)
 
