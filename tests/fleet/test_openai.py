@@ -232,6 +232,12 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
             model=MODEL, messages=HELLO, max_tokens=4_000, extra_body={"deadline_ms": 100, "ignore_eos": True}
         )
     assert late.value.status_code == 504
+    stream = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=4_000, stream=True, extra_body={"deadline_ms": 300, "ignore_eos": True}
+    )
+    with pytest.raises(openai.APIError, match="deadline") as cut:
+        list(stream)
+    assert cut.value.code == "expired"
 
 
 def test_a_full_gateway_is_a_rate_limit_and_the_clients_own_retries_get_through(
