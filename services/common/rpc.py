@@ -155,10 +155,8 @@ class Server:
 
     async def start(self, listen: str) -> str:
         """Listen on `host:port` (port 0: any) and serve. Returns the address. Raises OSError if the port is taken."""
-        host, _, wished = listen.rpartition(":")
-        # gRPC takes a larger number, and listens on another port.
-        if not (wished.isdecimal() and int(wished) < 65536):
-            raise OSError(f"can't listen on {listen}: {wished!r} is no port; choose 1 to 65535, or 0 for any")
+        # gRPC would take a larger number, and listen on another port.
+        host, _ = host_and_port(listen)
         try:
             port = self.grpc.add_insecure_port(listen)
         except RuntimeError as error:
@@ -177,6 +175,14 @@ class Server:
         """Refuse new calls, give open ones `grace_s`, then end them."""
         await self.set_serving(False)
         await self.grpc.stop(grace_s)
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    """The parts of `host:port`. Raises OSError if there is no port in it."""
+    host, _, port = listen.rpartition(":")
+    if not (port.isdecimal() and int(port) < 65536):
+        raise OSError(f"can't listen on {listen}: {port!r} is no port; choose 1 to 65535, or 0 for any")
+    return host, int(port)
 
 
 @asynccontextmanager

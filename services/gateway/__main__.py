@@ -12,7 +12,7 @@ from services.common.errors import ShoalError
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError
 from services.gateway.config import GatewayConfig
-from services.gateway.gateway import run
+from services.gateway.gateway import Addresses, run
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,12 @@ def main() -> None:
 
 async def _serve(config: GatewayConfig) -> None:
     stop = termination()
-    await run(config, stop, lambda address, fleet: announce("gateway", address, fleet_address=fleet))
+    await run(config, stop, _announce)
     logger.info("stopped")
+
+
+def _announce(addresses: Addresses) -> None:
+    announce("gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet)
 
 
 def _problems(errors: BaseExceptionGroup[Exception]) -> list[str]:

@@ -12,6 +12,7 @@ class GatewayConfig:
     """The fleet's public API for one pool: validation, admission, and streams to clients."""
 
     listen: str = option("127.0.0.1:0", "host:port that clients call; port 0: any free one")
+    http_listen: str = option("127.0.0.1:0", "host:port for OpenAI-compatible HTTP; port 0: any free one")
     fleet_listen: str = option("127.0.0.1:0", "host:port that workers send tokens to; not for clients; port 0: any")
     fleet_address: str = option("", "host:port under which workers reach fleet_listen; empty: fleet_listen itself")
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
@@ -19,6 +20,10 @@ class GatewayConfig:
     tokenizers: str = option(..., "host:port of each tokenizer, separated by commas")
     tokenizer_timeout_ms: int = option(10_000, "longest wait for a tokenizer's answer, retries included", minimum=1)
     backlog_limit: int = option(500, "most requests waiting for a worker; more are refused", minimum=1)
+    http_max_body_bytes: int = option(
+        512 * 1024, "largest HTTP body; reading one holds the event loop, at this size for up to 5 ms", minimum=1_024,
+        maximum=16 * 1024 * 1024,
+    )  # fmt: skip
     max_streams: int = option(5_000, "most open streams of this gateway; more are refused", minimum=1)
     resume_ms: int = option(300_000, "how long a request with the client's own id lives without a reader", minimum=0)
     anonymous_resume_ms: int = option(30_000, "the same for a request whose id the gateway drew", minimum=0)

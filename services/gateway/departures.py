@@ -8,7 +8,8 @@ import logging
 
 from services.common.ids import RequestKey
 from services.common.record import moves
-from services.common.store.connection import StoreError
+from services.common.record.transitions import Verdict
+from services.common.store.connection import Recovering, StoreError
 from services.common.store.requests import RequestStore
 
 logger = logging.getLogger(__name__)
@@ -22,16 +23,20 @@ class Departures:
 
     def __init__(self, store: RequestStore) -> None:
         self._store = store
-        self._waiting: dict[tuple[RequestKey, int], None] = {}
+        self._waiting: dict[tuple[RequestKey, int], bool] = {}
+        """By request and reader: whether to cancel."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def add(self, key: RequestKey, reader: int) -> None:
-        """A reader of a request went away, or was never there. If another reads meanwhile, nothing happens."""
+    def add(self, key: RequestKey, reader: int, *, cancel: bool = False) -> None:
+        """A reader of a request went away, or was never there. If another reads meanwhile, nothing happens.
+
+        `cancel`: nobody will come to read on, so the request ends at once.
+        """
         if len(self._waiting) >= MAX_WAITING:
             self._waiting.pop(next(iter(self._waiting)))
-        self._waiting[(key, reader)] = None
+        self._waiting[(key, reader)] = cancel
         self._idle.clear()
         self._wake.set()
 
@@ -41,9 +46,9 @@ class Departures:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                key, reader = departure = next(iter(self._waiting))
+                departure = next(iter(self._waiting))
                 try:
-                    await self._store.leave(moves.Leave(key, reader))
+                    await self._write(*departure, cancel=self._waiting[departure])
                 except StoreError as error:
                     logger.warning(
                         "departures wait for Redis", extra={"waiting": len(self._waiting), "error": str(error)}
@@ -52,6 +57,15 @@ class Departures:
                 else:
                     self._waiting.pop(departure, None)
             self._idle.set()
+
+    async def _write(self, key: RequestKey, reader: int, *, cancel: bool) -> None:
+        answer = await self._store.leave(moves.Leave(key, reader))
+        if cancel and answer.verdict is Verdict.OK:
+            try:
+                await self._store.cancel(moves.Cancel(key, "its client hung up"))
+            except Recovering:
+                # Leaves behind this one don't wait: the leader ends it when its time without a reader is over.
+                logger.info("not cancelled, for Redis is in recovery", extra={"request": key})
 
     async def flush(self, within_s: float) -> bool:
         """Wait until all are written. False: it took too long, and those that are left are lost."""

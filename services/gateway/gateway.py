@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TypeVar
 
 from redis.asyncio import Redis
@@ -28,6 +29,9 @@ from services.gateway.departures import Departures
 from services.gateway.generation import Generation, Limits
 from services.gateway.hints import Hints
 from services.gateway.holdings import HoldingsPoster
+from services.gateway.http.endpoints import Endpoints
+from services.gateway.http.server import HttpServer
+from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
 from services.gateway.model import Model
@@ -55,14 +59,27 @@ LAST_WORDS_S = 2.0
 """How long clients have to take the end of their streams when the gateway stops."""
 FLUSH_S = 2.0
 
-Ready = Callable[[str, str], None]
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the gateway is reached."""
+
+    public: str
+    """By clients, over gRPC."""
+    http: str
+    """By clients, over HTTP."""
+    fleet: str
+    """By workers."""
+
+
+Ready = Callable[[Addresses], None]
 R = TypeVar("R")
 
 
 async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     """Serve until `stop`; then drain and return, within drain_ms and about 5 s.
 
-    `ready` is called with the address for clients and the one for workers. Raises OSError if a port is taken,
+    `ready` is called once everything is served. Raises OSError if a port is taken,
     ConfigError, StoreError if Redis is away or unfit, and Unavailable if no tokenizer answers at the start.
     """
     addresses = config.tokenizer_addresses()
@@ -94,7 +111,9 @@ async def _serve(
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
     readiness = Readiness(public)
-    async with asyncio.TaskGroup() as tasks:
+    async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
+        for started in (public, fleet):
+            servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
         links = DeliveryService(streams, departures, hints, tasks, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
@@ -103,6 +122,9 @@ async def _serve(
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
         service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
+        http = HttpServer(
+            Endpoints(model, calls, generation, requests, Spelling(tokenizer), readiness, config.http_max_body_bytes)
+        )
         background = [
             tasks.create_task(part.run())
             for part in (
@@ -115,9 +137,10 @@ async def _serve(
                 Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
-        ready(await public.start(config.listen), fleet_address)
+        ready(Addresses(await public.start(config.listen), await http.start(config.http_listen), fleet_address))
         await stop.wait()
         await _drain(config, public, readiness, calls, streams)
+        await http.stop()
         if not await departures.flush(FLUSH_S):
             logger.warning("some readers' departures were not written; the leader finds them by this gateway's lease")
         for task in background:

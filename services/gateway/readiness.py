@@ -14,6 +14,11 @@ class Readiness:
         self._server = server
         self._causes: set[str] = set()
 
+    @property
+    def causes(self) -> frozenset[str]:
+        """Why not to serve; none: it should be sent work."""
+        return frozenset(self._causes)
+
     async def unready(self, cause: str) -> None:
         """Something that is needed is away."""
         if cause not in self._causes:

@@ -166,13 +166,16 @@ class Requests:
             raise unknown(key)
         return found[0]
 
-    def close(self, stream: Stream) -> None:
-        """The stream's client is gone, or has its end. May be called again."""
+    def close(self, stream: Stream, *, cancel: bool = False) -> None:
+        """The stream's client is gone, or has its end. May be called again.
+
+        `cancel`: a client that is gone will not come back.
+        """
         if self._streams.get(stream.key) is stream:
             self._streams.remove(stream)
             # An end that the record knows needs no word; neither does a reader that another has replaced.
             if not stream.settled:
-                self._departures.add(stream.key, stream.reader.number)
+                self._departures.add(stream.key, stream.reader.number, cancel=cancel)
                 logger.info("left", extra={"request": stream.key, "reader": stream.reader.number})
 
     async def _check_owned(self, key: RequestKey) -> None:

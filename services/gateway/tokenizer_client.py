@@ -45,6 +45,11 @@ class TokenizerClient:
         """Text that a stream shows after a given token."""
         return (await self._call(lambda stub, left_s: stub.Decode(request, timeout=left_s))).text
 
+    async def spell(self, token_ids: Sequence[int]) -> Sequence[bytes]:
+        """What each of these tokens says, or a special token's name."""
+        request = tokenizer_pb2.SpellRequest(token_ids=token_ids)
+        return (await self._call(lambda stub, left_s: stub.Spell(request, timeout=left_s))).spellings
+
     async def check_format(self, form: inference_pb2.ResponseFormat, within_s: float | None) -> None:
         """Raise InvalidRequest if answers of a form cannot be generated. `within_s`: as for `encode`."""
         request = tokenizer_pb2.CheckFormatRequest(response_format=form)

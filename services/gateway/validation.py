@@ -138,12 +138,7 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
     if num_prompt_tokens == 0:
         raise _invalid("input", "of 0 tokens", "give at least 1 token")
     if num_prompt_tokens + 1 > context_tokens:
-        raise InvalidRequest(
-            f"the prompt has {num_prompt_tokens} tokens; with at least 1 generated token it must fit the context of "
-            f"{context_tokens} tokens. Shorten it by {num_prompt_tokens + 1 - context_tokens}",
-            reason="PROMPT_TOO_LONG",
-            field="input",
-        )
+        raise _prompt_too_long(num_prompt_tokens, context_tokens)
     most = context_tokens - num_prompt_tokens
     if room:
         held = room.most_tokens(num_prompt_tokens, valid.n)
@@ -211,6 +206,9 @@ def _input(
     token_ids = request.token_ids.ids
     if not token_ids:
         raise _invalid("token_ids.ids", "empty", "give at least 1 token")
+    if len(token_ids) + 1 > model.context_tokens:
+        # Before each is looked at: a message has room for millions.
+        raise _prompt_too_long(len(token_ids), model.context_tokens)
     _check_tokens("token_ids.ids", token_ids, model)
     return None, tuple(token_ids)
 
@@ -361,6 +359,15 @@ def _check_tokens(field: str, tokens: Sequence[int], model: Model) -> None:
     if largest >= model.vocabulary_tokens:
         index = list(tokens).index(largest)
         raise _invalid(f"{field}[{index}]", str(largest), f"token ids are below {model.vocabulary_tokens}")
+
+
+def _prompt_too_long(num_prompt_tokens: int, context_tokens: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"the prompt has {num_prompt_tokens} tokens; with at least 1 generated token it must fit the context of "
+        f"{context_tokens} tokens. Shorten it by {num_prompt_tokens + 1 - context_tokens}",
+        reason="PROMPT_TOO_LONG",
+        field="input",
+    )
 
 
 def _too_large_for_workers(num_prompt_tokens: int, valid: ValidRequest, room: Room) -> InvalidRequest:

@@ -3,7 +3,7 @@
 Knows nothing of gRPC: a pool process would take twice the memory and start half as fast with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from services.tokenizer.stored_tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from services.common.text.grammar import GrammarCompiler
+
+MAX_SPELLED_TOKENS = 10_000
 
 
 class InputError(Exception):
@@ -69,10 +71,7 @@ class TextCodec:
         token_ids, from_index = request.token_ids, request.from_index
         if from_index > len(token_ids):
             raise InputError("from_index", f"from_index is {from_index}, but there are {len(token_ids)} tokens")
-        if token_ids and max(token_ids) >= self._vocabulary.num_tokens:
-            raise InputError(
-                "token_ids", f"token {max(token_ids)} is unknown: ids are below {self._vocabulary.num_tokens}"
-            )
+        self._check_known(token_ids)
         if "" in request.stop:
             raise InputError("stop", "a stop text must not be empty")
         stream = TextStream(self._vocabulary, stop_texts(request.stop))
@@ -82,6 +81,27 @@ class TextCodec:
         if request.ended and from_index < len(token_ids):
             text += stream.end()  # What was held back is shown with the last token.
         return tokenizer_pb2.DecodeResponse(text=text).SerializeToString()
+
+    def spell(self, payload: bytes) -> bytes:
+        """Serialized SpellRequest to SpellResponse. Raises InputError."""
+        request = tokenizer_pb2.SpellRequest()
+        _parse(request, payload)
+        if len(request.token_ids) > MAX_SPELLED_TOKENS:
+            raise InputError(
+                "token_ids", f"{len(request.token_ids)} tokens are too many; give at most {MAX_SPELLED_TOKENS}"
+            )
+        self._check_known(request.token_ids)
+        spellings = [self._spelling(token_id) for token_id in request.token_ids]
+        return tokenizer_pb2.SpellResponse(spellings=spellings).SerializeToString()
+
+    def _spelling(self, token_id: int) -> bytes:
+        # A special token shows nothing; the library knows its name.
+        return self._vocabulary.token_bytes[token_id] or (self._tokenizer.id_to_token(token_id) or "").encode()
+
+    def _check_known(self, token_ids: Sequence[int]) -> None:
+        largest = max(token_ids, default=0)
+        if largest >= self._vocabulary.num_tokens:
+            raise InputError("token_ids", f"token {largest} is unknown: ids are below {self._vocabulary.num_tokens}")
 
     def check_format(self, payload: bytes) -> bytes:
         """Serialized CheckFormatRequest to CheckFormatResponse. Raises InputError for a form that cannot be kept."""
@@ -125,7 +145,10 @@ class TextCodec:
 
 
 def _parse(
-    message: tokenizer_pb2.EncodeRequest | tokenizer_pb2.DecodeRequest | tokenizer_pb2.CheckFormatRequest,
+    message: tokenizer_pb2.EncodeRequest
+    | tokenizer_pb2.DecodeRequest
+    | tokenizer_pb2.SpellRequest
+    | tokenizer_pb2.CheckFormatRequest,
     payload: bytes,
 ) -> None:
     try:

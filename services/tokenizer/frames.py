@@ -16,6 +16,7 @@ class Operation(IntEnum):
 
     ENCODE = 1
     DECODE = 2
+    SPELL = 3
     CHECK_FORMAT = 4
 
 

@@ -46,18 +46,23 @@ def _serve(link: socket.socket, requests: BinaryIO, codec: TextCodec) -> None:
 
 def _answer(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
     try:
-        match operation:
-            case Operation.ENCODE:
-                done = codec.encode(payload)
-            case Operation.DECODE:
-                done = codec.decode(payload)
-            case Operation.CHECK_FORMAT:
-                done = codec.check_format(payload)
-        return frame(Answer.DONE, done)
+        return frame(Answer.DONE, _compute(codec, operation, payload))
     except InputError as error:
         return frame(Answer.REFUSED, f"{error.field}\n{error.problem}".encode(errors="replace"))
     except Exception:  # noqa: BLE001 - the boundary: the front answers INTERNAL and logs it
         return frame(Answer.FAILED, traceback.format_exc().encode(errors="replace"))
+
+
+def _compute(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
+    match operation:
+        case Operation.ENCODE:
+            return codec.encode(payload)
+        case Operation.DECODE:
+            return codec.decode(payload)
+        case Operation.SPELL:
+            return codec.spell(payload)
+        case Operation.CHECK_FORMAT:
+            return codec.check_format(payload)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class TokenizerService:
         """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""
         return await self._submit(Operation.DECODE, payload)
 
+    async def spell(self, payload: bytes, context: Context) -> bytes:
+        """Return the bytes of single tokens. Raises InvalidRequest, and what the pool raises."""
+        return await self._submit(Operation.SPELL, payload)
+
     async def check_format(self, payload: bytes, context: Context) -> bytes:
         """Compile a form of answers. Raises InvalidRequest if it cannot be kept, and what the pool raises."""
         return await self._submit(Operation.CHECK_FORMAT, payload)
@@ -74,6 +78,7 @@ def handlers(service: TokenizerService) -> "grpc.GenericRpcHandler[bytes, bytes]
         {
             "Encode": grpc.unary_unary_rpc_method_handler(service.encode),
             "Decode": grpc.unary_unary_rpc_method_handler(service.decode),
+            "Spell": grpc.unary_unary_rpc_method_handler(service.spell),
             "CheckFormat": grpc.unary_unary_rpc_method_handler(service.check_format),
             "Describe": grpc.unary_unary_rpc_method_handler(
                 service.describe,

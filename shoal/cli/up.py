@@ -39,6 +39,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--port", type=_port, default=0, metavar="N", help="port of the first gateway; the next: above it (free ones)"
     )
+    parser.add_argument(
+        "--http-port", type=_port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
+    )
     parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
     parser.set_defaults(run=run)
 
@@ -59,6 +62,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         redis_url=arguments.redis,
         data_dir=arguments.data_dir,
         port=arguments.port,
+        http_port=arguments.http_port,
     )
     if options.redis_url:
         # Imported here only: the client of Redis would take a fifth of the time until anything is started.

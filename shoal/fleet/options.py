@@ -22,6 +22,9 @@ class FleetOptions:
     port: int = 0
     """Of the first gateway; the next have the ports above. 0: free ones."""
 
+    http_port: int = 0
+    """The same of HTTP."""
+
     @property
     def pool(self) -> str:
         """The pool's and the model's name: the file's without ending, or the folder's, without quantization."""

@@ -3,7 +3,7 @@
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.fleet.errors import FleetError
@@ -22,6 +22,8 @@ class ProcessPlan:
     command: tuple[str, ...]
     address: str
     log: Path
+    http_address: str = ""
+    """Of a gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class _Planner:
     def __init__(self, options: FleetOptions, state: StateDir, rng: random.Random) -> None:
         self._options = options
         self._state = state
-        num_ports = 1 + 2 * options.gateways + options.tokenizers + options.schedulers + options.workers
+        num_ports = 1 + 3 * options.gateways + options.tokenizers + options.schedulers + options.workers
         self._ports = iter(choose_ports(num_ports, rng))
 
     def plan(self) -> FleetPlan:
@@ -62,14 +64,27 @@ class _Planner:
         return FleetPlan(redis, (*workers, *tokenizers, *schedulers, *gateways))
 
     def _gateways(self, arguments: tuple[str, ...], tokenizers: list[ProcessPlan]) -> list[ProcessPlan]:
-        first = self._options.port
-        ports = [first + number if first else next(self._ports) for number in range(self._options.gateways)]
-        check_ports(ports)
+        ports = self._gateway_ports(self._options.port)
+        http_ports = self._gateway_ports(self._options.http_port)
+        both = set(ports) & set(http_ports)
+        if both:
+            raise FleetError(f"port {min(both)} would be a gateway's for gRPC and for HTTP: move --port or --http-port")
+        check_ports(ports, "--port")
+        check_ports(http_ports, "--http-port")
         addresses = ("--tokenizers", ",".join(tokenizer.address for tokenizer in tokenizers))
         return [
-            self._service(Kind.GATEWAY, number, *arguments, *addresses, "--fleet-listen", self._address(), port=port)
-            for number, port in enumerate(ports)
+            self._gateway(number, port, http_port, (*arguments, *addresses))
+            for number, (port, http_port) in enumerate(zip(ports, http_ports, strict=True))
         ]
+
+    def _gateway_ports(self, first: int) -> list[int]:
+        return [first + number if first else next(self._ports) for number in range(self._options.gateways)]
+
+    def _gateway(self, number: int, port: int, http_port: int, arguments: tuple[str, ...]) -> ProcessPlan:
+        http_address = f"{HOST}:{http_port}"
+        listening = ("--http-listen", http_address, "--fleet-listen", self._address())
+        plan = self._service(Kind.GATEWAY, number, *arguments, *listening, port=port)
+        return replace(plan, http_address=http_address)
 
     def _service(self, kind: Kind, number: int, *arguments: str, port: int = 0) -> ProcessPlan:
         address = f"{HOST}:{port}" if port else self._address()

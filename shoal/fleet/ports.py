@@ -34,12 +34,12 @@ def choose_ports(num_ports: int, rng: random.Random) -> list[int]:
     raise FleetError(f"found {len(ports)} free ports in {LOWEST_PORT} to {highest}; {num_ports} are needed")
 
 
-def check_ports(ports: Sequence[int]) -> None:
-    """Raises FleetError if one of these is taken."""
+def check_ports(ports: Sequence[int], option: str) -> None:
+    """Raises FleetError if one of these is taken. `option`: the flag that chose them."""
     for port in ports:
         with socket.socket() as probe:
             if not _bind(probe, port):
-                raise FleetError(f"port {port} is taken: choose another by --port, or leave it out for a free one")
+                raise FleetError(f"port {port} is taken: choose another by {option}, or leave it out for a free one")
 
 
 def _bind(probe: socket.socket, port: int) -> bool:

@@ -19,6 +19,7 @@ from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
+from services.common.store.connection import command
 from services.common.store.events import Events
 from services.common.store.keys import Keys
 from services.common.store.leadership import Leadership
@@ -27,7 +28,7 @@ from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.gateway.config import GatewayConfig
 from services.gateway.endings import STATES
-from services.gateway.gateway import run
+from services.gateway.gateway import Addresses, run
 
 WITHIN_S = 10.0
 CONTEXT_TOKENS = 2_000
@@ -53,6 +54,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         await self._maybe_refuse(context)
         shown = request.token_ids[: len(request.token_ids) - request.last_token_hidden]
         return tokenizer_pb2.DecodeResponse(text=text_of(shown[request.from_index :]))
+
+    async def Spell(self, request: tokenizer_pb2.SpellRequest, context: Any) -> tokenizer_pb2.SpellResponse:  # noqa: N802
+        await self._maybe_refuse(context)
+        return tokenizer_pb2.SpellResponse(spellings=[chr(token).encode() for token in request.token_ids])
 
     async def CheckFormat(  # noqa: N802
         self, request: tokenizer_pb2.CheckFormatRequest, context: Any
@@ -89,11 +94,14 @@ def tokens_of(text: str) -> list[int]:
 class RunningGateway:
     """A gateway in this process, and a client's channel to it."""
 
-    address: str
-    fleet_address: str
+    addresses: Addresses
     stop: asyncio.Event
     ended: "asyncio.Task[None]"
     channel: grpc.aio.Channel
+
+    @property
+    def fleet_address(self) -> str:
+        return self.addresses.fleet
 
     @property
     def stub(self) -> "inference_pb2_grpc.InferenceServiceAsyncStub":
@@ -269,16 +277,16 @@ class Fleet:
     async def gateway(self, **fields: Any) -> RunningGateway:
         """Start a gateway in this process."""
         config = GatewayConfig(tokenizers=self.tokenizer_address, redis_url=self.url, pool=self.pool, drain_ms=0)
-        ready: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
         stop = asyncio.Event()
-        serving = run(replace(config, **fields), stop, lambda address, fleet: ready.set_result((address, fleet)))
+        serving = run(replace(config, **fields), stop, ready.set_result)
         ended = asyncio.create_task(serving)
         await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
             await ended
-        address, fleet_address = ready.result()
-        channel = await self._resources.enter_async_context(rpc.channel(address))
-        gateway = RunningGateway(address, fleet_address, stop, ended, channel)
+        addresses = ready.result()
+        channel = await self._resources.enter_async_context(rpc.channel(addresses.public))
+        gateway = RunningGateway(addresses, stop, ended, channel)
         self.gateways.append(gateway)
         return gateway
 
@@ -343,22 +351,58 @@ class Fleet:
         """A request that was accepted, placed and opened on the fake worker's link to its gateway."""
         answer = gateway.generate(**fields)
         key = self.key(await answer.accepted(), fields.get("tenant") or "default")
+        opened = await self.opened(gateway, key)
+        return Started(opened.key, opened.attempt, opened.worker, answer)
+
+    async def opened(self, gateway: RunningGateway, key: RequestKey) -> "Opened":
+        """An accepted request, placed and opened on the fake worker's link to this gateway."""
         attempt = await self.place(key)
         worker = await self.link(gateway)
         response = await worker.open(key, attempt)
         assert len(response.resumes) == 1
-        return Started(answer, key, attempt, worker)
+        return Opened(key, attempt, worker)
+
+    async def stored(self, key: RequestKey) -> None:
+        """Wait until a request is accepted."""
+        async with asyncio.timeout(WITHIN_S):
+            while await self.store.read(key) is None:
+                await asyncio.sleep(0.01)
+
+    async def only_key(self) -> RequestKey:
+        """The key of the pool's only request, once there is one."""
+        prefix = Keys(self.pool).request(RequestKey(""))
+        async with asyncio.timeout(WITHIN_S):
+            while not (names := await command(self.redis, "KEYS", f"{prefix}*")):
+                await asyncio.sleep(0.01)
+        (name,) = names
+        return RequestKey(str(name, "utf-8").removeprefix(prefix))
 
 
 @dataclass
-class Started:
-    answer: Answer
+class Opened:
+    """A request on the fake worker."""
+
     key: RequestKey
     attempt: Attempt
     worker: FakeWorker
 
+    @property
+    def request_id(self) -> str:
+        return self.key.partition("/")[2]
+
     async def send(self, index: int, text: str) -> None:
         await self.worker.send(self.key, self.attempt, index, text)
+
+    async def end(self, num_tokens: int) -> None:
+        """Tell a good end."""
+        await self.worker.end(self.key, self.attempt, RequestState.FINISHED, num_tokens)
+
+
+@dataclass
+class Started(Opened):
+    """The same, and its client's stream."""
+
+    answer: Answer
 
 
 async def a_fleet(redis: Redis, url: str, pool: str) -> AsyncIterator[Fleet]:
@@ -366,8 +410,11 @@ async def a_fleet(redis: Redis, url: str, pool: str) -> AsyncIterator[Fleet]:
         yield fleet
 
 
-def frame(key: RequestKey, attempt: Attempt, index: int, text: str) -> delivery_pb2.TokenFrame:
-    delta = pb.Delta(index=index, text=text, token_ids=tokens_of(text))
+def frame(
+    key: RequestKey, attempt: Attempt, index: int, text: str, tokens: Sequence[int] | None = None
+) -> delivery_pb2.TokenFrame:
+    """Of as many tokens as characters, or of these."""
+    delta = pb.Delta(index=index, text=text, token_ids=tokens_of(text) if tokens is None else tokens)
     return delivery_pb2.TokenFrame(key=key, attempt=_attempt_id(attempt), delta=delta)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.ids import fleet_address
 from services.common.store.gateways import GatewayLease
+from services.gateway.gateway import Addresses
 from tests.conftest import RedisServer
 from tests.contract.gateway_fleet import Answer, Fleet, RunningGateway, a_fleet
 
@@ -53,8 +55,7 @@ async def test_a_terminated_gateway_ends_its_streams_writes_that_they_left_and_e
     assert int(announced["pid"]) == process.pid
     async with rpc.channel(announced["address"]) as channel:
         gateway = RunningGateway(
-            announced["address"],
-            announced["fleet_address"],
+            Addresses(announced["address"], announced["http_address"], announced["fleet_address"]),
             asyncio.Event(),
             asyncio.ensure_future(_nothing()),
             channel,
@@ -94,6 +95,23 @@ async def _accepted(address: str) -> str:
 
 async def _nothing() -> None:
     pass
+
+
+async def test_a_taken_port_of_http_is_told(fleet: Fleet) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = ("--redis-url", fleet.url, "--pool", fleet.pool, "--tokenizers", fleet.tokenizer_address)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.gateway", "--http-listen", listen, *flags),
+            cwd=REPOSITORY,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert errors.decode().splitlines()[-1].startswith(f"gateway: can't listen on {listen}")
 
 
 async def test_the_gateway_imports_no_torch() -> None:

@@ -29,6 +29,7 @@ class ProcessLine:
     address: str
     pid: int
     log: str
+    http_address: str = ""
 
 
 @dataclass(slots=True)
@@ -47,6 +48,10 @@ class Fleet:
     @property
     def gateways(self) -> list[str]:
         return [process.address for process in self.processes if process.kind == "gateway"]
+
+    @property
+    def http_gateways(self) -> list[str]:
+        return [f"http://{process.http_address}/v1" for process in self.processes if process.kind == "gateway"]
 
     def of_kind(self, kind: str) -> list[ProcessLine]:
         return [process for process in self.processes if process.kind == kind]

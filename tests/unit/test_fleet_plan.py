@@ -50,7 +50,12 @@ def test_processes_know_each_other(tmp_path: Path) -> None:
         if process.kind is Kind.GATEWAY:
             assert given["--tokenizers"] == tokenizers
     listening = [process.address for process in (*plan.services, plan.redis)]
-    listening += [flags(process)["--fleet-listen"] for process in plan.services if process.kind is Kind.GATEWAY]
+    for process in plan.services:
+        if process.kind is Kind.GATEWAY:
+            assert flags(process)["--http-listen"] == process.http_address
+            listening += [process.http_address, flags(process)["--fleet-listen"]]
+        else:
+            assert not process.http_address
     assert len(set(listening)) == len(listening)
 
 
@@ -74,8 +79,26 @@ def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(FleetError, match=f"port {port} is taken"):
-            plan_fleet(FleetOptions(Path("/m.gguf"), port=port), StateDir(tmp_path), random.Random(1))
+        for option in ("port", "http_port"):
+            with pytest.raises(
+                FleetError, match=f"port {port} is taken: choose another by --{option.replace('_', '-')}"
+            ):
+                plan_fleet(FleetOptions(Path("/m.gguf"), **{option: port}), StateDir(tmp_path), random.Random(1))
+
+
+def test_chosen_ports_are_those_of_the_gateways_and_must_not_meet(tmp_path: Path) -> None:
+    def gateways(first: int, first_http: int) -> list[tuple[str, str]]:
+        options = FleetOptions(Path("/m.gguf"), gateways=2, port=first, http_port=first_http)
+        plan = plan_fleet(options, StateDir(tmp_path), random.Random(1))
+        return [(each.address, each.http_address) for each in plan.services if each.kind is Kind.GATEWAY]
+
+    first, third = sorted(choose_ports(2, random.Random(2)))
+    assert gateways(first, third) == [
+        (f"127.0.0.1:{first}", f"127.0.0.1:{third}"),
+        (f"127.0.0.1:{first + 1}", f"127.0.0.1:{third + 1}"),
+    ]
+    with pytest.raises(FleetError, match="--http-port"):
+        gateways(first, first + 1)
 
 
 def test_ports_differ_and_are_free() -> None:

@@ -209,6 +209,13 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert limit in caught.value.message
 
 
+def test_more_tokens_than_the_context_are_refused_before_each_is_looked_at() -> None:
+    ids = [MODEL.vocabulary_tokens] * MODEL.context_tokens
+    with pytest.raises(InvalidRequest) as refused:
+        validate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=ids)), MODEL)
+    assert (refused.value.field, refused.value.reason) == ("input", "PROMPT_TOO_LONG")
+
+
 def test_prompt_and_answer_may_fill_context_and_cache_to_the_last_token() -> None:
     assert fitted(60, 40) == 40
     assert fitted(60, 20, a_room(80)) == 20

@@ -1,6 +1,7 @@
 """Text becomes exactly the tokens that the model was trained with, and tokens the text that a stream shows."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gen.shoal.fleet.v1.tokenizer_pb2 import DecodeRequest, DecodeResponse, EncodeRequest, EncodeResponse
+from gen.shoal.fleet.v1.tokenizer_pb2 import (
+    DecodeRequest,
+    DecodeResponse,
+    EncodeRequest,
+    EncodeResponse,
+    SpellRequest,
+    SpellResponse,
+)
 from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage
 from services.common.model.errors import ModelFileError
 from services.common.model.gguf import read_gguf
@@ -50,6 +58,11 @@ def encode(codec: TextCodec, request: EncodeRequest) -> list[int]:
 
 def decode(codec: TextCodec, request: DecodeRequest) -> str:
     return DecodeResponse.FromString(codec.decode(request.SerializeToString())).text
+
+
+def spell(codec: TextCodec, token_ids: Sequence[int]) -> list[bytes]:
+    request = SpellRequest(token_ids=token_ids)
+    return list(SpellResponse.FromString(codec.spell(request.SerializeToString())).spellings)
 
 
 @pytest.mark.parametrize("case", REFERENCE, ids=[case["name"] for case in REFERENCE])
@@ -93,6 +106,8 @@ def test_bytes_that_are_no_request_are_refused(codec: TextCodec) -> None:
         codec.encode(b"\xff\xff\xff")
     with pytest.raises(InputError, match="not a serialized"):
         codec.decode(b"\xff\xff\xff")
+    with pytest.raises(InputError, match="not a serialized"):
+        codec.spell(b"\xff\xff\xff")
 
 
 def test_the_text_after_an_index_continues_the_text_before_it(codec: TextCodec) -> None:
@@ -133,6 +148,23 @@ def test_a_decode_that_makes_no_sense_is_refused(codec: TextCodec, request_: Dec
 
 def test_nothing_to_decode_is_no_text(codec: TextCodec) -> None:
     assert decode(codec, DecodeRequest(ended=True, last_token_hidden=True)) == ""
+
+
+def test_spelled_tokens_together_are_the_text(codec: TextCodec) -> None:
+    text = "Grüße, 日本語 and 😀: stop here, please"
+    assert b"".join(spell(codec, encode(codec, EncodeRequest(prompt=text)))).decode() == text
+
+
+def test_a_special_token_is_spelled_by_its_name(codec: TextCodec) -> None:
+    assert spell(codec, [2]) == [b"<|im_end|>"]
+    assert spell(codec, []) == []
+
+
+@pytest.mark.parametrize("token_ids", [[49152], [5] * 10_001])
+def test_what_cannot_be_spelled_is_refused(codec: TextCodec, token_ids: list[int]) -> None:
+    with pytest.raises(InputError) as caught:
+        spell(codec, token_ids)
+    assert caught.value.field == "token_ids"
 
 
 def test_a_template_sees_its_special_tokens_and_the_clock(tmp_path: Path) -> None:

@@ -18,7 +18,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2_grpc
-from gen.shoal.fleet.v1.tokenizer_pb2 import CheckFormatRequest, DecodeRequest, DescribeRequest, EncodeRequest
+from gen.shoal.fleet.v1.tokenizer_pb2 import (
+    CheckFormatRequest,
+    DecodeRequest,
+    DescribeRequest,
+    EncodeRequest,
+    SpellRequest,
+)
 from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage, ResponseFormat
 from services.common import rpc
 from services.common.errors import InvalidRequest, from_rpc
@@ -111,6 +117,12 @@ async def test_the_models_facts_are_described(stub: "Stub") -> None:
     facts = await stub.Describe(DescribeRequest())
     assert (facts.model, facts.context_tokens, facts.vocabulary_tokens) == ("smollm2-135m-instruct", 8192, 49152)
     assert list(facts.end_token_ids) == [2]
+
+
+async def test_single_tokens_are_spelled(stub: "Stub") -> None:
+    tokens = (await stub.Encode(EncodeRequest(prompt="naïve 😀"))).token_ids
+    assert b"".join((await stub.Spell(SpellRequest(token_ids=tokens))).spellings).decode() == "naïve 😀"
+    assert (await refusal(stub.Spell(SpellRequest(token_ids=[1 << 31])))).field == "token_ids"
 
 
 async def test_an_empty_prompt_is_no_error(stub: "Stub") -> None:
