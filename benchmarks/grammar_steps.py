@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     file = read_gguf(default_model_path())
-    config = EngineConfig(0, Path(), 1 << 28, 16, 16, 256, 1000, options.threads)
+    config = EngineConfig(0, Path(), 1 << 28, 16, 16, 256, 1000, options.threads, "float32")
     limits, runner = start_cpu_runner(file, config, lambda share: None)
     with ThreadPoolExecutor(1) as executor:
         grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(file)))

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -107,6 +107,10 @@ def _convert(declared: "Field[Any]", raw: str, kind: Any) -> Any:
         return lowered in ("true", "1")
     if kind in (str, Path):
         return kind(raw)
+    if get_origin(kind) is Literal:
+        if raw not in get_args(kind):
+            raise ConfigError(f"{flag} is {raw!r}; expected one of {', '.join(get_args(kind))}")
+        return raw
     try:
         number = kind(raw)
     except ValueError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import option
+from services.worker.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,7 @@ class WorkerConfig:
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
     model_path: Path = option(..., "the model's GGUF file or folder")
+    weights: WeightFormat = option("float32", "how the engine holds weights: float32, or int8 for speed")
     listen: str = option("127.0.0.1:0", "address of the front's gRPC server; port 0: any")
     kv_cache_bytes: int = option(1 << 30, "memory of the KV cache", minimum=1 << 20)
     block_size_tokens: int = option(16, "token slots a block", minimum=1, maximum=256)

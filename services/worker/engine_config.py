@@ -1,9 +1,12 @@
 """What a front tells its engine at start."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import get_args
+
+from services.worker.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,7 @@ class EngineConfig:
     max_prefill_tokens_per_step: int = field(metadata={"help": "most prompt tokens in a step"})
     step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes"})
     threads: int = field(metadata={"help": "threads that compute"})
+    weights: WeightFormat = field(metadata={"help": "how weights are held", "choices": get_args(WeightFormat)})
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None) -> "EngineConfig":
@@ -26,7 +30,8 @@ class EngineConfig:
         for declared in fields(cls):
             parser.add_argument(
                 _flag(declared.name),
-                type=Path if declared.type is Path else _whole_number if declared.name == "fd" else _positive,
+                type=_converter(declared),
+                choices=declared.metadata.get("choices"),
                 required=True,
                 help=declared.metadata["help"],
             )
@@ -35,6 +40,14 @@ class EngineConfig:
     def arguments(self) -> list[str]:
         """Return the flags that `parse` reads back."""
         return [text for declared in fields(self) for text in (_flag(declared.name), str(getattr(self, declared.name)))]
+
+
+def _converter(declared: "Field[object]") -> Callable[[str], object]:
+    if declared.type is Path:
+        return Path
+    if "choices" in declared.metadata:
+        return str
+    return _whole_number if declared.name == "fd" else _positive
 
 
 def _flag(name: str) -> str:

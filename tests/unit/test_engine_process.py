@@ -38,6 +38,7 @@ class Front:
                 max_prefill_tokens_per_step=64,
                 step_budget_ms=200,
                 threads=2,
+                weights="float32",
             )
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.worker.engine_process", *config.arguments()],
@@ -139,12 +140,12 @@ def test_an_engine_says_what_is_wrong_with_its_model(start: Callable[[Path], Fro
 
 
 def test_flags_are_read_back_as_they_were_given() -> None:
-    config = EngineConfig(3, Path("a model.gguf"), 1 << 30, 16, 8, 512, 200, 2)
+    config = EngineConfig(3, Path("a model.gguf"), 1 << 30, 16, 8, 512, 200, 2, "float32")
     assert EngineConfig.parse(config.arguments()) == config
 
 
 def test_a_flag_out_of_range_ends_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = EngineConfig(3, Path("model.gguf"), 1 << 30, 16, 0, 512, 200, 2).arguments()
+    arguments = EngineConfig(3, Path("model.gguf"), 1 << 30, 16, 0, 512, 200, 2, "float32").arguments()
     with pytest.raises(SystemExit) as exit_info:
         EngineConfig.parse(arguments)
     assert exit_info.value.code == 2

@@ -99,6 +99,7 @@ async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
 def _arguments(config: WorkerConfig, fd: int) -> list[str]:
     values = {
         "fd": fd,
+        "weights": config.weights,
         "model-path": config.model_path,
         "kv-cache-bytes": config.kv_cache_bytes,
         "block-size-tokens": config.block_size_tokens,

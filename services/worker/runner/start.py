@@ -7,6 +7,7 @@ from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
 from services.worker.runner.cpu_runner import CpuRunner
+from services.worker.runner.int8_linear import Int8Linear
 from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
 from services.worker.runner.linear import make_cpu_linear
 from services.worker.runner.models.decoder import Decoder
@@ -19,7 +20,8 @@ def start_cpu_runner(
 ) -> tuple[EngineLimits, CpuRunner]:
     """Load a model and allocate its KV cache.
 
-    Sets the process's number of threads. Raises ModelFileError, and ConfigError if the memory holds no block.
+    Sets the process's number of threads. Raises ModelFileError, and ConfigError if the memory holds no block or
+    the weights cannot be held as asked.
     """
     torch.set_num_threads(engine_config.threads)
     stored = open_decoder(model)
@@ -28,7 +30,10 @@ def start_cpu_runner(
     num_blocks = engine_config.kv_cache_bytes // block_bytes
     if num_blocks == 0:
         raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
-    decoder = Decoder(config, load_decoder(stored, make_cpu_linear, on_progress))
+    if engine_config.weights == "int8" and not torch._C._has_mkldnn:
+        raise ConfigError("--weights is 'int8', which needs oneDNN; this torch was built without it")
+    make_linear = Int8Linear if engine_config.weights == "int8" else make_cpu_linear
+    decoder = Decoder(config, load_decoder(stored, make_linear, on_progress))
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=engine_config.block_size_tokens,
