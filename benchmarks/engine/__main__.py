@@ -17,13 +17,14 @@ from pathlib import Path
 
 from benchmarks.engine import report
 from benchmarks.engine.child import REPOSITORY, EngineFailedError
-from benchmarks.engine.engines import ENGINES, WORKERS_ENVIRONMENT, Engine, Weights
+from benchmarks.engine.engines import ENGINES, Engine, Weights
 from benchmarks.engine.f32_gguf import f32_copy
 from benchmarks.engine.figures import Figure, Run, Session, await_calm
 from benchmarks.engine.step_parts import StepParts
 from benchmarks.engine.workloads import WORKLOADS
 from services.common.model.gguf import GgufFile, read_gguf
 from services.common.model.location import default_model_path
+from services.worker.front.engine_client import ENGINE_ENVIRONMENT
 
 FOLDER = REPOSITORY / ".shoal" / "bench"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -67,7 +68,7 @@ def measure_steps(run: Run) -> list[StepParts]:
     await_calm(time.monotonic() + run.patience_s)
     module = "benchmarks.engine.step_parts"
     arguments = ["--model", str(run.model), "--vocabulary-size", str(run.vocabulary_size)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **WORKERS_ENVIRONMENT, **run.environment}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **ENGINE_ENVIRONMENT, **run.environment}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, env=environment, text=True, check=False
     )

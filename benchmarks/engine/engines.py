@@ -8,10 +8,9 @@ from pathlib import Path
 
 from benchmarks.engine.child import REPOSITORY
 from benchmarks.engine.shoal_settings import offers
+from services.worker.front.engine_client import ENGINE_ENVIRONMENT
 
 PEERS_PYTHON = REPOSITORY / ".venv-peers" / "bin" / "python"
-# As a worker's front sets it for its engine; torch reads it when it is imported.
-WORKERS_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 
 
 class Weights(Enum):
@@ -54,12 +53,12 @@ _ALONE, _FLEET, _PEERS = "benchmarks.engine.shoal_alone", "benchmarks.engine.sho
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("shoal", _ALONE, Weights.FLOAT32, environment=WORKERS_ENVIRONMENT),
+        Engine("shoal", _ALONE, Weights.FLOAT32, environment=ENGINE_ENVIRONMENT),
         Engine("shoal-fleet", _FLEET, Weights.FLOAT32),
         Engine("transformers", f"{_PEERS}.generate", Weights.FLOAT32, reads_f32_file=True),
         Engine("transformers-batching", f"{_PEERS}.batching", Weights.FLOAT32, reads_f32_file=True),
         Engine("llama.cpp-f32", f"{_PEERS}.llama", Weights.FLOAT32, {"kv_cache": "float32"}, reads_f32_file=True),
-        Engine("shoal-int8", _ALONE, Weights.INT8, {"weights": "int8"}, WORKERS_ENVIRONMENT),
+        Engine("shoal-int8", _ALONE, Weights.INT8, {"weights": "int8"}, ENGINE_ENVIRONMENT),
         Engine("shoal-fleet-int8", _FLEET, Weights.INT8, {"weights": "int8"}),
         Engine("llama.cpp-q4_1", f"{_PEERS}.llama", Weights.AS_STORED, {"kv_cache": "float16"}),
     )

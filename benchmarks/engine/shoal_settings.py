@@ -4,11 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from services.common.config import parse
 from services.worker.config import WorkerConfig
 from services.worker.engine_config import EngineConfig
+from services.worker.front import engine_client
 
 
 def offers(setting: str) -> bool:
@@ -25,7 +25,4 @@ def engine_config(model: Path, settings: Mapping[str, str]) -> EngineConfig:
     """Return what a worker with these settings would tell its engine."""
     environment = {**os.environ, **as_variables(settings)}
     worker = parse(WorkerConfig, "worker", ["--model-path", str(model)], environment).config
-    values: dict[str, Any] = {
-        field.name: getattr(worker, field.name) for field in fields(EngineConfig) if field.name not in ("fd", "threads")
-    }
-    return EngineConfig(fd=0, threads=worker.threads or os.cpu_count() or 1, **values)
+    return engine_client.engine_config(worker, fd=0)

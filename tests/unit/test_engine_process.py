@@ -16,6 +16,7 @@ import pytest
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.model.location import default_model_path
 from services.worker.engine_config import EngineConfig
+from services.worker.front.engine_client import ENGINE_ENVIRONMENT
 from tests.unit.engine_builders import add, add_command, shutdown_command
 
 CASES = [json.loads(line) for line in Path("tests/reference/smollm2_greedy.jsonl").read_text().splitlines()]
@@ -44,7 +45,7 @@ class Front:
                 [sys.executable, "-m", "services.worker.engine_process", *config.arguments()],
                 pass_fds=[theirs.fileno()],
                 # As the front does: without it, torch's threads spin at barriers while other tests want the cores.
-                env={"GOMP_SPINCOUNT": "3000", **os.environ},
+                env={**ENGINE_ENVIRONMENT, **os.environ},
                 stderr=subprocess.PIPE,
                 text=True,
             )

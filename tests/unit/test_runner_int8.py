@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from services.worker.config import WorkerConfig
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
+from services.worker.engine_config import EngineConfig
+from services.worker.front.engine_client import engine_config
 from services.worker.runner.batch import make_batch
 from services.worker.runner.int8_linear import Int8Linear
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.models.decoder import Decoder
+from services.worker.runner.start import start_cpu_runner
+from services.worker.weight_format import WeightFormat
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
 
@@ -81,6 +86,26 @@ def test_the_default_model_chooses_eight_of_ten_tokens_as_in_float32() -> None:
         num_tokens += len(output)
         num_same += sum(a == b for a, b in zip(chosen, output, strict=True))
     assert num_same / num_tokens > 0.8
+
+
+def test_a_worker_tells_its_engine_how_to_hold_weights() -> None:
+    worker = parse(WorkerConfig, "worker", ["--model-path", "model.gguf", "--weights", "int8"], {}).config
+    assert EngineConfig.parse(engine_config(worker, fd=3).arguments()).weights == "int8"
+
+
+def test_an_engine_holds_weights_as_it_is_told() -> None:
+    prompt = tuple(json.loads(REFERENCE.read_text().splitlines()[0])["prompt_token_ids"][:16])
+    chunk = SequenceChunk(SequenceId(1), prompt, 0, (BlockId(0),), SamplingParameters(num_logprobs=0), sample_index=0)
+    told = []
+    for weights in get_args(WeightFormat):
+        arguments = ["--model-path", str(default_model_path()), "--weights", weights, "--kv-cache-bytes", str(1 << 20)]
+        config = engine_config(parse(WorkerConfig, "worker", arguments, {}).config, fd=0)
+        _, runner = start_cpu_runner(read_gguf(default_model_path()), config, lambda share: None)
+        logprobs = runner.launch(StepPlan(1, (chunk,))).result().chunks[0].logprobs
+        assert logprobs is not None
+        told.append(logprobs.logprob)
+    assert told[0] != told[1]
+    assert told == pytest.approx([told[0]] * 2, abs=1.0)
 
 
 def test_a_format_that_is_not_known_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
 from services.worker.config import WorkerConfig
+from services.worker.engine_config import EngineConfig
+
+# torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24. Read at import.
+ENGINE_ENVIRONMENT: Mapping[str, str] = {"GOMP_SPINCOUNT": "3000"}
+"""What an engine's environment has, if the worker's own says nothing else."""
 
 
 class EngineDiedError(Exception):
@@ -82,11 +87,11 @@ async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
             sys.executable,
             "-m",
             "services.worker.engine_process",
-            *_arguments(config, theirs.fileno()),
+            *engine_config(config, theirs.fileno()).arguments(),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
-            env=_environment(),
+            env={**ENGINE_ENVIRONMENT, **os.environ},
         )
     reader, writer = await asyncio.open_connection(sock=ours)
     engine = EngineClient(process, reader, writer)
@@ -96,24 +101,19 @@ async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
         await engine.kill()
 
 
-def _arguments(config: WorkerConfig, fd: int) -> list[str]:
-    values = {
-        "fd": fd,
-        "weights": config.weights,
-        "model-path": config.model_path,
-        "kv-cache-bytes": config.kv_cache_bytes,
-        "block-size-tokens": config.block_size_tokens,
-        "max-sequences": config.max_sequences,
-        "max-prefill-tokens-per-step": config.max_prefill_tokens_per_step,
-        "step-budget-ms": config.step_budget_ms,
-        "threads": config.threads or os.cpu_count() or 1,
-    }
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def _environment() -> dict[str, str]:
-    # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24. Read at import.
-    return {"GOMP_SPINCOUNT": "3000", **os.environ}
+def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
+    """Return what a worker with this configuration tells its engine. `fd`: the engine's end of their sockets."""
+    return EngineConfig(
+        fd=fd,
+        model_path=config.model_path,
+        kv_cache_bytes=config.kv_cache_bytes,
+        block_size_tokens=config.block_size_tokens,
+        max_sequences=config.max_sequences,
+        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step,
+        step_budget_ms=config.step_budget_ms,
+        threads=config.threads or os.cpu_count() or 1,
+        weights=config.weights,
+    )
 
 
 def _oom_kills() -> int:

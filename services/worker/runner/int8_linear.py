@@ -1,4 +1,4 @@
-"""Products with weights of 8 bits: y = x W^T + b, with less than a third of the memory to read.
+"""Products with weights of 8 bits: y = x W^T + b, with a quarter of the memory to read.
 
 A weight's row and an activation's row each have one scale, of their largest magnitude. So a token's result depends
 on its own row alone, in any company, since the products are whole numbers. (torch's own dynamic quantization takes one
