@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(shell find protos -name '*.proto')
+KERNELS := services/worker/cpu_kernels
 # Of `make simulate` and `make chaos`.
 SCHEDULES ?= 500000
 FAULTS ?= 200
@@ -27,6 +28,7 @@ test: setup ## run every test that needs no GPU
 lint: setup ## check style, contracts and imports
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/clang-format --dry-run -Werror $(KERNELS)/*.[ch]
 	@$(BIN)/buf lint
 	@$(BIN)/buf format --diff --exit-code
 	@$(BIN)/lint-imports
@@ -48,11 +50,11 @@ bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.c
 
 protos: gen/.done ## generate code from protos/
 
-setup: .venv/.done gen/.done ## make .venv and the generated code
+setup: .venv/.done gen/.done $(KERNELS)/lib/.done ## make .venv, the generated code and the CPU kernels
 
-clean: ## remove what was made: .venv, .venv-peers, gen, caches, local fleets' data
+clean: ## remove what was made: .venv, .venv-peers, gen, the kernels, caches, local fleets' data
 	@if [ -x $(BIN)/shoal ]; then for dir in .shoal .shoal/run; do SHOAL_STATE_DIR=$$dir $(BIN)/shoal down 2> /dev/null || :; done; fi
-	@rm -rf .venv .venv-peers gen .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-peers gen $(KERNELS)/lib .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.done: pyproject.toml
@@ -82,6 +84,10 @@ gen/.done: $(PROTOS) .venv/.done
 	@# Generated imports name the package `shoal`, which is the client library here: they move below `gen`.
 	@find gen -name '*.py*' -exec sed -i -E 's/^from shoal\./from gen.shoal./' {} +
 	@find gen -type d -exec touch {}/__init__.py \;
+	@touch $@
+
+$(KERNELS)/lib/.done: $(wildcard $(KERNELS)/*.[ch]) $(KERNELS)/build.py .venv/.done
+	@$(BIN)/python -m services.worker.cpu_kernels.build
 	@touch $@
 
 .PHONY: help run test lint types simulate chaos bench-engine protos setup clean

@@ -25,6 +25,9 @@ from services.worker.runner.start import start_cpu_runner
 from services.worker.weight_format import WeightFormat
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
+from tests.unit.instruction_sets import instruction_set
+
+__all__ = ["instruction_set"]
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "smollm2_greedy.jsonl"
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
-from services.worker.runner.linear import PlainLinear
 from services.worker.runner.models.decoder_weights import DecoderWeights
 from services.worker.weights.load_decoder import load_decoder
 from services.worker.weights.open_decoder import open_decoder
+from tests.unit.kept_linear import KeptLinear
 from tests.unit.tiny_models import save, tiny_model
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, saved: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def load(path: Path) -> DecoderWeights:
-    return load_decoder(open_decoder(read_stored_model(path)), PlainLinear, lambda share: None)
+    return load_decoder(open_decoder(read_stored_model(path)), KeptLinear, lambda share: None)
 
 
 def change_tensors(path: Path, **changes: torch.Tensor | None) -> Path:

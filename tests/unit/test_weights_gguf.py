@@ -11,12 +11,12 @@ import torch
 from services.common.model.errors import ModelFileError
 from services.common.model.ggml_types import F16, F32
 from services.common.model.gguf import read_gguf
-from services.worker.runner.linear import PlainLinear
 from services.worker.runner.models.decoder_weights import DecoderWeights
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
 from tests.unit.gguf_files import ARRAY, STRING, U32, Value, gguf_bytes
 from tests.unit.gguf_files import F32 as FLOAT
+from tests.unit.kept_linear import KeptLinear
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16, 24, 4, 2, 4, 10
 Array = npt.NDArray[np.float32]
@@ -68,12 +68,12 @@ def write(
 
 def load(path: Path, progress: list[float] | None = None) -> DecoderWeights:
     on_progress = (progress if progress is not None else []).append
-    return load_decoder(open_gguf_decoder(read_gguf(path)), PlainLinear, on_progress)
+    return load_decoder(open_gguf_decoder(read_gguf(path)), KeptLinear, on_progress)
 
 
 def matrix_of(linear: object) -> list[list[float]]:
-    assert isinstance(linear, PlainLinear)
-    rows: list[list[float]] = linear._weight.tolist()
+    assert isinstance(linear, KeptLinear)
+    rows: list[list[float]] = linear.weight.tolist()
     return rows
 
 

@@ -1,12 +1,16 @@
 """Root mean square layer normalization (Zhang and Sennrich, 2019)."""
 
+import torch
 from torch import Tensor
+
+from services.worker.cpu_kernels.library import address, kernels
 
 
 def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Return rows / sqrt(mean(rows^2) + epsilon) * weight, over the last dimension.
-
-    As separate operators it takes 15 us for a row of 576 where torch's own takes 39.
-    """
-    scale = rows.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
-    return (rows * scale).mul_(weight)
+    """Return rows / sqrt(mean(rows^2) + epsilon) * weight. rows: [num_rows, size]; weight: [size]."""
+    out = torch.empty_like(rows)
+    num_rows, size = rows.shape
+    kernels().shoal_rms_norm(
+        address(rows), address(weight), address(out), num_rows, size, epsilon, torch.get_num_threads()
+    )
+    return out

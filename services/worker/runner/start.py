@@ -9,7 +9,7 @@ from services.worker.engine_config import EngineConfig
 from services.worker.runner.cpu_runner import CpuRunner
 from services.worker.runner.int8_linear import Int8Linear
 from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
-from services.worker.runner.linear import make_cpu_linear
+from services.worker.runner.linear import PackedLinear
 from services.worker.runner.models.decoder import Decoder
 from services.worker.weight_format import WeightFormat
 from services.worker.weights.load_decoder import MakeLinear, Progress, load_decoder
@@ -31,7 +31,7 @@ def start_cpu_runner(
     num_blocks = engine_config.kv_cache_bytes // block_bytes
     if num_blocks == 0:
         raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
-    decoder = Decoder(config, load_decoder(stored, _linear_maker(engine_config.weights), on_progress))
+    decoder = Decoder(config, load_decoder(stored, _LINEAR_OF_FORMAT[engine_config.weights], on_progress))
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=engine_config.block_size_tokens,
@@ -44,9 +44,4 @@ def start_cpu_runner(
     return limits, CpuRunner(decoder, PagedKvCache(config, num_blocks, engine_config.block_size_tokens))
 
 
-def _linear_maker(weights: WeightFormat) -> MakeLinear:
-    if weights == "float32":
-        return make_cpu_linear
-    if not torch._C._has_mkldnn:
-        raise ConfigError(f"--weights is {weights!r}, which needs oneDNN; this torch was built without it")
-    return Int8Linear
+_LINEAR_OF_FORMAT: dict[WeightFormat, MakeLinear] = {"float32": PackedLinear, "int8": Int8Linear}
