@@ -1,7 +1,8 @@
 """Where a step's time goes: `python -m benchmarks.engine.step_parts --model model.gguf` prints one JSON line a kind.
 
-Shoal's engine, alone in this process, with timers put around the seams of its step from outside. Each kind of step is
-measured with and without them: what they cost themselves is told beside the parts.
+Shoal's engine, alone in this process, with timers put around the seams of its step from outside; the parts of the
+forward pass are timed by the kernels. Each kind of step is measured with and without: what the timers cost themselves
+is told beside the parts.
 """
 
 import argparse
@@ -19,9 +20,16 @@ from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
+
 from benchmarks.engine.load import LoadMeter
 from benchmarks.engine.shoal_alone import ShoalEngine
 from benchmarks.engine.workloads import Workload
+from services.worker.cpu_kernels.structures import PARTS
+from services.worker.runner.batch import BatchInputs
+from services.worker.runner.kv_cache import PagedKvCache
+from services.worker.runner.models.decoder import Decoder
 
 REST = "loop, events"
 """Of a step, what is in no seam."""
@@ -40,17 +48,13 @@ class Seam:
 
 
 _WORKER = "services.worker"
+FORWARD = Seam("forward's rest", f"{_WORKER}.runner.models.decoder", "Decoder.forward")
+"""The kernels time the parts of it."""
 SEAMS = (
     Seam("planning", f"{_WORKER}.engine.planner", "Planner.plan"),
     Seam("planning", f"{_WORKER}.engine.planner", "Planner.complete"),
     Seam("batch building", f"{_WORKER}.runner.cpu_runner", "make_batch"),
-    Seam("linear layers", f"{_WORKER}.runner.linear", "PackedLinear.__call__"),
-    Seam("linear layers", f"{_WORKER}.runner.linear", "PackedLinear.add_to"),
-    Seam("attention", f"{_WORKER}.runner.models.decoder", "paged_attention"),
-    Seam("norms", f"{_WORKER}.runner.models.decoder", "rms_norm"),
-    Seam("rotary embedding, KV write", f"{_WORKER}.runner.models.decoder", "rotate_and_store"),
-    Seam("activation", f"{_WORKER}.runner.models.decoder", "swiglu"),
-    Seam("forward's rest", f"{_WORKER}.runner.models.decoder", "Decoder.forward", is_open=True),
+    FORWARD,
     Seam("logits", f"{_WORKER}.runner.models.decoder", "Decoder.logits"),
     Seam("sampling", f"{_WORKER}.runner.cpu_runner", "sample"),
     Seam("runner's rest", f"{_WORKER}.runner.cpu_runner", "CpuRunner.launch", is_open=True),
@@ -134,6 +138,20 @@ class PartTimer:
 
         return timed
 
+    def by_parts(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a forward pass whose parts are taken out of its seam's time."""
+
+        @functools.wraps(forward)
+        def timed(decoder: Decoder, batch: BatchInputs, cache: PagedKvCache) -> Tensor:
+            decoder.part_s = torch.zeros(len(PARTS), dtype=torch.float64)
+            hidden = forward(decoder, batch, cache)
+            for part, seconds in zip(PARTS, decoder.part_s.tolist(), strict=True):
+                self.parts_s[part] = self.parts_s.get(part, 0.0) + seconds
+                self.parts_s[FORWARD.part] = self.parts_s.get(FORWARD.part, 0.0) - seconds
+            return hidden
+
+        return timed
+
 
 @contextmanager
 def timers(timer: PartTimer, seams: Sequence[Seam] = SEAMS) -> Iterator[None]:
@@ -144,7 +162,10 @@ def timers(timer: PartTimer, seams: Sequence[Seam] = SEAMS) -> Iterator[None]:
             owner = importlib.import_module(seam.module)
             for part in class_name:
                 owner = getattr(owner, part)
-            stack.enter_context(patch.object(owner, name, timer.around(seam, getattr(owner, name))))
+            function = getattr(owner, name)
+            if seam is FORWARD:
+                function = timer.by_parts(function)
+            stack.enter_context(patch.object(owner, name, timer.around(seam, function)))
         yield
 
 
@@ -170,7 +191,7 @@ def measure(engine: ShoalEngine, kind: StepKind, vocabulary_size: int) -> StepPa
     timer = PartTimer()
     with timers(timer):
         timed = [parts for of_run in prompts[REPEATS:] for parts in _steps(engine, kind, of_run, timer)]
-    names = [*dict.fromkeys(seam.part for seam in SEAMS), REST]
+    names = [*dict.fromkeys((*PARTS, *(seam.part for seam in SEAMS))), REST]
     parts_ms = {name: 1000 * statistics.fmean(parts.get(name, 0.0) for parts in timed) for name in names}
     return StepParts(kind.name, 1000 * statistics.median(bare), sum(parts_ms.values()), parts_ms, load.others_cores())
 

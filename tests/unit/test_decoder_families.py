@@ -19,7 +19,7 @@ from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.runner.batch import make_batch
 from services.worker.runner.kv_cache import PagedKvCache
-from services.worker.runner.linear import PackedLinear
+from services.worker.runner.matrix import pack_float32
 from services.worker.runner.models.decoder import Decoder
 from services.worker.weights.dequantize import SUPPORTED_TYPES
 from services.worker.weights.load_decoder import load_decoder
@@ -46,7 +46,7 @@ def one_thread() -> Iterator[None]:
 
 def load(path: Path) -> Decoder:
     stored = open_decoder(read_stored_model(path))
-    return Decoder(stored.config, load_decoder(stored, PackedLinear, lambda share: None))
+    return Decoder(stored.config, load_decoder(stored, pack_float32, lambda share: None))
 
 
 class Batches:

@@ -11,11 +11,11 @@ from torch import Tensor
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
-from services.worker.runner.attention import paged_attention
 from services.worker.runner.batch import BatchInputs, make_batch
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from tests.unit.instruction_sets import instruction_set
+from tests.unit.kernels_alone import paged_attention
 
 __all__ = ["instruction_set"]
 

@@ -18,8 +18,8 @@ from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.engine_config import EngineConfig
 from services.worker.front.engine_client import engine_config
 from services.worker.runner.batch import make_batch
-from services.worker.runner.int8_linear import Int8Linear
 from services.worker.runner.kv_cache import PagedKvCache
+from services.worker.runner.matrix import pack_int8
 from services.worker.runner.models.decoder import Decoder
 from services.worker.runner.start import start_cpu_runner
 from services.worker.weight_format import WeightFormat
@@ -40,12 +40,12 @@ def a_matrix(*shape: int, seed: int = 0) -> Tensor:
 def test_a_product_is_off_by_about_a_hundredth(num_rows: int) -> None:
     weight, bias, rows = a_matrix(96, 640), a_matrix(96, seed=1), a_matrix(num_rows, 640, seed=2)
     exact = rows @ weight.T + bias
-    error = Int8Linear(weight, bias)(rows) - exact
+    error = pack_int8(weight, bias)(rows) - exact
     assert float(error.norm() / exact.norm()) < 0.015
 
 
 def test_a_row_is_bit_for_bit_the_same_in_any_company() -> None:
-    linear = Int8Linear(a_matrix(96, 640))
+    linear = pack_int8(a_matrix(96, 640), None)
     rows = a_matrix(9, 640, seed=3) * torch.logspace(-6, 6, 9)[:, None]
     together = linear(rows)
     for row, result in zip(rows, together, strict=True):
@@ -56,26 +56,26 @@ def test_rows_of_very_different_size_keep_their_precision() -> None:
     weight, rows = a_matrix(64, 640), a_matrix(2, 640, seed=4)
     rows[1] *= 1e6
     exact = rows @ weight.T
-    relative = (Int8Linear(weight)(rows) - exact).norm(dim=1) / exact.norm(dim=1)
+    relative = (pack_int8(weight, None)(rows) - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(relative.max()) < 0.015
 
 
 def test_zeros_give_zeros() -> None:
     weight = a_matrix(64, 640)
     weight[5] = 0
-    product = Int8Linear(weight)(torch.cat((torch.zeros(1, 640), torch.ones(1, 640))))
+    product = pack_int8(weight, None)(torch.cat((torch.zeros(1, 640), torch.ones(1, 640))))
     assert not product[0].any()
     assert float(product[1, 5]) == 0
 
 
 def test_the_largest_magnitudes_do_not_overflow() -> None:
     weight, rows = torch.full((16, 640), -3.0), torch.full((2, 640), 5.0)
-    assert Int8Linear(weight)(rows).tolist() == [[pytest.approx(-3.0 * 5.0 * 640, rel=1e-5)] * 16] * 2
+    assert pack_int8(weight, None)(rows).tolist() == [[pytest.approx(-3.0 * 5.0 * 640, rel=1e-5)] * 16] * 2
 
 
 def test_the_default_model_chooses_eight_of_ten_tokens_as_in_float32() -> None:
     stored = open_gguf_decoder(read_gguf(default_model_path()))
-    decoder = Decoder(stored.config, load_decoder(stored, Int8Linear, lambda share: None))
+    decoder = Decoder(stored.config, load_decoder(stored, pack_int8, lambda share: None))
     num_tokens = num_same = 0
     for case in map(json.loads, REFERENCE.read_text().splitlines()[:8]):
         prompt, output = case["prompt_token_ids"], case["output_token_ids"]

@@ -24,7 +24,7 @@ from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.batch import make_batch
 from services.worker.runner.cpu_runner import CpuRunner
 from services.worker.runner.kv_cache import PagedKvCache
-from services.worker.runner.linear import PackedLinear
+from services.worker.runner.matrix import pack_float32
 from services.worker.runner.models.decoder import Decoder
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.weights.gguf_decoder import open_gguf_decoder
@@ -52,7 +52,7 @@ class DefaultModel:
 @pytest.fixture(scope="module")
 def default_model() -> DefaultModel:
     stored = open_gguf_decoder(read_gguf(default_model_path()))
-    return DefaultModel(stored.config, Decoder(stored.config, load_decoder(stored, PackedLinear, lambda share: None)))
+    return DefaultModel(stored.config, Decoder(stored.config, load_decoder(stored, pack_float32, lambda share: None)))
 
 
 class FinishingFront(PretendedFront):

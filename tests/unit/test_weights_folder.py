@@ -14,7 +14,7 @@ from services.common.model.stored_model import read_stored_model
 from services.worker.runner.models.decoder_weights import DecoderWeights
 from services.worker.weights.load_decoder import load_decoder
 from services.worker.weights.open_decoder import open_decoder
-from tests.unit.kept_linear import KeptLinear
+from tests.unit.kept_matrix import KeptMatrix
 from tests.unit.tiny_models import save, tiny_model
 
 
@@ -47,8 +47,8 @@ def folder(tmp_path: Path, saved: Callable[..., Path]) -> Callable[..., Path]:
     return make
 
 
-def load(path: Path) -> DecoderWeights:
-    return load_decoder(open_decoder(read_stored_model(path)), KeptLinear, lambda share: None)
+def load(path: Path) -> DecoderWeights[KeptMatrix]:
+    return load_decoder(open_decoder(read_stored_model(path)), KeptMatrix, lambda share: None)
 
 
 def change_tensors(path: Path, **changes: torch.Tensor | None) -> Path:

@@ -4,7 +4,7 @@
 // A query sees LANES neighbouring keys at a time, from its sequence's first to its own. Whatever is computed beside it,
 // prompt or single token, its additions are the same in the same order: so are its bits.
 #include "exponential.h"
-#include "kv_block.h"
+#include "heads.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -15,20 +15,13 @@
 #define VALUE_QUERIES_AT_ONCE (LANES == 16 ? 4 : 2)
 #define HIDDEN -1e30f // below every score; finite, so that nothing is subtracted from infinity
 
-// Neighbouring tokens of one sequence.
 typedef struct {
-    int64_t first_row, num_rows, first_position, table_start;
-} tile;
-
-typedef struct {
+    const heads *heads;
+    const batch *batch;
     const float *qkv, *cache;
-    const tile *tiles;
-    const int64_t *block_tables;
     float *out;
-    kv_shape shape;
-    int64_t num_tiles, num_heads, window;
+    int64_t window;
     float scale;
-    int64_t next_task;
 } attention;
 
 // The queries of a tile that share a head of keys, and what was summed up of each so far.
@@ -97,9 +90,9 @@ static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, i
 }
 
 #define SCORE(n)                                                                                                       \
-    case n: score(w, q, n, keys, s.head_dim, s.block_size, key_positions, is_key, window); break
+    case n: score(w, q, n, keys, h->head_dim, h->block_size, key_positions, is_key, window); break
 
-static void score_all(work *w, const float *keys, kv_shape s, ints key_positions, ints is_key, int64_t window) {
+static void score_all(work *w, const float *keys, const heads *h, ints key_positions, ints is_key, int64_t window) {
     for (int q = 0; q < w->count; q += QUERIES_AT_ONCE)
         switch (w->count - q) {
             SCORE(1);
@@ -109,18 +102,18 @@ static void score_all(work *w, const float *keys, kv_shape s, ints key_positions
             SCORE(5);
             SCORE(6);
             SCORE(7);
-            default: score(w, q, QUERIES_AT_ONCE, keys, s.head_dim, s.block_size, key_positions, is_key, window);
+            default: score(w, q, QUERIES_AT_ONCE, keys, h->head_dim, h->block_size, key_positions, is_key, window);
         }
 }
 
 #define ADD(n, vectors)                                                                                                \
-    case n: add_values(w, q, n, d, vectors, values, s.head_dim, first_key, end_key); break
+    case n: add_values(w, q, n, d, vectors, values, h->head_dim, first_key, end_key); break
 
-static void add_all_values(work *w, const float *values, kv_shape s, int first_key, int end_key) {
+static void add_all_values(work *w, const float *values, const heads *h, int first_key, int end_key) {
     for (int q = 0; q < w->count; q += VALUE_QUERIES_AT_ONCE) {
         const int count = w->count - q < VALUE_QUERIES_AT_ONCE ? w->count - q : VALUE_QUERIES_AT_ONCE;
         int64_t d = 0;
-        for (; d + VECTORS_AT_ONCE * LANES <= s.head_dim; d += VECTORS_AT_ONCE * LANES)
+        for (; d + VECTORS_AT_ONCE * LANES <= h->head_dim; d += VECTORS_AT_ONCE * LANES)
             switch (count) {
                 ADD(1, VECTORS_AT_ONCE);
                 ADD(2, VECTORS_AT_ONCE);
@@ -129,7 +122,7 @@ static void add_all_values(work *w, const float *values, kv_shape s, int first_k
                 ADD(4, VECTORS_AT_ONCE);
 #endif
             }
-        for (; d < s.head_dim; d += LANES)
+        for (; d < h->head_dim; d += LANES)
             switch (count) {
                 ADD(1, 1);
                 ADD(2, 1);
@@ -142,15 +135,14 @@ static void add_all_values(work *w, const float *values, kv_shape s, int first_k
 }
 
 static void take_queries(work *w, const attention *a, const tile *t, int64_t kv_head) {
-    const kv_shape s = a->shape;
-    const int64_t shared_by = a->num_heads / s.num_kv_heads,
-                  row_size = (a->num_heads + 2 * s.num_kv_heads) * s.head_dim;
-    w->stride = (s.head_dim + LANES - 1) / LANES * LANES;
+    const heads *h = a->heads;
+    const int64_t shared_by = h->num_heads / h->num_kv_heads;
+    w->stride = (h->head_dim + LANES - 1) / LANES * LANES;
     w->count = (int)(t->num_rows * shared_by);
     for (int i = 0; i < w->count; i++) {
         const int64_t row = i / shared_by, head = kv_head * shared_by + i % shared_by;
-        const float *query = a->qkv + (t->first_row + row) * row_size + head * s.head_dim;
-        for (int64_t d = 0; d < s.head_dim; d++)
+        const float *query = a->qkv + (t->first_row + row) * qkv_size(h) + head * h->head_dim;
+        for (int64_t d = 0; d < h->head_dim; d++)
             w->queries[i * w->stride + d] = query[d] * a->scale;
         for (int64_t d = 0; d < w->stride; d++)
             w->sums[i * w->stride + d] = 0;
@@ -161,12 +153,13 @@ static void take_queries(work *w, const attention *a, const tile *t, int64_t kv_
 }
 
 static void give_results(const work *w, const attention *a, const tile *t, int64_t kv_head) {
-    const int64_t shared_by = a->num_heads / a->shape.num_kv_heads, head_dim = a->shape.head_dim;
+    const heads *h = a->heads;
+    const int64_t shared_by = h->num_heads / h->num_kv_heads;
     for (int i = 0; i < w->count; i++) {
         const int64_t row = t->first_row + i / shared_by, head = kv_head * shared_by + i % shared_by;
         const float share = 1 / add_lanes(w->weight_sums[i]);
-        for (int64_t d = 0; d < head_dim; d++)
-            a->out[(row * a->num_heads + head) * head_dim + d] = w->sums[i * w->stride + d] * share;
+        for (int64_t d = 0; d < h->head_dim; d++)
+            a->out[(row * h->num_heads + head) * h->head_dim + d] = w->sums[i * w->stride + d] * share;
     }
 }
 
@@ -180,64 +173,71 @@ static ints lane_numbers(void) {
 // Ask for a head's keys and values of a block: they are computed with when those of the block before it are done. The
 // blocks of a sequence lie anywhere, so that the processor cannot guess the next one.
 static void prefetch(const attention *a, int64_t block, int64_t kv_head) {
-    const float *keys = a->cache + keys_at(a->shape, block, kv_head);
-    const float *values = a->cache + values_at(a->shape, block, kv_head);
-    for (int64_t i = 0; i < a->shape.block_size * a->shape.head_dim; i += 16) {
+    const float *keys = a->cache + keys_at(a->heads, block, kv_head);
+    const float *values = a->cache + values_at(a->heads, block, kv_head);
+    for (int64_t i = 0; i < a->heads->block_size * a->heads->head_dim; i += 16) {
         __builtin_prefetch(keys + i, 0, 2);
         __builtin_prefetch(values + i, 0, 2);
     }
 }
 
 static void attend(work *w, const attention *a, const tile *t, int64_t kv_head) {
-    const kv_shape s = a->shape;
+    const heads *h = a->heads;
     const int64_t last = t->first_position + t->num_rows - 1;
     const int64_t first = t->first_position - a->window + 1 > 0 ? t->first_position - a->window + 1 : 0;
-    const int64_t *table = a->block_tables + t->table_start, last_block = last / s.block_size;
+    const int64_t *table = a->batch->block_tables + t->table_start, last_block = last / h->block_size;
     const ints lanes = lane_numbers();
-    prefetch(a, table[first / s.block_size], kv_head);
+    prefetch(a, table[first / h->block_size], kv_head);
     take_queries(w, a, t, kv_head);
-    for (int64_t block = first / s.block_size; block <= last_block; block++) {
+    for (int64_t block = first / h->block_size; block <= last_block; block++) {
         if (block < last_block) prefetch(a, table[block + 1], kv_head);
-        const int64_t held_in = table[block];
-        const float *keys = a->cache + keys_at(s, held_in, kv_head),
-                    *values = a->cache + values_at(s, held_in, kv_head);
-        for (int64_t place = 0; place < s.block_size; place += LANES) {
-            const int64_t position = block * s.block_size + place;
+        const float *keys = a->cache + keys_at(h, table[block], kv_head);
+        const float *values = a->cache + values_at(h, table[block], kv_head);
+        for (int64_t place = 0; place < h->block_size; place += LANES) {
+            const int64_t position = block * h->block_size + place;
             if (position > last || position + LANES <= first) continue;
-            const int64_t left = s.block_size - place;
-            score_all(w, keys + place, s, lanes + (int32_t)position, lanes < (int32_t)left, a->window);
+            const int64_t left = h->block_size - place;
+            score_all(w, keys + place, h, lanes + (int32_t)position, lanes < (int32_t)left, a->window);
             const int64_t seen = last - position + 1 < left ? last - position + 1 : left;
             const int64_t unseen = first > position ? first - position : 0;
-            add_all_values(w, values + place * s.head_dim, s, (int)unseen, (int)(seen < LANES ? seen : LANES));
+            add_all_values(w, values + place * h->head_dim, h, (int)unseen, (int)(seen < LANES ? seen : LANES));
         }
     }
     give_results(w, a, t, kv_head);
 }
 
-static void attend_share(void *data) {
-    attention *a = data;
+void attend_own(const heads *h, const batch *b, const float *qkv, const float *cache, int64_t window, float *out,
+                int64_t *next_task) {
+    const attention a = {h, b, qkv, cache, out, window, 1 / __builtin_sqrtf((float)h->head_dim)};
     work w;
-    const int64_t num_tasks = a->num_tiles * a->shape.num_kv_heads;
-    // Each thread takes the next task when it is done with one: a prompt's later tiles see more keys. They come first.
+    // A prompt's later tiles see more keys: they come first.
     for (;;) {
-        const int64_t task = __atomic_fetch_add(&a->next_task, 1, __ATOMIC_RELAXED);
-        if (task >= num_tasks) return;
-        attend(&w, a, a->tiles + a->num_tiles - 1 - task / a->shape.num_kv_heads, task % a->shape.num_kv_heads);
+        const int64_t task = __atomic_fetch_add(next_task, 1, __ATOMIC_RELAXED);
+        if (task >= b->num_tiles * h->num_kv_heads) return;
+        attend(&w, &a, b->tiles + b->num_tiles - 1 - task / h->num_kv_heads, task % h->num_kv_heads);
     }
+}
+
+typedef struct {
+    const heads *h;
+    const batch *b;
+    const float *qkv, *cache;
+    int64_t window;
+    float *out;
+    int64_t next_task;
+} arguments;
+
+static void attend_in_team(void *data) {
+    arguments *a = data;
+    attend_own(a->h, a->b, a->qkv, a->cache, a->window, a->out, &a->next_task);
+}
+
+// By itself, for its tests.
+void shoal_attention(const heads *h, const batch *b, const float *qkv, const float *cache, int64_t window, float *out,
+                     int num_threads) {
+    arguments a = {h, b, qkv, cache, window, out, 0};
+    in_parallel(attend_in_team, &a, num_threads);
 }
 
 int64_t shoal_max_tile_queries(void) { return MAX_TILE_QUERIES; }
 int64_t shoal_max_head_dim(void) { return MAX_HEAD_DIM; }
-
-// out = softmax(Q K^T * scale) V, each row over its sequence's keys up to itself, or the `window` last of them.
-// qkv: [num_rows, num_heads + 2 * num_kv_heads, head_dim], of which the queries are read; cache: a layer's; out:
-// [num_rows, num_heads, head_dim]; tiles: [num_tiles, 4].
-void shoal_attention(const float *qkv, const float *cache, const int64_t *tiles, const int64_t *block_tables,
-                     float *out, int64_t num_tiles, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-                     int64_t block_size, int64_t window, float scale, int num_threads) {
-    attention a = {qkv,          cache,     (const tile *)tiles,
-                   block_tables, out,       {num_kv_heads, head_dim, block_size},
-                   num_tiles,    num_heads, window,
-                   scale,        0};
-    in_parallel(attend_share, &a, num_threads);
-}

@@ -12,13 +12,14 @@ from services.common.config import ConfigError
 _LIBRARIES = Path(__file__).parent / "lib"
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
-    "shoal_attention": [*[_POINTER] * 5, *[_INT64] * 6, _FLOAT, _INT],
-    "shoal_linear_float32": [*[_POINTER] * 4, *[_INT64] * 3, _INT, _INT],
-    "shoal_linear_int8": [*[_POINTER] * 8, *[_INT64] * 3, _INT, _INT],
+    "shoal_attention": [*[_POINTER] * 4, _INT64, _POINTER, _INT],
+    "shoal_forward": [*[_POINTER] * 4, _INT],
+    "shoal_linear": [*[_POINTER] * 4, _INT64, _POINTER, _INT],
     "shoal_rms_norm": [*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
-    "shoal_rotate_and_store": [*[_POINTER] * 6, *[_INT64] * 5, _FLOAT, _INT],
+    "shoal_rotate_and_store": [*[_POINTER] * 5, _FLOAT, _POINTER, _INT],
     "shoal_swiglu": [*[_POINTER] * 2, *[_INT64] * 2, _INT],
 }
+_CONSTANTS = ("shoal_max_head_dim", "shoal_max_tile_queries", "shoal_panel_outputs")
 
 
 @functools.cache
@@ -38,7 +39,8 @@ def kernels() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes = parameters
         function.restype = None
-    library.shoal_panel_outputs.restype = _INT64
+    for name in _CONSTANTS:
+        getattr(library, name).restype = _INT64
     return library
 
 

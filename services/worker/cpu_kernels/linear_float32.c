@@ -2,17 +2,11 @@
 //
 // A panel holds the weights of its outputs for input 0, then for input 1, and so on. An output's lane adds its products
 // in the order of the inputs, whatever the number of rows: a row's result has the same bits in any company.
+#include "matrix.h"
 #include "panels.h"
 
 #define INPUTS_AT_ONCE 512 // a panel's part that stays in the cache of the second level while rows go by
 #define LINES_AHEAD 16     // of a panel, asked for before they are used
-
-typedef struct {
-    const float *rows, *panels, *bias;
-    float *out;
-    int64_t num_rows, num_inputs, num_outputs;
-    int adds;
-} product;
 
 // Add the products of `part` inputs to the sums of `count` rows, [count, PANEL].
 static ALWAYS_INLINE void multiply_rows(const float *rows, int64_t num_inputs, int64_t part, const float *panel,
@@ -65,37 +59,26 @@ static void multiply(const float *rows, int64_t num_inputs, int64_t part, const 
     }
 }
 
-static void multiply_task(const product *p, task t) {
+static void multiply_task(const matrix *m, const float *all_rows, float *out, int adds, task t) {
     float sums[ROWS_OF_A_TASK * PANEL] __attribute__((aligned(64)));
-    const float *rows = p->rows + t.first_row * p->num_inputs, *panel = p->panels + t.panel * PANEL * p->num_inputs;
-    for (int64_t input = 0; input < p->num_inputs; input += INPUTS_AT_ONCE) {
-        const int64_t part = p->num_inputs - input < INPUTS_AT_ONCE ? p->num_inputs - input : INPUTS_AT_ONCE;
+    const int64_t num_inputs = m->num_inputs, output = t.panel * PANEL;
+    const float *rows = all_rows + t.first_row * num_inputs, *panel = (const float *)m->panels + output * num_inputs;
+    for (int64_t input = 0; input < num_inputs; input += INPUTS_AT_ONCE) {
+        const int64_t part = num_inputs - input < INPUTS_AT_ONCE ? num_inputs - input : INPUTS_AT_ONCE;
         for (int64_t row = 0; row < t.num_rows;) {
             const int count = rows_together(t.num_rows - row, ROWS_AT_ONCE);
-            multiply(rows + row * p->num_inputs + input, p->num_inputs, part, panel + input * PANEL, sums + row * PANEL,
+            multiply(rows + row * num_inputs + input, num_inputs, part, panel + input * PANEL, sums + row * PANEL,
                      count, input == 0);
             row += count;
         }
     }
-    const int64_t output = t.panel * PANEL;
     for (int64_t row = 0; row < t.num_rows; row++)
-        finish(load(sums + row * PANEL), load(sums + row * PANEL + LANES), p->bias ? p->bias + output : 0,
-               p->out + (t.first_row + row) * p->num_outputs + output, p->num_outputs - output, p->adds);
+        finish(load(sums + row * PANEL), load(sums + row * PANEL + LANES), m->bias ? m->bias + output : 0,
+               out + (t.first_row + row) * m->num_outputs + output, m->num_outputs - output, adds);
 }
 
-static void multiply_share(void *data) {
-    const product *p = data;
-    const range own = own_share(num_panels(p->num_outputs) * row_tasks(p->num_rows));
+void multiply_own_float32(const matrix *m, const float *rows, int64_t num_rows, float *out, int adds) {
+    const range own = own_share(num_panels(m->num_outputs) * row_tasks(num_rows));
     for (int64_t n = own.first; n < own.end; n++)
-        multiply_task(p, nth_task(n, p->num_rows));
-}
-
-int64_t shoal_panel_outputs(void) { return PANEL; }
-
-// out = rows W^T + bias, or that added to out. rows: [num_rows, num_inputs]; panels: [num_panels, num_inputs, PANEL];
-// bias: null or [num_panels * PANEL]; out: [num_rows, num_outputs].
-void shoal_linear_float32(const float *rows, const float *panels, const float *bias, float *out, int64_t num_rows,
-                          int64_t num_inputs, int64_t num_outputs, int adds, int num_threads) {
-    product p = {rows, panels, bias, out, num_rows, num_inputs, num_outputs, adds};
-    in_parallel(multiply_share, &p, num_threads);
+        multiply_task(m, rows, out, adds, nth_task(n, num_rows));
 }

@@ -2,6 +2,7 @@
 //
 // A panel holds, for four inputs at a time, the weights of its outputs, four bytes each. The products are whole
 // numbers: the order in which they are added does not matter.
+#include "matrix.h"
 #include "panels.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,32 +42,21 @@ static inline ints add_products(ints sums, int32_t four_inputs, ints weights) {
 }
 #endif
 
-typedef struct {
-    const float *rows, *weight_scales, *bias;
-    const int8_t *panels;
-    const int32_t *weight_sums;
-    uint8_t *rounded;
-    float *row_scales, *out;
-    int64_t num_rows, num_inputs, num_outputs;
-    int adds;
-} product;
-
-static void round_share(void *data) {
-    const product *p = data;
-    const range own = own_share(p->num_rows);
+void round_own(const float *rows, int64_t num_rows, int64_t num_inputs, rounded_rows to) {
+    const range own = own_share(num_rows);
     for (int64_t row = own.first; row < own.end; row++) {
-        const float *x = p->rows + row * p->num_inputs;
-        uint8_t *to = p->rounded + row * p->num_inputs;
+        const float *x = rows + row * num_inputs;
+        uint8_t *rounded = to.values + row * num_inputs;
         float largest = 1e-30f; // a row of zeros stays one
-        for (int64_t i = 0; i < p->num_inputs; i++) {
+        for (int64_t i = 0; i < num_inputs; i++) {
             const float size = __builtin_fabsf(x[i]);
             largest = size > largest ? size : largest;
         }
         const float steps = LARGEST / largest;
         // Cut off after a half is added: the nearest whole number.
-        for (int64_t i = 0; i < p->num_inputs; i++)
-            to[i] = (uint8_t)(int32_t)(x[i] * steps + (ZERO + 0.5f));
-        p->row_scales[row] = largest / LARGEST;
+        for (int64_t i = 0; i < num_inputs; i++)
+            rounded[i] = (uint8_t)(int32_t)(x[i] * steps + (ZERO + 0.5f));
+        to.scales[row] = largest / LARGEST;
     }
 }
 
@@ -126,47 +116,31 @@ static inline floats scaled(ints sums, const int32_t *weight_sums, const float *
     return __builtin_convertvector(without_zero, floats) * (row_scale * load(weight_scales));
 }
 
-static void multiply_task(const product *p, task t) {
+static void multiply_task(const matrix *m, rounded_rows all_rows, float *out, int adds, task t) {
     ints sums[2 * ROWS_OF_A_TASK];
-    const uint8_t *rows = p->rounded + t.first_row * p->num_inputs;
-    const int8_t *panel = p->panels + t.panel * PANEL * p->num_inputs;
-    for (int64_t input = 0; input < p->num_inputs; input += INPUTS_AT_ONCE) {
-        const int64_t part = p->num_inputs - input < INPUTS_AT_ONCE ? p->num_inputs - input : INPUTS_AT_ONCE;
+    const int64_t num_inputs = m->num_inputs, output = t.panel * PANEL;
+    const uint8_t *rows = all_rows.values + t.first_row * num_inputs;
+    const int8_t *panel = (const int8_t *)m->panels + output * num_inputs;
+    for (int64_t input = 0; input < num_inputs; input += INPUTS_AT_ONCE) {
+        const int64_t part = num_inputs - input < INPUTS_AT_ONCE ? num_inputs - input : INPUTS_AT_ONCE;
         for (int64_t row = 0; row < t.num_rows;) {
             const int count = rows_together(t.num_rows - row, INT8_ROWS_AT_ONCE);
-            multiply(rows + row * p->num_inputs + input, p->num_inputs, part, panel + input * PANEL, sums + 2 * row,
-                     count, input == 0);
+            multiply(rows + row * num_inputs + input, num_inputs, part, panel + input * PANEL, sums + 2 * row, count,
+                     input == 0);
             row += count;
         }
     }
-    const int64_t output = t.panel * PANEL;
-    const int32_t *weight_sums = p->weight_sums + output;
-    const float *weight_scales = p->weight_scales + output;
     for (int64_t row = 0; row < t.num_rows; row++) {
-        const float row_scale = p->row_scales[t.first_row + row];
-        finish(scaled(sums[2 * row], weight_sums, weight_scales, row_scale),
-               scaled(sums[2 * row + 1], weight_sums + LANES, weight_scales + LANES, row_scale),
-               p->bias ? p->bias + output : 0, p->out + (t.first_row + row) * p->num_outputs + output,
-               p->num_outputs - output, p->adds);
+        const float row_scale = all_rows.scales[t.first_row + row];
+        finish(scaled(sums[2 * row], m->sums + output, m->scales + output, row_scale),
+               scaled(sums[2 * row + 1], m->sums + output + LANES, m->scales + output + LANES, row_scale),
+               m->bias ? m->bias + output : 0, out + (t.first_row + row) * m->num_outputs + output,
+               m->num_outputs - output, adds);
     }
 }
 
-static void multiply_share(void *data) {
-    const product *p = data;
-    const range own = own_share(num_panels(p->num_outputs) * row_tasks(p->num_rows));
+void multiply_own_int8(const matrix *m, rounded_rows rows, int64_t num_rows, float *out, int adds) {
+    const range own = own_share(num_panels(m->num_outputs) * row_tasks(num_rows));
     for (int64_t n = own.first; n < own.end; n++)
-        multiply_task(p, nth_task(n, p->num_rows));
-}
-
-// out = rows W^T + bias, or that added to out. rows: [num_rows, num_inputs]; panels: [num_panels, num_inputs / 4,
-// PANEL, 4], whose outputs have a scale and the sum of their weights, [num_panels * PANEL]; bias: null or [num_panels *
-// PANEL]; out: [num_rows, num_outputs]. num_inputs is a multiple of 4. rounded, [num_rows, num_inputs], and row_scales,
-// [num_rows], are room to work in.
-void shoal_linear_int8(const float *rows, const int8_t *panels, const float *weight_scales, const int32_t *weight_sums,
-                       const float *bias, uint8_t *rounded, float *row_scales, float *out, int64_t num_rows,
-                       int64_t num_inputs, int64_t num_outputs, int adds, int num_threads) {
-    product p = {rows,       weight_scales, bias,     panels,     weight_sums, rounded,
-                 row_scales, out,           num_rows, num_inputs, num_outputs, adds};
-    in_parallel(round_share, &p, num_rows < num_threads ? 1 : num_threads);
-    in_parallel(multiply_share, &p, num_threads);
+        multiply_task(m, rows, out, adds, nth_task(n, num_rows));
 }

@@ -5,8 +5,10 @@
 #include <stdint.h>
 
 extern void GOMP_parallel(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
+extern void GOMP_barrier(void); // nothing, outside of a team
 extern int omp_get_thread_num(void);
 extern int omp_get_num_threads(void);
+extern double omp_get_wtime(void);
 
 typedef struct {
     int64_t first, end;

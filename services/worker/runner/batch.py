@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.worker.cpu_kernels.library import address
+from services.worker.cpu_kernels.structures import Batch
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.runner.kv_cache import PagedKvCache
 
@@ -36,6 +38,11 @@ class BatchInputs:
     """The last row of each chunk that samples, in the plan's order: [num_samples]."""
     scored_rows: Tensor
     """The rows that each chunk's `scored_token_ids` follow, in the plan's order: [num_scored]."""
+
+    def structure(self) -> Batch:
+        """Return what the kernels take. It points to these tensors, which have to outlive it."""
+        tensors = (self.positions, self.slots, self.tiles, self.block_tables)
+        return Batch(len(self.token_ids), len(self.tiles), *(address(tensor, torch.int64) for tensor in tensors))
 
 
 def make_batch(plan: StepPlan, cache: PagedKvCache) -> BatchInputs:

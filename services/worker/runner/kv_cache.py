@@ -1,11 +1,14 @@
 """The paged KV cache: allocated once, addressed by block tables."""
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from services.worker.cpu_kernels.library import address
+from services.worker.cpu_kernels.structures import Heads
 from services.worker.engine.step_plan import BlockCopy
 from services.worker.runner.models.decoder_weights import DecoderConfig
 
@@ -33,6 +36,10 @@ class PagedKvCache:
             torch.from_numpy(np.zeros(size + _OVERHANG, dtype=np.float32))[:size].view(shape)
             for _ in range(config.num_layers)
         ]
+        self.heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, block_size_tokens)
+        """How the kernels are told of the layout."""
+        self.addresses = (ctypes.c_void_p * config.num_layers)(*map(address, self._layers))
+        """Of the layers, in order."""
 
     def layer(self, layer: int) -> Tensor:
         """All keys and values of a layer."""

@@ -7,12 +7,11 @@ from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
 from services.worker.runner.cpu_runner import CpuRunner
-from services.worker.runner.int8_linear import Int8Linear
 from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
-from services.worker.runner.linear import PackedLinear
+from services.worker.runner.matrix import PackedMatrix, pack_float32, pack_int8
 from services.worker.runner.models.decoder import Decoder
 from services.worker.weight_format import WeightFormat
-from services.worker.weights.load_decoder import MakeLinear, Progress, load_decoder
+from services.worker.weights.load_decoder import MakeMatrix, Progress, load_decoder
 from services.worker.weights.open_decoder import open_decoder
 
 
@@ -31,7 +30,7 @@ def start_cpu_runner(
     num_blocks = engine_config.kv_cache_bytes // block_bytes
     if num_blocks == 0:
         raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
-    decoder = Decoder(config, load_decoder(stored, _LINEAR_OF_FORMAT[engine_config.weights], on_progress))
+    decoder = Decoder(config, load_decoder(stored, _PACK[engine_config.weights], on_progress))
     limits = EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=engine_config.block_size_tokens,
@@ -44,4 +43,4 @@ def start_cpu_runner(
     return limits, CpuRunner(decoder, PagedKvCache(config, num_blocks, engine_config.block_size_tokens))
 
 
-_LINEAR_OF_FORMAT: dict[WeightFormat, MakeLinear] = {"float32": PackedLinear, "int8": Int8Linear}
+_PACK: dict[WeightFormat, MakeMatrix[PackedMatrix]] = {"float32": pack_float32, "int8": pack_int8}

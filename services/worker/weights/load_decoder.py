@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from services.common.model.errors import ModelFileError
-from services.worker.runner.linear import Linear
-from services.worker.runner.models.decoder_weights import DecoderLayerWeights, DecoderWeights
+from services.worker.runner.models.decoder_weights import DecoderLayerWeights, DecoderWeights, Matrix
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 from services.worker.weights.stored_decoder import StoredDecoder, StoredMatrix
 
 Progress = Callable[[float], None]
 """Called with the share done, 0 to 1."""
-MakeLinear = Callable[[Tensor, Tensor | None], Linear]
+MakeMatrix = Callable[[Tensor, Tensor | None], Matrix]
 """Copies a matrix, [out, in], into the layout that a runner wants, with a bias, [out], or None."""
 
 
-def load_decoder(stored: StoredDecoder, make_linear: MakeLinear, on_progress: Progress) -> DecoderWeights:
+def load_decoder(
+    stored: StoredDecoder, make_matrix: MakeMatrix[Matrix], on_progress: Progress
+) -> DecoderWeights[Matrix]:
     """Load all weights as float32.
 
     Raises ModelFileError for a tensor that is missing, has another shape or a type that cannot be read, or that the
@@ -25,12 +26,12 @@ def load_decoder(stored: StoredDecoder, make_linear: MakeLinear, on_progress: Pr
     """
     config, names, tensors = stored.config, stored.names, stored.tensors
     embedding = tensors.matrix([StoredMatrix(names.embedding, config.vocabulary_size)], config.hidden_size)
-    lm_head = make_linear(_head(stored, embedding), None)
+    lm_head = make_matrix(_head(stored, embedding), None)
     layers = []
     for index in range(config.num_layers):
         # The embedding and the head take about as long as a fifth of the layers of a small model.
         on_progress((index + config.num_layers / 5) / (config.num_layers * 6 / 5))
-        layers.append(_load_layer(stored, index, make_linear))
+        layers.append(_load_layer(stored, index, make_matrix))
     norm = tensors.vector(names.norm, config.hidden_size)
     weights = DecoderWeights(embedding, tuple(layers), norm, lm_head, _rotary_frequencies(stored))
     tensors.check_all_read()
@@ -55,7 +56,7 @@ def _head(stored: StoredDecoder, embedding: Tensor) -> Tensor:
     return embedding
 
 
-def _load_layer(stored: StoredDecoder, index: int, make_linear: MakeLinear) -> DecoderLayerWeights:
+def _load_layer(stored: StoredDecoder, index: int, make_matrix: MakeMatrix[Matrix]) -> DecoderLayerWeights[Matrix]:
     config, names, tensors = stored.config, stored.names, stored.tensors
     prefix = names.layer_prefix.format(index)
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -71,12 +72,12 @@ def _load_layer(stored: StoredDecoder, index: int, make_linear: MakeLinear) -> D
     gate_up = [weight(names.gate_proj, intermediate), weight(names.up_proj, intermediate)]
     return DecoderLayerWeights(
         attention_norm=tensors.vector(f"{prefix}{names.attention_norm}.weight", hidden),
-        qkv_proj=make_linear(_paired(stored, tensors.matrix(qkv, hidden)), _qkv_bias(stored, prefix)),
+        qkv_proj=make_matrix(_paired(stored, tensors.matrix(qkv, hidden)), _qkv_bias(stored, prefix)),
         qk_norm=_qk_norm(stored, prefix),
-        o_proj=make_linear(tensors.matrix([weight(names.o_proj, hidden)], config.q_size), None),
+        o_proj=make_matrix(tensors.matrix([weight(names.o_proj, hidden)], config.q_size), None),
         mlp_norm=tensors.vector(f"{prefix}{names.mlp_norm}.weight", hidden),
-        gate_up_proj=make_linear(tensors.matrix(gate_up, hidden), None),
-        down_proj=make_linear(tensors.matrix([weight(names.down_proj, hidden)], intermediate), None),
+        gate_up_proj=make_matrix(tensors.matrix(gate_up, hidden), None),
+        down_proj=make_matrix(tensors.matrix([weight(names.down_proj, hidden)], intermediate), None),
     )
 
 

@@ -1,11 +1,14 @@
 """The shape of a decoder, and its weights as its forward pass takes them."""
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from services.worker.runner.linear import Linear
 from services.worker.runner.rotary_frequencies import Llama3Scaling
+
+Matrix = TypeVar("Matrix")
+"""How a runner holds the matrices that rows are multiplied with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +42,35 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayerWeights:
+class DecoderLayerWeights(Generic[Matrix]):
     """One layer. Matrices of the same input are one; their outputs lie side by side, in the order of the name."""
 
     attention_norm: Tensor
     """[hidden_size]"""
-    qkv_proj: Linear
+    qkv_proj: Matrix
     """hidden_size to q_size + 2 * kv_size; the rotary embedding turns dimensions (2i, 2i + 1) of a head."""
     qk_norm: Tensor | None
     """[num_heads + num_kv_heads, head_dim], a row a head. None: queries and keys are not normalized."""
-    o_proj: Linear
+    o_proj: Matrix
     """q_size to hidden_size"""
     mlp_norm: Tensor
     """[hidden_size]"""
-    gate_up_proj: Linear
+    gate_up_proj: Matrix
     """hidden_size to 2 * intermediate_size"""
-    down_proj: Linear
+    down_proj: Matrix
     """intermediate_size to hidden_size"""
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderWeights:
+class DecoderWeights(Generic[Matrix]):
     """All weights of a decoder."""
 
     embedding: Tensor
     """[vocabulary_size, hidden_size]"""
-    layers: tuple[DecoderLayerWeights, ...]
+    layers: tuple[DecoderLayerWeights[Matrix], ...]
     norm: Tensor
     """[hidden_size]"""
-    lm_head: Linear
+    lm_head: Matrix
     """hidden_size to vocabulary_size"""
     rotary_frequencies: Tensor
     """Radians a position, for each pair of a head's dimensions: [head_dim / 2]."""

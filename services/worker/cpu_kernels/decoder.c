@@ -1,0 +1,99 @@
+// All layers of a decoder, in one team of threads: they meet at a barrier after each part, which takes less than a
+// microsecond where to begin a team anew takes up to fifty.
+#include "heads.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "rows.h"
+
+typedef struct {
+    const float *attention_norm, *qk_norm, *mlp_norm; // qk_norm may be null
+    matrix qkv_proj, o_proj, gate_up_proj, down_proj;
+    int64_t window;
+} layer;
+
+typedef struct {
+    const layer *layers;
+    int64_t num_layers, hidden_size, intermediate_size;
+    heads heads;
+    const float *turns;
+    float epsilon;
+} decoder;
+
+// Where a forward pass works: hidden, normed: [num_rows, hidden_size]; attended: [num_rows, num_heads * head_dim];
+// gated: [num_rows, intermediate_size]; next_tasks: zeros, [num_layers]; part_s, if not null: the seconds of each part are
+// added there, in the order of `parts`.
+typedef struct {
+    float *hidden, *normed, *qkv, *attended, *gate_up, *gated;
+    rounded_rows rounded; // room for a row of the most inputs
+    int64_t *next_tasks;
+    double *part_s;
+} room;
+
+enum parts { NORMS, PRODUCTS, ROTARY_AND_STORES, ATTENTION, ACTIVATION };
+
+typedef struct {
+    const decoder *decoder;
+    const batch *batch;
+    float *const *caches;
+    const room *room;
+} pass;
+
+static void end_part(const room *r, int part, double *since_s) {
+    GOMP_barrier();
+    if (!r->part_s || omp_get_thread_num() != 0) return;
+    const double now_s = omp_get_wtime();
+    r->part_s[part] += now_s - *since_s;
+    *since_s = now_s;
+}
+
+static void round_if_needed(const matrix *m, const float *rows, int64_t num_rows, const room *r) {
+    if (m->scales) round_own(rows, num_rows, m->num_inputs, r->rounded);
+}
+
+static void forward_layer(const pass *p, int64_t index, double *since_s) {
+    const decoder *d = p->decoder;
+    const layer *l = d->layers + index;
+    const room *r = p->room;
+    const int64_t num_rows = p->batch->num_rows;
+
+    // What follows on a row by the thread that made it needs no barrier between.
+    normalize_own(r->hidden, l->attention_norm, r->normed, num_rows, d->hidden_size, d->epsilon);
+    round_if_needed(&l->qkv_proj, r->normed, num_rows, r);
+    end_part(r, NORMS, since_s);
+    multiply_own(&l->qkv_proj, r->normed, r->rounded, num_rows, r->qkv, 0);
+    end_part(r, PRODUCTS, since_s);
+    rotate_and_store_own(&d->heads, p->batch, r->qkv, d->turns, l->qk_norm, d->epsilon, p->caches[index]);
+    end_part(r, ROTARY_AND_STORES, since_s);
+    attend_own(&d->heads, p->batch, r->qkv, p->caches[index], l->window, r->attended, r->next_tasks + index);
+    end_part(r, ATTENTION, since_s);
+    if (l->o_proj.scales) {
+        round_if_needed(&l->o_proj, r->attended, num_rows, r);
+        GOMP_barrier();
+    }
+    multiply_own(&l->o_proj, r->attended, r->rounded, num_rows, r->hidden, 1);
+    end_part(r, PRODUCTS, since_s);
+
+    normalize_own(r->hidden, l->mlp_norm, r->normed, num_rows, d->hidden_size, d->epsilon);
+    round_if_needed(&l->gate_up_proj, r->normed, num_rows, r);
+    end_part(r, NORMS, since_s);
+    multiply_own(&l->gate_up_proj, r->normed, r->rounded, num_rows, r->gate_up, 0);
+    end_part(r, PRODUCTS, since_s);
+    gate_own(r->gate_up, r->gated, num_rows, d->intermediate_size);
+    round_if_needed(&l->down_proj, r->gated, num_rows, r);
+    end_part(r, ACTIVATION, since_s);
+    multiply_own(&l->down_proj, r->gated, r->rounded, num_rows, r->hidden, 1);
+    end_part(r, PRODUCTS, since_s);
+}
+
+static void forward_in_team(void *data) {
+    const pass *p = data;
+    double since_s = omp_get_wtime();
+    for (int64_t index = 0; index < p->decoder->num_layers; index++)
+        forward_layer(p, index, &since_s);
+}
+
+// Compute a batch through all layers, in place of `hidden`, writing keys and values to the layers' caches.
+void shoal_forward(const decoder *d, const batch *b, float *const *caches, const room *r, int num_threads) {
+    pass p = {d, b, caches, r};
+    in_parallel(forward_in_team, &p, num_threads);
+}
