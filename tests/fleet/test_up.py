@@ -145,6 +145,17 @@ def test_a_stopped_fleet_comes_back_on_its_data(tmp_path: Path) -> None:
         second.stop()
 
 
+def test_weights_of_8_bits_answer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_WEIGHTS", "int8")
+    fleet = start_fleet(tmp_path)
+    try:
+        with fleet.client() as client:
+            question = [{"role": "user", "content": "What is the capital of France?"}]
+            assert "Paris" in client.generate(messages=question, temperature=0, max_tokens=12).read()
+    finally:
+        fleet.stop()
+
+
 def test_mistakes_are_told_in_a_line(tmp_path: Path) -> None:
     def complaint(*words: str) -> str:
         began = time.monotonic()

@@ -1,19 +1,24 @@
 """The parts of a forward pass compute what their formulas say."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from services.common.config import ConfigError
+from services.worker.cpu_kernels import library
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.runner.batch import make_batch
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.matrix import pack_float32
-from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.decoder import Decoder
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderWeights
 from services.worker.runner.norm import rms_norm
 from services.worker.runner.rope import rotary_table
 from services.worker.runner.rotary_frequencies import rotary_frequencies
@@ -58,6 +63,21 @@ def test_a_row_is_bit_for_bit_the_same_in_any_company(num_inputs: int) -> None:
     together = linear(rows)
     for num_rows in (1, 2, 3, 5, 11, 12, 13, 40, 97, 200):
         assert torch.equal(linear(rows[-num_rows:]), together[-num_rows:])
+
+
+def test_without_its_kernels_a_worker_says_how_to_build_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_LIBRARIES", tmp_path)
+    with pytest.raises(ConfigError, match="make setup"):
+        pack_float32(a_matrix(4, 4), None)
+
+
+@pytest.mark.parametrize(("head_dim", "num_heads", "word"), [(258, 1, "head_dim"), (8, 33, "query heads")])
+def test_heads_that_the_kernels_do_not_take_are_refused_by_name(head_dim: int, num_heads: int, word: str) -> None:
+    config = replace(a_config(head_dim), num_heads=num_heads, num_layers=0)
+    none = torch.empty(0)
+    weights = DecoderWeights(none, (), none, pack_float32(a_matrix(4, 4), None), none)
+    with pytest.raises(ConfigError, match=word):
+        Decoder(config, weights)
 
 
 def test_threads_do_not_change_a_bit() -> None:

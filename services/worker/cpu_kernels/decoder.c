@@ -20,8 +20,8 @@ typedef struct {
 } decoder;
 
 // Where a forward pass works: hidden, normed: [num_rows, hidden_size]; attended: [num_rows, num_heads * head_dim];
-// gated: [num_rows, intermediate_size]; next_tasks: zeros, [num_layers]; part_s, if not null: the seconds of each part are
-// added there, in the order of `parts`.
+// gated: [num_rows, intermediate_size]; next_tasks: zeros, [num_layers]; part_s, if not null: the seconds of each part
+// are added there, in the order of `parts`.
 typedef struct {
     float *hidden, *normed, *qkv, *attended, *gate_up, *gated;
     rounded_rows rounded; // room for a row of the most inputs
