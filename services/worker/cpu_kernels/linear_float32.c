@@ -5,7 +5,8 @@
 #include "matrix.h"
 #include "panels.h"
 
-#define INPUTS_AT_ONCE 512 // a panel's part that stays in the cache of the second level while rows go by
+#define ROWS_OF_A_TASK (PIECES_OF_A_TASK * ROWS_AT_ONCE)
+#define INPUTS_AT_ONCE 256 // of a piece's rows, to stay in the cache of the first level
 #define LINES_AHEAD 16     // of a panel, asked for before they are used
 
 // Add the products of `part` inputs to the sums of `count` rows, [count, PANEL].
@@ -24,7 +25,8 @@ static ALWAYS_INLINE void multiply_rows(const float *rows, int64_t num_inputs, i
         __builtin_prefetch(weights + LINES_AHEAD * PANEL + LANES);
         UNROLL
         for (int r = 0; r < count; r++) {
-            const floats x = rows[r * num_inputs + i];
+            floats x = rows[r * num_inputs + i];
+            if (count > 1) LOADED_ONCE(x);
             low[r] = multiply_add(x, to_low, low[r]);
             high[r] = multiply_add(x, to_high, high[r]);
         }
@@ -59,26 +61,39 @@ static void multiply(const float *rows, int64_t num_inputs, int64_t part, const 
     }
 }
 
-static void multiply_task(const matrix *m, const float *all_rows, float *out, int adds, task t) {
-    float sums[ROWS_OF_A_TASK * PANEL] __attribute__((aligned(64)));
-    const int64_t num_inputs = m->num_inputs, output = t.panel * PANEL;
-    const float *rows = all_rows + t.first_row * num_inputs, *panel = (const float *)m->panels + output * num_inputs;
+typedef struct {
+    const matrix *m;
+    const float *rows;
+    float *out;
+    int adds;
+} product;
+
+static void multiply_task(const void *of, task t) {
+    const product *p = of;
+    const matrix *m = p->m;
+    float sums[PANELS_OF_A_TASK][ROWS_OF_A_TASK][PANEL] __attribute__((aligned(64)));
+    const int64_t num_inputs = m->num_inputs, first = first_row(&t, t.piece), end = first_row(&t, t.end_piece);
+    const float *panels = (const float *)m->panels + t.panel * PANEL * num_inputs;
     for (int64_t input = 0; input < num_inputs; input += INPUTS_AT_ONCE) {
-        const int64_t part = num_inputs - input < INPUTS_AT_ONCE ? num_inputs - input : INPUTS_AT_ONCE;
-        for (int64_t row = 0; row < t.num_rows;) {
-            const int count = rows_together(t.num_rows - row, ROWS_AT_ONCE);
-            multiply(rows + row * num_inputs + input, num_inputs, part, panel + input * PANEL, sums + row * PANEL,
-                     count, input == 0);
-            row += count;
+        const int64_t part = least(num_inputs - input, INPUTS_AT_ONCE);
+        for (int64_t piece = t.piece; piece < t.end_piece; piece++) {
+            const int64_t row = first_row(&t, piece);
+            for (int64_t n = 0; n < t.num_panels; n++)
+                multiply(p->rows + row * num_inputs + input, num_inputs, part,
+                         panels + (n * num_inputs + input) * PANEL, sums[n][row - first],
+                         (int)(first_row(&t, piece + 1) - row), input == 0);
         }
     }
-    for (int64_t row = 0; row < t.num_rows; row++)
-        finish(load(sums + row * PANEL), load(sums + row * PANEL + LANES), m->bias ? m->bias + output : 0,
-               out + (t.first_row + row) * m->num_outputs + output, m->num_outputs - output, adds);
+    for (int64_t row = first; row < end; row++)
+        for (int64_t n = 0; n < t.num_panels; n++) {
+            const float *sum = sums[n][row - first];
+            const int64_t output = (t.panel + n) * PANEL;
+            finish(load(sum), load(sum + LANES), m->bias ? m->bias + output : 0, p->out + row * m->num_outputs + output,
+                   m->num_outputs - output, p->adds);
+        }
 }
 
 void multiply_own_float32(const matrix *m, const float *rows, int64_t num_rows, float *out, int adds) {
-    const range own = own_share(num_panels(m->num_outputs) * row_tasks(num_rows));
-    for (int64_t n = own.first; n < own.end; n++)
-        multiply_task(m, rows, out, adds, nth_task(n, num_rows));
+    const product p = {m, rows, out, adds};
+    do_own_tasks(m->num_outputs, num_rows, ROWS_AT_ONCE, multiply_task, &p);
 }

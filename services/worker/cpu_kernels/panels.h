@@ -1,7 +1,8 @@
 // How a product y = x W^T + b is cut into tasks.
 //
-// A weight is packed into panels of PANEL outputs, the last one filled up. A task is a panel and some rows;
-// neighbouring tasks share a panel, which stays in the cache while rows go by.
+// A weight is packed into panels of PANEL outputs, the last one filled up. Rows are cut into pieces, which are computed
+// together, as few and as even as there can be. A task is some panels and some pieces: a piece's inputs stay in the
+// cache of the first level while its panels go by, and the panels in that of the second while the pieces do.
 #ifndef SHOAL_PANELS_H
 #define SHOAL_PANELS_H
 
@@ -9,26 +10,34 @@
 #include "vectors.h"
 
 #define PANEL (2 * LANES)
-#define ROWS_OF_A_TASK 96
+#define PANELS_OF_A_TASK 4
+#define PIECES_OF_A_TASK 8
 
 typedef struct {
-    int64_t panel, first_row, num_rows;
+    int64_t panel, num_panels, piece, end_piece, num_pieces, num_rows;
 } task;
 
 static inline int64_t num_panels(int64_t num_outputs) { return (num_outputs + PANEL - 1) / PANEL; }
 
-static inline int64_t row_tasks(int64_t num_rows) { return (num_rows + ROWS_OF_A_TASK - 1) / ROWS_OF_A_TASK; }
+static inline int64_t first_row(const task *t, int64_t piece) { return t->num_rows * piece / t->num_pieces; }
 
-static inline task nth_task(int64_t n, int64_t num_rows) {
-    const int64_t parts = row_tasks(num_rows), part = n % parts;
-    const int64_t first = num_rows * part / parts;
-    return (task){n / parts, first, num_rows * (part + 1) / parts - first};
-}
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The next rows to compute together, so that `left` rows are cut into as few and as even pieces as there can be.
-static inline int rows_together(int64_t left, int most) {
-    const int64_t pieces = (left + most - 1) / most;
-    return (int)((left + pieces - 1) / pieces);
+// Compute a thread's own tasks of a product. Shares are even to a part of one panel: some pieces of it.
+static ALWAYS_INLINE void do_own_tasks(int64_t num_outputs, int64_t num_rows, int rows_of_a_piece,
+                                       void (*compute)(const void *product, task), const void *product) {
+    const int64_t pieces = (num_rows + rows_of_a_piece - 1) / rows_of_a_piece;
+    const int64_t parts = (pieces + PIECES_OF_A_TASK - 1) / PIECES_OF_A_TASK;
+    const range own = own_share(num_panels(num_outputs) * parts);
+    for (int64_t n = own.first; n < own.end;) {
+        const int64_t part = n % parts, whole_panels = part ? 0 : (own.end - n) / parts;
+        const int64_t end_part = whole_panels ? parts : least(parts, part + own.end - n);
+        // One piece alone gains nothing by being in the cache, and memory is read best in one line.
+        const int64_t panels = whole_panels && pieces > 1 ? least(whole_panels, PANELS_OF_A_TASK) : 1;
+        for (int64_t p = part; p < end_part; p++)
+            compute(product, (task){n / parts, panels, pieces * p / parts, pieces * (p + 1) / parts, pieces, num_rows});
+        n += panels * (end_part - part);
+    }
 }
 
 // Write a panel's results of one row, or add them to what is there. `bias` (or null) is filled up as the panel is.

@@ -26,6 +26,14 @@ typedef ints unaligned_ints __attribute__((aligned(4)));
 static inline floats load(const float *from) { return *(const unaligned_floats *)from; }
 static inline void store(float *to, floats values) { *(unaligned_floats *)to = values; }
 
+// Have a value in a register once: the compiler would rather load it anew in each operation that takes it, and the
+// processor's loads are what a product of many rows waits for.
+#if defined(__AVX2__)
+#define LOADED_ONCE(value) __asm__("" : "+v"(value))
+#else
+#define LOADED_ONCE(value)
+#endif
+
 static inline floats multiply_add(floats a, floats b, floats c) {
 #if defined(__FMA__) || defined(__aarch64__)
     return __builtin_elementwise_fma(a, b, c);
