@@ -68,15 +68,19 @@ class Batches:
             first = self._num_computed[number]
             self._num_computed[number] += len(token_ids)
             planned.append(
-                SequenceChunk(SequenceId(number), tuple(token_ids), first, self._tables[number], GREEDY, sample_index=0)
+                SequenceChunk(
+                    SequenceId(number),
+                    tuple(token_ids),
+                    first,
+                    self._tables[number],
+                    GREEDY,
+                    sample_index=0,
+                    scored_token_ids=tuple(token_ids[1:]),
+                )
             )
         batch = make_batch(StepPlan(1, tuple(planned)), self._cache)
-        rows = [
-            torch.arange(int(last) + 1 - len(token_ids), int(last) + 1)
-            for last, (_, token_ids) in zip(batch.sample_rows, chunks, strict=True)
-        ]
         logits = self._decoder.logits(self._decoder.forward(batch, self._cache))
-        return [logits[of_chunk] for of_chunk in rows]
+        return list(torch.split(logits, [len(token_ids) for _, token_ids in chunks]))
 
 
 def check_logits(decoder: Decoder, model: Any, chunk_tokens: int = 5) -> None:

@@ -5,7 +5,7 @@ import pytest
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_time import StepTimeModel, StepWork
 
 GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
 
@@ -21,12 +21,29 @@ def a_plan(*chunks: tuple[int, int]) -> StepPlan:
     )
 
 
+def a_scored_prompt(tokens: int) -> StepPlan:
+    return StepPlan(
+        1,
+        (
+            SequenceChunk(
+                SequenceId(1),
+                tuple(range(tokens)),
+                0,
+                (BlockId(0),),
+                GREEDY,
+                0,
+                scored_token_ids=tuple(range(1, tokens)),
+            ),
+        ),
+    )
+
+
 def a_decode(sequences: int, context: int = 100) -> StepPlan:
     return a_plan(*[(context, 1)] * sequences)
 
 
 def took_ms(plan: StepPlan) -> float:
-    return 20 + 1.5 * plan.num_tokens + 0.0004 * plan.num_attended_tokens
+    return 20 + 1.5 * plan.num_tokens + 0.0004 * plan.num_attended_tokens + 3 * plan.num_scored_tokens
 
 
 def test_attended_tokens_are_the_pairs_under_the_causal_triangle() -> None:
@@ -49,6 +66,19 @@ def test_many_equal_decodes_do_not_make_it_forget_what_prefill_costs() -> None:
         model.observe(a_decode(1), took_ms(a_decode(1)))
     prefill = a_plan((0, 512))
     assert took_ms(prefill) / 3 < model.predict_ms(prefill) < took_ms(prefill) * 3
+
+
+def test_scoring_a_prompt_is_known_to_take_its_time() -> None:
+    model = StepTimeModel()
+    for plan in [a_decode(1), a_decode(8), a_plan((0, 128)), a_plan((0, 512)), a_scored_prompt(300)] * 100:
+        model.observe(plan, took_ms(plan))
+    assert model.predict_ms(a_scored_prompt(100)) == pytest.approx(took_ms(a_scored_prompt(100)), rel=0.2)
+
+    budget_ms = took_ms(a_plan((0, 200)))
+    unscored = model.tokens_within(budget_ms, StepWork(0, 0), 0, are_scored=False)
+    scored = model.tokens_within(budget_ms, StepWork(0, 0), 0, are_scored=True)
+    assert unscored == pytest.approx(200, rel=0.2)
+    assert took_ms(a_scored_prompt(scored)) == pytest.approx(budget_ms, rel=0.2)
 
 
 def test_a_machine_that_slows_down_is_noticed() -> None:

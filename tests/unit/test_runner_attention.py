@@ -1,6 +1,7 @@
 """Paged attention is attention: over any blocks, any sizes, and prefill mixed with decode."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,7 +208,16 @@ def test_a_batch_says_for_each_row_its_token_its_position_and_its_slot() -> None
     assert batch.token_ids.tolist() == [0, 1, 2, 0]
     assert batch.positions.tolist() == [6, 7, 8, 3]
     assert batch.slots.tolist() == [4 * 5 + 2, 4 * 5 + 3, 4 * 7, 4 * 3 + 3]
-    assert batch.sample_rows.tolist() == [2, 3]
+
+
+def test_a_batch_says_after_which_rows_something_is_sampled_or_scored() -> None:
+    prompt = replace(a_chunk(1, 6, 3, [9, 5, 7]), sample_index=None)
+    scored = replace(a_chunk(2, 2, 3, [3, 4]), scored_token_ids=(5, 6))
+    batch = a_batch(prompt, scored, a_chunk(3, 3, 1, [8]))
+    assert batch.wanted_rows.tolist() == [3, 4, 5, 6]
+    assert batch.wanted_tiles.tolist() == [[0, 1, 2, 3], [1, 1, 3, 3], [2, 1, 4, 3], [3, 1, 3, 5]]
+    assert batch.sampled.tolist() == [2, 3]
+    assert batch.scored.tolist() == [0, 1]
 
 
 def test_a_chunk_is_attended_in_tiles_that_know_their_blocks() -> None:

@@ -81,11 +81,12 @@ def test_the_default_model_chooses_eight_of_ten_tokens_as_in_float32() -> None:
         prompt, output = case["prompt_token_ids"], case["output_token_ids"]
         given = (*prompt, *output[:-1])
         blocks = tuple(BlockId(block) for block in range(-(-len(given) // 16)))
-        chunk = SequenceChunk(SequenceId(1), given, 0, blocks, SamplingParameters(), sample_index=0)
+        scored = tuple(output[:-1])
+        chunk = SequenceChunk(SequenceId(1), given, 0, blocks, SamplingParameters(), 0, scored)
         cache = PagedKvCache(stored.config, len(blocks), 16)
         with torch.inference_mode():
             hidden = decoder.forward(make_batch(StepPlan(1, (chunk,)), cache), cache)
-            chosen = decoder.logits(hidden[len(prompt) - 1 :]).argmax(dim=1).tolist()
+            chosen = decoder.logits(hidden).argmax(dim=1).tolist()
         num_tokens += len(output)
         num_same += sum(a == b for a, b in zip(chosen, output, strict=True))
     assert num_same / num_tokens > 0.8

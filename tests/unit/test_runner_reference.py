@@ -215,14 +215,27 @@ LOGPROB_CASES = cases_of("smollm2_logprobs.jsonl")
 ASKED_TOP = 5
 
 
-def directly(default: DefaultModel, token_ids: list[int]) -> torch.Tensor:
-    """Log-probabilities after each token, by one pass of the model over all of them: [num_tokens, vocabulary]."""
+def hidden_states(default: DefaultModel, token_ids: list[int], scored: list[int]) -> torch.Tensor:
+    """Of the last token and those before it that `scored` follow, by one pass: [len(scored) + 1, hidden size]."""
     cache = PagedKvCache(default.config, -(-len(token_ids) // 16), 16)
     blocks = tuple(BlockId(block) for block in range(len(token_ids)))
-    chunk = SequenceChunk(SequenceId(1), tuple(token_ids), 0, blocks, SamplingParameters(), None)
+    chunk = SequenceChunk(SequenceId(1), tuple(token_ids), 0, blocks, SamplingParameters(), 0, tuple(scored))
     with torch.inference_mode():
-        hidden = default.model.forward(make_batch(StepPlan(1, (chunk,)), cache), cache)
-        return default.model.logits(hidden).log_softmax(dim=1)
+        return default.model.forward(make_batch(StepPlan(1, (chunk,)), cache), cache)
+
+
+def directly(default: DefaultModel, token_ids: list[int]) -> torch.Tensor:
+    """Log-probabilities after each token, by one pass of the model over all of them: [num_tokens, vocabulary]."""
+    with torch.inference_mode():
+        return default.model.logits(hidden_states(default, token_ids, token_ids[1:])).log_softmax(dim=1)
+
+
+def test_a_row_has_the_same_bits_whatever_other_rows_are_wanted(default_model: DefaultModel) -> None:
+    token_ids = CASES[0]["prompt_token_ids"]
+    of_all = hidden_states(default_model, token_ids, token_ids[1:])
+    for num_scored in (0, 1, 7):
+        wanted = hidden_states(default_model, token_ids, token_ids[len(token_ids) - num_scored :])
+        assert torch.equal(wanted, of_all[-1 - num_scored :])
 
 
 def scored(

@@ -50,11 +50,32 @@ static void round_if_needed(const matrix *m, const float *rows, int64_t num_rows
     if (m->scales) round_own(rows, num_rows, m->num_inputs, r->rounded);
 }
 
+static void move_row(float *rows, int64_t size, int64_t from, int64_t to) {
+    for (int64_t i = 0; i < size && from != to; i++)
+        rows[to * size + i] = rows[from * size + i];
+}
+
+// Behind the last layer's keys and values, only the wanted rows matter: they become the first ones, by one thread.
+static batch keep_wanted(const pass *p) {
+    const batch *b = p->batch;
+    if (b->num_wanted == b->num_rows) return *b;
+    if (omp_get_thread_num() == 0)
+        for (int64_t i = 0; i < b->num_wanted; i++) {
+            move_row(p->room->hidden, p->decoder->hidden_size, b->wanted_rows[i], i);
+            move_row(p->room->qkv, qkv_size(&p->decoder->heads), b->wanted_rows[i], i);
+        }
+    GOMP_barrier();
+    batch wanted = *b;
+    wanted.num_rows = wanted.num_tiles = b->num_wanted;
+    wanted.tiles = b->wanted_tiles;
+    return wanted;
+}
+
 static void forward_layer(const pass *p, int64_t index, double *since_s) {
     const decoder *d = p->decoder;
     const layer *l = d->layers + index;
     const room *r = p->room;
-    const int64_t num_rows = p->batch->num_rows;
+    int64_t num_rows = p->batch->num_rows;
 
     // What follows on a row by the thread that made it needs no barrier between.
     normalize_own(r->hidden, l->attention_norm, r->normed, num_rows, d->hidden_size, d->epsilon);
@@ -64,7 +85,10 @@ static void forward_layer(const pass *p, int64_t index, double *since_s) {
     end_part(r, PRODUCTS, since_s);
     rotate_and_store_own(&d->heads, p->batch, r->qkv, d->turns, l->qk_norm, d->epsilon, p->caches[index]);
     end_part(r, ROTARY_AND_STORES, since_s);
-    attend_own(&d->heads, p->batch, r->qkv, p->caches[index], l->window, r->attended, r->next_tasks + index);
+
+    const batch b = index == d->num_layers - 1 ? keep_wanted(p) : *p->batch;
+    num_rows = b.num_rows;
+    attend_own(&d->heads, &b, r->qkv, p->caches[index], l->window, r->attended, r->next_tasks + index);
     end_part(r, ATTENTION, since_s);
     if (l->o_proj.scales) {
         round_if_needed(&l->o_proj, r->attended, num_rows, r);
@@ -92,7 +116,8 @@ static void forward_in_team(void *data) {
         forward_layer(p, index, &since_s);
 }
 
-// Compute a batch through all layers, in place of `hidden`, writing keys and values to the layers' caches.
+// Compute a batch through all layers, writing keys and values to the layers' caches. The wanted rows' hidden states are
+// the first of `hidden` then.
 void shoal_forward(const decoder *d, const batch *b, float *const *caches, const room *r, int num_threads) {
     pass p = {d, b, caches, r};
     in_parallel(forward_in_team, &p, num_threads);

@@ -27,12 +27,14 @@ typedef struct {
     int64_t first_row, num_rows, first_position, table_start;
 } tile;
 
-// A step's rows: positions, slots: [num_rows]; tiles: [num_tiles], which hold every row once.
+// A step's rows: positions, slots: [num_rows]; tiles: [num_tiles], which hold every row once. Of the rows, those whose
+// hidden states are wanted, ascending, and as tiles of one row each, numbered by their places among them: [num_wanted].
 typedef struct {
-    int64_t num_rows, num_tiles;
+    int64_t num_rows, num_tiles, num_wanted;
     const int64_t *positions, *slots;
     const tile *tiles;
-    const int64_t *block_tables;
+    const int64_t *block_tables, *wanted_rows;
+    const tile *wanted_tiles;
 } batch;
 
 // Write each own row's keys and values to their slots; before, normalize its queries and keys if `norm` is given,

@@ -39,10 +39,13 @@ class Batch(ctypes.Structure):
     _fields_: ClassVar = [
         ("num_rows", _INT64),
         ("num_tiles", _INT64),
+        ("num_wanted", _INT64),
         ("positions", _POINTER),
         ("slots", _POINTER),
         ("tiles", _POINTER),
         ("block_tables", _POINTER),
+        ("wanted_rows", _POINTER),
+        ("wanted_tiles", _POINTER),
     ]
 
 

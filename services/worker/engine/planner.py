@@ -333,7 +333,9 @@ class Planner:
         tokens_left = self._limits.max_prefill_tokens_per_step
         for sequence in self._prefilling(may_admit):
             if budget_ms is not None:
-                within = self._step_time.tokens_within(budget_ms, work, sequence.num_computed_tokens)
+                within = self._step_time.tokens_within(
+                    budget_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
+                )
                 # Not less than a block for the first: a prompt goes on, however long the decodes alone take.
                 least = self._limits.block_size_tokens if work.num_prefill_tokens == 0 else 0
                 tokens_left = min(tokens_left, max(within, least))

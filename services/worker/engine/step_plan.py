@@ -81,6 +81,11 @@ class StepPlan:
         """Pairs of a computed token and a token that it attends to."""
         return sum(chunk.num_attended_tokens for chunk in self.chunks)
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """Given tokens whose log-probabilities are computed."""
+        return sum(len(chunk.scored_token_ids) for chunk in self.chunks)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

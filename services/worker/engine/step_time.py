@@ -15,11 +15,13 @@ _ANY_NUMBER = 1 << 30
 
 
 class StepTimeCoefficients(NamedTuple):
-    """A step's ms = fixed_ms + ms_per_token * tokens + ms_per_attended_token * attended tokens."""
+    """A step's ms = fixed_ms + ms_per_token * tokens + ms_per_attended_token * attended tokens + ms_per_scored_token *
+    scored tokens."""
 
     fixed_ms: float = 30.0
     ms_per_token: float = 1.0
     ms_per_attended_token: float = 0.0005
+    ms_per_scored_token: float = 1.0
 
 
 INITIAL = StepTimeCoefficients()
@@ -33,12 +35,14 @@ class StepWork:
     num_attended_tokens: int
     num_prefill_tokens: int = 0
     """Of num_tokens, those of prefill chunks."""
+    num_scored_tokens: int = 0
 
     @classmethod
     def of(cls, decodes: Iterable[SequenceChunk]) -> "StepWork":
         """Add up decodes."""
-        contexts = [chunk.num_attended_tokens for chunk in decodes]
-        return cls(len(contexts), sum(contexts))
+        chunks = list(decodes)
+        scored = sum(len(chunk.scored_token_ids) for chunk in chunks)
+        return cls(len(chunks), sum(chunk.num_attended_tokens for chunk in chunks), num_scored_tokens=scored)
 
     def with_prefill(self, chunk: SequenceChunk) -> "StepWork":
         """Add a prefill chunk."""
@@ -46,6 +50,7 @@ class StepWork:
             self.num_tokens + len(chunk.token_ids),
             self.num_attended_tokens + chunk.num_attended_tokens,
             self.num_prefill_tokens + len(chunk.token_ids),
+            self.num_scored_tokens + len(chunk.scored_token_ids),
         )
 
 
@@ -60,8 +65,8 @@ class StepTimeModel:
     def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
         self._initial = initial
         # Normal equations in units of the initial coefficients, where every one of them is 1.
-        self._products = [[0.0] * 3 for _ in range(3)]
-        self._targets = [0.0] * 3
+        self._products = [[0.0] * len(initial) for _ in initial]
+        self._targets = [0.0] * len(initial)
         self._coefficients = initial
         self._pace = 1.0
 
@@ -69,17 +74,18 @@ class StepTimeModel:
         """Return the expected time of a step, ms."""
         return self._pace * self._fitted_ms(plan)
 
-    def tokens_within(self, budget_ms: float, work: StepWork, first_position: int) -> int:
+    def tokens_within(self, budget_ms: float, work: StepWork, first_position: int, are_scored: bool) -> int:
         """Return how many tokens of a sequence, from a position on, fit into a step of some work within a time.
 
-        The largest t with fixed + a * (tokens + t) + b * (attended + t * first_position + t * (t + 1) / 2) within it.
+        The largest t with fixed + a * (tokens + t) + b * (attended + t * first_position + t * (t + 1) / 2) +
+        c * (scored + t, if they are) within it.
         """
-        fixed_ms, per_token, per_attended = self._coefficients
+        fixed_ms, per_token, per_attended, per_scored = self._coefficients
         left_ms = budget_ms / self._pace - fixed_ms - per_token * work.num_tokens
-        left_ms -= per_attended * work.num_attended_tokens
+        left_ms -= per_attended * work.num_attended_tokens + per_scored * work.num_scored_tokens
         if left_ms <= 0:
             return 0
-        slope = per_token + per_attended * (first_position + 0.5)
+        slope = per_token + are_scored * per_scored + per_attended * (first_position + 0.5)
         if slope == 0:
             return _ANY_NUMBER
         # The positive root of b/2 t^2 + slope t = left, in the form that has no difference of near numbers.
@@ -98,9 +104,9 @@ class StepTimeModel:
 
     def _fit(self, plan: StepPlan, took_ms: float) -> None:
         row = [f * c / took_ms for f, c in zip(_features(plan), self._initial, strict=True)]
-        for i in range(3):
+        for i in range(len(row)):
             self._targets[i] = MEMORY * self._targets[i] + row[i]
-            for j in range(3):
+            for j in range(len(row)):
                 self._products[i][j] = MEMORY * self._products[i][j] + row[i] * row[j]
         held = [[value + (i == j) for j, value in enumerate(line)] for i, line in enumerate(self._products)]
         scales = _solve(held, [value + 1 for value in self._targets])
@@ -110,8 +116,8 @@ class StepTimeModel:
         )
 
 
-def _features(plan: StepPlan) -> tuple[float, float, float]:
-    return 1.0, float(plan.num_tokens), float(plan.num_attended_tokens)
+def _features(plan: StepPlan) -> tuple[float, ...]:
+    return 1.0, float(plan.num_tokens), float(plan.num_attended_tokens), float(plan.num_scored_tokens)
 
 
 def _solve(matrix: list[list[float]], vector: Sequence[float]) -> list[float]:

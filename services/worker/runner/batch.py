@@ -34,15 +34,25 @@ class BatchInputs:
     the sequence's blocks begin in `block_tables`. [num_tiles, 4]; they hold every row once."""
     block_tables: Tensor
     """The blocks of all sequences, one sequence behind the other."""
-    sample_rows: Tensor
-    """The last row of each chunk that samples, in the plan's order: [num_samples]."""
-    scored_rows: Tensor
-    """The rows that each chunk's `scored_token_ids` follow, in the plan's order: [num_scored]."""
+    wanted_rows: Tensor
+    """The rows whose hidden states are wanted, ascending: those that something is sampled or scored after.
+    [num_wanted]"""
+    wanted_tiles: Tensor
+    """The wanted rows as tiles of one row each, numbered by their places in `wanted_rows`: [num_wanted, 4]."""
+    sampled: Tensor
+    """Which of the wanted rows are the last of a chunk that samples, in the plan's order: [num_samples]."""
+    scored: Tensor
+    """Which of the wanted rows each chunk's `scored_token_ids` follow, in the plan's order: [num_scored]."""
 
     def structure(self) -> Batch:
         """Return what the kernels take. It points to these tensors, which have to outlive it."""
-        tensors = (self.positions, self.slots, self.tiles, self.block_tables)
-        return Batch(len(self.token_ids), len(self.tiles), *(address(tensor, torch.int64) for tensor in tensors))
+        tensors = (self.positions, self.slots, self.tiles, self.block_tables, self.wanted_rows, self.wanted_tiles)
+        return Batch(
+            len(self.token_ids),
+            len(self.tiles),
+            len(self.wanted_rows),
+            *(address(tensor, torch.int64) for tensor in tensors),
+        )
 
 
 def make_batch(plan: StepPlan, cache: PagedKvCache) -> BatchInputs:
@@ -54,21 +64,31 @@ def make_batch(plan: StepPlan, cache: PagedKvCache) -> BatchInputs:
     slots: list[int] = []
     tiles: list[tuple[int, int, int, int]] = []
     block_tables: list[int] = []
-    sample_rows: list[int] = []
-    scored_rows: list[int] = []
+    wanted_rows: list[int] = []
+    wanted_tiles: list[tuple[int, int, int, int]] = []
+    sampled: list[int] = []
+    scored: list[int] = []
     for chunk in plan.chunks:
-        tiles.extend(_tiles(chunk, len(token_ids), len(block_tables), tile_tokens))
+        first_row, table_start = len(token_ids), len(block_tables)
+        tiles.extend(_tiles(chunk, first_row, table_start, tile_tokens))
         token_ids.extend(chunk.token_ids)
         positions.extend(range(chunk.first_position, chunk.context_tokens))
         slots.extend(_slots(chunk, cache.block_size_tokens))
         block_tables.extend(chunk.block_table)
-        scored_rows.extend(_scored_rows(chunk, len(token_ids) - 1))
+        wanted = _wanted_rows(chunk, first_row)
+        places = range(len(wanted_rows), len(wanted_rows) + len(wanted))
+        wanted_rows.extend(wanted)
+        wanted_tiles.extend((place, 1, positions[row], table_start) for place, row in zip(places, wanted, strict=True))
+        scored.extend(places[: len(chunk.scored_token_ids)])
         if chunk.sample_index is not None:
-            sample_rows.append(len(token_ids) - 1)
+            sampled.append(places[-1])
     return BatchInputs(
         *(
             torch.tensor(values, dtype=torch.int64)
-            for values in (token_ids, positions, slots, tiles, block_tables, sample_rows, scored_rows)
+            for values in (
+                *(token_ids, positions, slots, tiles, block_tables),
+                *(wanted_rows, wanted_tiles, sampled, scored),
+            )
         )
     )
 
@@ -86,7 +106,7 @@ def _slots(chunk: SequenceChunk, block_size_tokens: int) -> Iterator[int]:
         yield chunk.block_table[position // block_size_tokens] * block_size_tokens + position % block_size_tokens
 
 
-def _scored_rows(chunk: SequenceChunk, last_row: int) -> range:
-    """A chunk that samples has no given token behind its last one."""
-    end = last_row + 1 - (chunk.sample_index is not None)
-    return range(end - len(chunk.scored_token_ids), end)
+def _wanted_rows(chunk: SequenceChunk, first_row: int) -> range:
+    """Those that are scored, then the one that samples: neighbours, since no given token follows a row that samples."""
+    end = first_row + len(chunk.token_ids)
+    return range(end - len(chunk.scored_token_ids) - (chunk.sample_index is not None), end)

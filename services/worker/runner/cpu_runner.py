@@ -44,8 +44,8 @@ class CpuRunner:
         self._cache.copy(plan.block_copies)
         batch = make_batch(plan, self._cache)
         hidden = self._model.forward(batch, self._cache)
-        sampled = self._sampled(hidden[batch.sample_rows], [c for c in plan.chunks if c.sample_index is not None])
-        scored = self._scored(hidden, batch.scored_rows, plan.chunks)
+        sampled = self._sampled(hidden[batch.sampled], [c for c in plan.chunks if c.sample_index is not None])
+        scored = self._scored(hidden, batch.scored, plan.chunks)
         results = []
         for chunk in plan.chunks:
             token_id, logprobs = next(sampled) if chunk.sample_index is not None else (None, None)

@@ -42,7 +42,7 @@ class Decoder:
     def forward(self, batch: BatchInputs, cache: PagedKvCache) -> Tensor:
         """Compute a batch, writing its keys and values to the cache.
 
-        Returns every row's hidden state: [num_tokens, hidden_size]. `logits` of those that are wanted is left to the
+        Returns the hidden states of the rows that are wanted: [num_wanted, hidden_size]. Their `logits` are left to the
         caller: they are 200 KB a row for 49,152 tokens.
         """
         config = self.config
@@ -64,7 +64,7 @@ class Decoder:
             ctypes.byref(room.structure),
             torch.get_num_threads(),
         )
-        return hidden
+        return hidden[: len(batch.wanted_rows)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states, [num_rows, hidden_size], to the logits of the tokens after them:
