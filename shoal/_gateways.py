@@ -20,6 +20,9 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+CallMetadata = tuple[tuple[str, str | bytes], ...]
+
+
 def parse_addresses(gateways: str | Sequence[str]) -> tuple[str, ...]:
     """The addresses in "host:port,host:port" or a list of such. Raises ValueError for none, or one without a port."""
     given = gateways.split(",") if isinstance(gateways, str) else gateways
@@ -30,6 +33,15 @@ def parse_addresses(gateways: str | Sequence[str]) -> tuple[str, ...]:
         if not address.rpartition(":")[2].isdigit():
             raise ValueError(f"gateway {address!r} has no port; expected host:port")
     return addresses
+
+
+def call_metadata(api_key: str | None) -> CallMetadata:
+    """What goes with each call. Raises ValueError for a key that cannot be sent."""
+    if api_key is None:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise ValueError("the API key is empty, or has characters that no key has")
+    return (("authorization", f"Bearer {api_key.strip()}"),)
 
 
 def turns(num_gateways: int, first: int) -> Iterator[int]:

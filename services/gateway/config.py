@@ -17,6 +17,7 @@ class GatewayConfig:
     fleet_address: str = option("", "host:port under which workers reach fleet_listen; empty: fleet_listen itself")
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
+    require_keys: bool = option(False, "refuse callers without an API key of `shoal keys create`")
     tokenizers: str = option(..., "host:port of each tokenizer, separated by commas")
     tokenizer_timeout_ms: int = option(10_000, "longest wait for a tokenizer's answer, retries included", minimum=1)
     backlog_limit: int = option(500, "most requests waiting for a worker; more are refused", minimum=1)

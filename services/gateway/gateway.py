@@ -14,6 +14,7 @@ from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
 from services.common.ids import new_gateway_id
+from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
@@ -22,6 +23,7 @@ from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, draining
+from services.gateway.authentication import Authentication
 from services.gateway.capacity import Capacity
 from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
@@ -108,6 +110,7 @@ async def _serve(
     hints = Hints(workers)
     capacity = Capacity(workers, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
+    authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
     readiness = Readiness(public)
@@ -120,10 +123,19 @@ async def _serve(
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
-        service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
+        service = InferenceService(model, gateway, calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
-            Endpoints(model, calls, generation, requests, Spelling(tokenizer), readiness, config.http_max_body_bytes)
+            Endpoints(
+                model,
+                calls,
+                generation,
+                requests,
+                Spelling(tokenizer),
+                readiness,
+                config.http_max_body_bytes,
+                authentication,
+            )
         )
         background = [
             tasks.create_task(part.run())

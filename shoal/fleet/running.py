@@ -28,6 +28,14 @@ class RunningFleet:
         """The addresses for a client."""
         return ",".join(process["address"] for process in self.processes if process["kind"] == Kind.GATEWAY)
 
+    @property
+    def redis_url(self) -> str:
+        """Where the embedded Redis is. Raises FleetError if the fleet uses another one."""
+        for process in self.processes:
+            if process["kind"] == Kind.REDIS:
+                return f"redis://{process['address']}"
+        raise FleetError("this fleet uses a Redis of your own: say which by --redis URL")
+
 
 def find_running(state: StateDir) -> RunningFleet:
     """The fleet that runs in this directory. Raises FleetError if none does."""

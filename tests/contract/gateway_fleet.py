@@ -82,6 +82,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
 
 
+def bearer(api_key: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {api_key}")]
+
+
 def text_of(tokens: Sequence[int]) -> str:
     return "".join(chr(token) for token in tokens)
 
@@ -108,10 +112,11 @@ class RunningGateway:
         stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         return stub
 
-    def generate(self, tenant: str = "", timeout_s: float | None = None, **fields: Any) -> "Answer":
+    def generate(self, tenant: str = "", timeout_s: float | None = None, api_key: str = "", **fields: Any) -> "Answer":
         if not {"prompt", "chat", "token_ids"} & set(fields):
             fields["prompt"] = "hello"
         metadata = [("x-shoal-tenant", tenant)] if tenant else []
+        metadata += bearer(api_key) if api_key else []
         return Answer(self.stub.Generate(pb.GenerateRequest(**fields), metadata=metadata, timeout=timeout_s))
 
     def attach(self, request_id: str, from_index: int = 0, held: str = "", tenant: str = "") -> "Answer":
