@@ -13,7 +13,8 @@ import grpc
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common.errors import NotFound, ShoalError, Unavailable, from_rpc
-from shoal._gateways import CHANNEL_OPTIONS, CallMetadata, call_metadata, parse_addresses, turns
+from services.common.tls.files import Tls
+from shoal._gateways import CallMetadata, blocking_channel, call_metadata, parse_addresses, turns
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
@@ -43,17 +44,22 @@ class Client:
     """A fleet, through its gateways. Threads may share it. Close it, or use it as a context manager."""
 
     def __init__(
-        self, gateways: str | Sequence[str], *, api_key: str | None = None, retries: RetryPolicy | None = None
+        self,
+        gateways: str | Sequence[str],
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        retries: RetryPolicy | None = None,
     ) -> None:
         """`gateways`: "host:port,host:port" or a list. With several, answers go on when one of them dies.
 
-        `api_key`: one of `shoal keys create`.
+        `tls`: None: they are called in plain. `api_key`: one of `shoal keys create`.
         """
         self.gateways = parse_addresses(gateways)
         self._metadata = call_metadata(api_key)
         self._retries = retries or RetryPolicy()
         self._rng = random.Random()
-        self._channels = [grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in self.gateways]
+        self._channels = [blocking_channel(address, tls) for address in self.gateways]
         self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._turns = turns(len(self.gateways), self._rng.randrange(len(self.gateways)))
 

@@ -3,6 +3,13 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+import grpc
+
+from services.common.tls.credentials import channel_credentials
+from services.common.tls.files import Tls
+
+CallMetadata = tuple[tuple[str, str | bytes], ...]
+
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
@@ -20,7 +27,18 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
-CallMetadata = tuple[tuple[str, str | bytes], ...]
+def blocking_channel(address: str, tls: Tls | None) -> grpc.Channel:
+    """To one gateway; `tls`: None: in plain."""
+    if tls is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    """The same for asyncio."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
 
 
 def parse_addresses(gateways: str | Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, draining
 from services.gateway.authentication import Authentication
@@ -87,9 +88,9 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     addresses = config.tokenizer_addresses()
     config.advertised(config.fleet_listen)  # refused before anything starts
     async with AsyncExitStack() as resources:
-        redis = await _until_there(lambda: connect(config.redis_url), config, stop)
+        redis = await _until_there(lambda: connect(config.redis_url, config.tls_files), config, stop)
         resources.push_async_callback(redis.aclose)
-        channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
+        channels = [await resources.enter_async_context(rpc.channel(each, config.fleet_tls())) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
         await _serve(config, redis, tokenizer, model, stop, ready)
@@ -111,8 +112,8 @@ async def _serve(
     capacity = Capacity(workers, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
-    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
-    fleet = rpc.Server([delivery.SERVICE_NAME])
+    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS, config.client_credentials())
+    fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
@@ -149,7 +150,9 @@ async def _serve(
                 Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
-        ready(Addresses(await public.start(config.listen), await http.start(config.http_listen), fleet_address))
+        public_address = await public.start(config.listen)
+        http_address = await http.start(config.http_listen, config.http_context())
+        ready(Addresses(public_address, http_address, fleet_address))
         await stop.wait()
         await _drain(config, public, readiness, calls, streams)
         await http.stop()

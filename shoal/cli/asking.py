@@ -7,7 +7,7 @@ from shoal._async_client import AsyncClient
 from shoal._prompt import Options, ResponseFormat
 from shoal._retries import RetryPolicy
 from shoal._values import Priority
-from shoal.cli.environment import default
+from shoal.cli.access import add_access_flags, tls_of
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
@@ -16,9 +16,7 @@ from shoal.fleet.state_dir import find_state_dir
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare them. A flag that is left out leaves the choice to the fleet."""
     parser.add_argument("--gateways", metavar="ADDR,..", help="host:port of the gateways (those of `shoal up` here)")
-    parser.add_argument(
-        "--api-key", default=default("API_KEY"), metavar="KEY", help="of `shoal keys create` (SHOAL_API_KEY)"
-    )
+    add_access_flags(parser)
     how = parser.add_argument_group("how to answer")
     how.add_argument("--model", help="a model's name (the fleet's only one)")
     how.add_argument("--temperature", type=float, help="0: always the most probable token (1)")
@@ -71,8 +69,10 @@ def _regex(regex: str) -> ResponseFormat:
 
 def client_of(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
     """A client of the gateways given, else of the running fleet. Raises FleetError if there is neither."""
-    gateways = arguments.gateways or find_running(find_state_dir()).gateways
+    running = None if arguments.gateways else find_running(find_state_dir())
+    gateways = running.gateways if running else arguments.gateways
     try:
-        return AsyncClient(gateways, api_key=arguments.api_key, retries=retries)
+        tls = tls_of(arguments, running)
+        return AsyncClient(gateways, tls=tls, api_key=arguments.api_key, retries=retries)
     except ValueError as error:
         raise FleetError(f"no client can be made: {error}") from error
