@@ -17,6 +17,8 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from services.common.errors import Internal, InvalidRequest, ShoalError, to_status
+from services.common.tls.credentials import channel_credentials
+from services.common.tls.options import FleetTls
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,12 @@ def _streaming(method: Callable[..., Any], decode: Callable[[Any], Any], statuse
 class Server:
     """An aio gRPC server and its health. `grpc` is the server to register servicers on."""
 
-    def __init__(self, service_names: Sequence[str], extra_options: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self, service_names: Sequence[str], extra_options: Sequence[tuple[str, int]] = (),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:  # fmt: skip
+        """`credentials`: for TLS; None: in plain."""
+        self._credentials = credentials
         self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*SERVER_OPTIONS, *extra_options])
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names = ["", *service_names]
@@ -158,7 +165,10 @@ class Server:
         # gRPC would take a larger number, and listen on another port.
         host, _ = host_and_port(listen)
         try:
-            port = self.grpc.add_insecure_port(listen)
+            if self._credentials:
+                port = self.grpc.add_secure_port(listen, self._credentials)
+            else:
+                port = self.grpc.add_insecure_port(listen)
         except RuntimeError as error:
             raise OSError(f"can't listen on {listen}: is the port taken? Choose another, or 0 for any") from error
         await self.grpc.start()
@@ -186,9 +196,15 @@ def host_and_port(listen: str) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to another service, closed at the end."""
-    opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+async def channel(address: str, tls: FleetTls | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to another service, closed at the end. `tls`: None: in plain."""
+    if tls is None:
+        opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    else:
+        options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
+        if tls.server_name:
+            options.append(("grpc.ssl_target_name_override", tls.server_name))
+        opened = grpc.aio.secure_channel(address, channel_credentials(tls.files), options=options)
     try:
         yield opened
     finally:

@@ -131,6 +131,16 @@ def backlog_full(length: int, limit: int) -> Exhausted:
     )
 
 
+def tenant_full(tenant: str, num_in_flight: int, limit: int) -> Exhausted:
+    """What a caller is told when its tenant has as many requests in flight as its key allows."""
+    return Exhausted(
+        f"tenant {tenant!r} has {num_in_flight} requests in flight, and its API key allows {limit}; come back when one "
+        "has ended",
+        reason="TENANT_LIMIT",
+        retry_after_ms=RETRY_AFTER_MS,
+    )
+
+
 def draining() -> Unavailable:
     """What a caller is told while the gateway stops."""
     return Unavailable(

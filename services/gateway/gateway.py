@@ -14,14 +14,17 @@ from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
 from services.common.ids import new_gateway_id
+from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, draining
+from services.gateway.authentication import Authentication
 from services.gateway.capacity import Capacity
 from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
@@ -85,9 +88,9 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     addresses = config.tokenizer_addresses()
     config.advertised(config.fleet_listen)  # refused before anything starts
     async with AsyncExitStack() as resources:
-        redis = await _until_there(lambda: connect(config.redis_url), config, stop)
+        redis = await _until_there(lambda: connect(config.redis_url, config.tls_files), config, stop)
         resources.push_async_callback(redis.aclose)
-        channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
+        channels = [await resources.enter_async_context(rpc.channel(each, config.fleet_tls())) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
         await _serve(config, redis, tokenizer, model, stop, ready)
@@ -108,8 +111,9 @@ async def _serve(
     hints = Hints(workers)
     capacity = Capacity(workers, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
-    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
-    fleet = rpc.Server([delivery.SERVICE_NAME])
+    authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
+    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS, config.client_credentials())
+    fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
@@ -120,10 +124,19 @@ async def _serve(
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
-        service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
+        service = InferenceService(model, gateway, calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
-            Endpoints(model, calls, generation, requests, Spelling(tokenizer), readiness, config.http_max_body_bytes)
+            Endpoints(
+                model,
+                calls,
+                generation,
+                requests,
+                Spelling(tokenizer),
+                readiness,
+                config.http_max_body_bytes,
+                authentication,
+            )
         )
         background = [
             tasks.create_task(part.run())
@@ -137,7 +150,9 @@ async def _serve(
                 Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
-        ready(Addresses(await public.start(config.listen), await http.start(config.http_listen), fleet_address))
+        public_address = await public.start(config.listen)
+        http_address = await http.start(config.http_listen, config.http_context())
+        ready(Addresses(public_address, http_address, fleet_address))
         await stop.wait()
         await _drain(config, public, readiness, calls, streams)
         await http.stop()

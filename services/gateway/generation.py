@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted
-from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
+from services.common.ids import GatewayId, new_nonce, new_request_id, request_key
 from services.common.record import moves
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
-from services.gateway.identity import cache_salt
+from services.gateway.identity import Identity, cache_salt
 from services.gateway.known import KnownRequests
 from services.gateway.model import Model
 from services.gateway.requests import Requests
@@ -32,7 +32,7 @@ MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 class Caller:
     """Who calls, and how long it waits. `time_left_s`: None: as long as it takes."""
 
-    tenant: TenantId
+    identity: Identity
     traceparent: str
     time_left_s: Callable[[], float | None]
 
@@ -91,13 +91,15 @@ class Generation:
             await self._backlog.check()
         except Exhausted:
             # A known request waits already, or has ended: reading it on adds nothing.
-            if not request_id or not await self._known.knows(request_key(caller.tenant, check_request_id(request_id))):
+            if not request_id or not await self._known.knows(
+                request_key(caller.identity.tenant, check_request_id(request_id))
+            ):
                 raise
 
     def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
         request_id = valid.request_id or new_request_id()
         return moves.Submit(
-            key=request_key(caller.tenant, request_id),
+            key=request_key(caller.identity.tenant, request_id),
             digest=valid.digest,
             payload=self._payload(valid, request_id, prompt, max_tokens, caller).SerializeToString(),
             num_choices=valid.n,
@@ -106,6 +108,7 @@ class Generation:
             resume_ms=self._limits.resume_ms if valid.request_id else self._limits.anonymous_resume_ms,
             deadline_ms=_earlier_deadline_ms(valid.deadline_ms, caller.time_left_s()),
             backlog_limit=self._limits.backlog_limit,
+            tenant_limit=caller.identity.max_in_flight,
         )
 
     def _payload(
@@ -113,7 +116,7 @@ class Generation:
     ) -> request_pb2.RequestPayload:
         payload = request_pb2.RequestPayload(
             request_id=request_id,
-            tenant=caller.tenant,
+            tenant=caller.identity.tenant,
             model=self._model.name,
             prompt_token_ids=prompt,
             sampling=valid.sampling,
@@ -126,7 +129,7 @@ class Generation:
             response_format=valid.response_format,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
-            cache_salt=cache_salt(caller.tenant),
+            cache_salt=cache_salt(caller.identity.tenant),
             traceparent=caller.traceparent,
         )
         if not payload.sampling.HasField("seed"):

@@ -11,6 +11,7 @@ from services.common import log
 from services.common.config import parse
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
+from services.common.tls.credentials import fleet_server_credentials
 from services.scheduler.clock import monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
@@ -38,13 +39,13 @@ def main() -> None:
 
 async def _serve(config: SchedulerConfig) -> None:
     stop = termination()
-    redis = await connect(config.redis_url)
+    redis = await connect(config.redis_url, config.tls_files)
     store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
 
     async def reign(held: Held, seen_life: bool) -> None:
         await Reign(store, held, config, monotonic_ms).run(seen_life)
 
-    server = make_server()
+    server = make_server(fleet_server_credentials(config.fleet_tls()))
     announce("scheduler", await server.start(config.listen))
     async with asyncio.TaskGroup() as tasks:
         candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())

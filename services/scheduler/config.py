@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from services.common.config import ConfigError, option
+from services.common.tls.options import TlsOptions
 from services.scheduler.lease_keeper import Term
 from services.scheduler.liveness import Patience
 from services.scheduler.recovery import Window
@@ -10,7 +11,7 @@ from services.scheduler.sweeper import Rhythm
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig:
+class SchedulerConfig(TlsOptions):
     """Schedules one pool: several of these stand by, and one leads."""
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
@@ -31,6 +32,7 @@ class SchedulerConfig:
     recovery_fresh_ms: int = option(200, "the same, for a pool that shows no earlier life", minimum=0)
 
     def __post_init__(self) -> None:
+        TlsOptions.__post_init__(self)
         if 2 * self.lease_renew_ms > self.lease_ttl_ms:
             raise ConfigError(
                 f"--lease-renew-ms is {self.lease_renew_ms}; the most is half of --lease-ttl-ms ({self.lease_ttl_ms})"

@@ -11,6 +11,7 @@ from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
+from services.common.tls.credentials import fleet_server_credentials
 from services.tokenizer.config import TokenizerConfig
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
@@ -38,7 +39,7 @@ async def _serve(config: TokenizerConfig) -> None:
     pool = Pool(model_path, _limits(config))
     description = describe_model(read_stored_model(model_path), config.pool)
     service = TokenizerService(pool, description, config.max_input_bytes)
-    server = Server([SERVICE_NAME])
+    server = Server([SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     server.grpc.add_generic_rpc_handlers((handlers(service),))
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())

@@ -12,6 +12,7 @@ from services.common.config import Parsed, parse
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import connect
 from services.common.text.stored_vocabulary import read_vocabulary
+from services.common.tls.credentials import fleet_server_credentials
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
 from services.worker.front.worker import Worker
@@ -24,8 +25,8 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
-    redis = await connect(config.redis_url)
-    server = rpc.Server([])
+    redis = await connect(config.redis_url, config.tls_files)
+    server = rpc.Server([], credentials=fleet_server_credentials(config.fleet_tls()))
     address = await server.start(config.listen)
     tasks: set[asyncio.Task[None]] = set()
 

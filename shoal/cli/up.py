@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--http-port", type=_port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
     )
+    parser.add_argument(
+        "--tls", action="store_true", help="TLS for clients, mutual TLS between services, by a throw-away authority"
+    )
     parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
     parser.set_defaults(run=run)
 
@@ -51,7 +55,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     state = find_state_dir()
     if arguments.detach:
         fleet = start_detached([word for word in given if word != "--detach"], state)
-        print(json.dumps({"processes": fleet.processes}))
+        print(json.dumps(fleet.line()))
         return 0
     options = FleetOptions(
         model_path=find_model(arguments.model),
@@ -70,6 +74,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
         check_redis(options.redis_url)
     with state.lock():
+        if arguments.tls:
+            # Inside of the lock: they are not to be replaced under a fleet that runs. Imported here only, like Redis.
+            from shoal.fleet.certificates import make_certificates
+
+            options = replace(options, tls=make_certificates(state.certificates))
         plan = plan_fleet(options, state, random.Random())
         asyncio.run(_run(plan, state))
     return 0

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.tls.files import Tls
+
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
@@ -24,6 +26,8 @@ class FleetOptions:
 
     http_port: int = 0
     """The same of HTTP."""
+    tls: Tls | None = None
+    """What every service shows and trusts; None: they speak in plain."""
 
     @property
     def pool(self) -> str:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from services.common.tls.files import Tls
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
@@ -32,6 +33,8 @@ class FleetPlan:
 
     redis: ProcessPlan | None
     services: tuple[ProcessPlan, ...]
+    tls: Tls | None = None
+    """What the services show and trust; None: they speak in plain."""
 
 
 def plan_fleet(options: FleetOptions, state: StateDir, rng: random.Random) -> FleetPlan:
@@ -45,6 +48,7 @@ class _Planner:
         self._state = state
         num_ports = 1 + 3 * options.gateways + options.tokenizers + options.schedulers + options.workers
         self._ports = iter(choose_ports(num_ports, rng))
+        self._tls = _tls_flags(options.tls) if options.tls else ()
 
     def plan(self) -> FleetPlan:
         options = self._options
@@ -61,7 +65,7 @@ class _Planner:
         ]
         gateways = self._gateways((*common, *pool), tokenizers)
         # Started in this order: loading the model takes longest.
-        return FleetPlan(redis, (*workers, *tokenizers, *schedulers, *gateways))
+        return FleetPlan(redis, (*workers, *tokenizers, *schedulers, *gateways), options.tls)
 
     def _gateways(self, arguments: tuple[str, ...], tokenizers: list[ProcessPlan]) -> list[ProcessPlan]:
         ports = self._gateway_ports(self._options.port)
@@ -89,7 +93,7 @@ class _Planner:
     def _service(self, kind: Kind, number: int, *arguments: str, port: int = 0) -> ProcessPlan:
         address = f"{HOST}:{port}" if port else self._address()
         # -P: a directory named `services` in the user's current one is not ours.
-        command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *arguments)
+        command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *self._tls, *arguments)
         return self._process(kind, f"{kind}-{number}", command, address)
 
     def _redis(self) -> ProcessPlan:
@@ -114,6 +118,11 @@ class _Planner:
 
     def _address(self) -> str:
         return f"{HOST}:{next(self._ports)}"
+
+
+def _tls_flags(tls: Tls) -> tuple[str, ...]:
+    files = (("--tls-ca", tls.ca), ("--tls-certificate", tls.certificate), ("--tls-key", tls.key))
+    return tuple(part for name, path in files for part in (name, str(path)))
 
 
 def _redis_binary() -> str:

@@ -32,6 +32,8 @@ class Supervisor:
         self._services = [self._kept(service) for service in plan.services]
         self._known_ready: set[str] = set()
         self._last_line = ""
+        # What clients need to know beside the addresses; nothing if they call in plain.
+        self._access = {"tls": {"ca": str(plan.tls.ca)}} if plan.tls else {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run the fleet until `stop` is set; then end every process. Raises FleetError if one never gets ready."""
@@ -77,9 +79,9 @@ class Supervisor:
     def _tell(self) -> None:
         processes = self._processes()
         all_ready = _are_ready(self._all())
-        self._state.write({"pid": os.getpid(), "ready": all_ready, "processes": processes})
+        self._state.write({"pid": os.getpid(), "ready": all_ready, "processes": processes, **self._access})
         self._tell_progress()
-        line = json.dumps({"processes": processes})
+        line = json.dumps({"processes": processes, **self._access})
         if all_ready and line != self._last_line:
             self._last_line = line
             # Whoever read the line may have gone; the fleet stays.

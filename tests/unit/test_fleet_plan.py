@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.fleet.certificates import make_certificates
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
@@ -119,3 +120,13 @@ def test_one_fleet_a_directory(tmp_path: Path) -> None:
             pass
     assert not state.is_locked()
     assert state.read() is None
+
+
+def test_with_tls_every_service_is_told_of_the_same_files(tmp_path: Path) -> None:
+    tls = make_certificates(tmp_path / "tls")
+    plan = plan_fleet(FleetOptions(Path("/m.gguf"), tls=tls), StateDir(tmp_path), random.Random(1))
+    for process in plan.services:
+        given = flags(process)
+        assert given["--tls-ca"] == str(tls.ca)
+        assert (given["--tls-certificate"], given["--tls-key"]) == (str(tls.certificate), str(tls.key))
+    assert plan.tls is tls

@@ -123,7 +123,8 @@ class Session:
 
     async def _work(self, others: Sequence[Callable[[], Awaitable[None]]]) -> None:
         async with asyncio.TaskGroup() as self._tasks:
-            self._links = GatewayLinks(self.worker, self._tasks, self._on_resume, self._on_refusal)
+            tls = self._config.fleet_tls()
+            self._links = GatewayLinks(self.worker, tls, self._tasks, self._on_resume, self._on_refusal)
             for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
                 self._tasks.create_task(_awaited(part))
 
