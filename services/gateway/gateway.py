@@ -15,6 +15,7 @@ from services.common import rpc
 from services.common.errors import ShoalError
 from services.common.ids import new_gateway_id
 from services.common.store.connection import StoreUnavailable, connect
+from services.common.store.demand import DemandStore
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
@@ -34,7 +35,7 @@ from services.gateway.http.server import HttpServer
 from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
-from services.gateway.model import Model
+from services.gateway.model import Model, Room
 from services.gateway.open_streams import OpenStreams
 from services.gateway.readiness import Readiness
 from services.gateway.replay import Replay
@@ -106,7 +107,8 @@ async def _serve(
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
-    capacity = Capacity(workers, clock)
+    assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
+    capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
