@@ -1,4 +1,4 @@
-"""What any worker can hold of one request, read at most once a second; while there is none, what the last ones could."""
+"""What any worker can hold of one request, read at most once a second; while there is none, what the last could."""
 
 import asyncio
 from collections.abc import Callable
