@@ -8,7 +8,7 @@ import grpc
 from services.common.tls.credentials import channel_credentials
 from services.common.tls.files import Tls
 
-CallMetadata = tuple[tuple[str, str | bytes], ...]
+CallMetadata = tuple[tuple[str, str], ...]
 
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),

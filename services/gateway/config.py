@@ -34,6 +34,9 @@ class GatewayConfig(TlsOptions):
     tokenizers: str = option(..., "host:port of each tokenizer, separated by commas")
     tokenizer_timeout_ms: int = option(10_000, "longest wait for a tokenizer's answer, retries included", minimum=1)
     backlog_limit: int = option(500, "most requests waiting for a worker; more are refused", minimum=1)
+    least_cache_tokens: int = option(
+        0, "token slots of the smallest worker, taken until the pool has had one; 0: not known", minimum=0
+    )
     http_max_body_bytes: int = option(
         512 * 1024, "largest HTTP body; reading one holds the event loop, at this size for up to 5 ms", minimum=1_024,
         maximum=16 * 1024 * 1024,

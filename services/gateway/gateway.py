@@ -16,6 +16,7 @@ from services.common.errors import ShoalError
 from services.common.ids import new_gateway_id
 from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
+from services.common.store.demand import DemandStore
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
@@ -37,7 +38,7 @@ from services.gateway.http.server import HttpServer
 from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
-from services.gateway.model import Model
+from services.gateway.model import Model, Room
 from services.gateway.open_streams import OpenStreams
 from services.gateway.readiness import Readiness
 from services.gateway.replay import Replay
@@ -109,7 +110,8 @@ async def _serve(
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
-    capacity = Capacity(workers, clock)
+    assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
+    capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS, config.client_credentials())

@@ -45,7 +45,7 @@ async def _serve(config: SchedulerConfig) -> None:
     async def reign(held: Held, seen_life: bool) -> None:
         await Reign(store, held, config, monotonic_ms).run(seen_life)
 
-    server = make_server(fleet_server_credentials(config.fleet_tls()))
+    server = make_server(store.demand, fleet_server_credentials(config.fleet_tls()))
     announce("scheduler", await server.start(config.listen))
     async with asyncio.TaskGroup() as tasks:
         candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())

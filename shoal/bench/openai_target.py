@@ -6,6 +6,7 @@ from typing import Any
 
 import aiohttp
 
+from shoal._gateways import CallMetadata
 from shoal.bench.ask import Ask
 from shoal.bench.target import OnTokens, TargetError, check_length
 
@@ -17,12 +18,13 @@ _READ_BUFFER_BYTES = 1 << 20
 class OpenAITarget:
     """Chats go to /chat/completions, texts and tokens to /completions; all streamed."""
 
-    def __init__(self, url: str, model: str, timeout_s: float) -> None:
+    def __init__(self, url: str, model: str, timeout_s: float, headers: CallMetadata = ()) -> None:
         """`url`: with or without the /v1 at its end. To be made inside an event loop."""
         self.name = url
         self.model = model
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._session = aiohttp.ClientSession(
+            headers=dict(headers),
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             read_bufsize=_READ_BUFFER_BYTES,

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from services.common.tls.files import Tls
+from shoal._gateways import CallMetadata
 from shoal.bench.answer import Answer
 from shoal.bench.ask import Ask, LoadError, read_asks
 from shoal.bench.load import closed_loop, open_loop
@@ -40,6 +42,10 @@ class Settings:
     timeout_s: float = 600.0
     slo_ttft_ms: float | None = None
     slo_itl_ms: float | None = None
+    tls: Tls | None = None
+    """How to call gateways; None: in plain."""
+    metadata: CallMetadata = ()
+    """Goes with each call, in HTTP as headers: the API key."""
     json: Path | None = None
     plot: Path | None = None
 
@@ -60,20 +66,25 @@ async def serve(settings: Settings) -> int:
     title = f"{target.name}: {_load_name(settings)}"
     print(as_text(title, summary, objective, answers))
     if settings.json:
-        write_json(settings.json, target.name, asdict(settings), summary, answers)
+        write_json(settings.json, target.name, _told(settings), summary, answers)
     if settings.plot:
         write_plot(settings.plot, title, latencies_s(answers), objective)
     return sum(summary.errors.values())
 
 
+def _told(settings: Settings) -> dict[str, object]:
+    """The settings for a file that others may read: without the API key."""
+    return {name: value for name, value in asdict(settings).items() if name != "metadata"}
+
+
 async def _target(settings: Settings, resources: AsyncExitStack) -> tuple[Target, int | None]:
     """The server, and its model's vocabulary if it is told."""
     if settings.url:
-        openai = OpenAITarget(settings.url, settings.model, settings.timeout_s)
+        openai = OpenAITarget(settings.url, settings.model, settings.timeout_s, settings.metadata)
         resources.push_async_callback(openai.close)
         await openai.find_model()
         return openai, settings.vocab
-    shoal = ShoalTarget(settings.gateways, settings.model, settings.timeout_s)
+    shoal = ShoalTarget(settings.gateways, settings.model, settings.timeout_s, settings.tls, settings.metadata)
     resources.push_async_callback(shoal.close)
     return shoal, settings.vocab or (await shoal.describe()).vocabulary_tokens
 

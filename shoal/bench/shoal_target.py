@@ -8,7 +8,8 @@ import grpc
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common.errors import InvalidRequest, from_rpc
-from shoal._gateways import CHANNEL_OPTIONS
+from services.common.tls.files import Tls
+from shoal._gateways import CallMetadata, aio_channel
 from shoal._prompt import Options, generate_request
 from shoal._values import Model, models_of
 from shoal.bench.ask import Ask
@@ -18,18 +19,23 @@ from shoal.bench.target import OnTokens, TargetError, check_length
 class ShoalTarget:
     """Each request at the next gateway in turn. Not by `AsyncClient`: its retries would hide what failed."""
 
-    def __init__(self, gateways: Sequence[str], model: str, timeout_s: float) -> None:
-        """`model`: empty: the fleet's only one."""
+    def __init__(
+        self, gateways: Sequence[str], model: str, timeout_s: float, tls: Tls | None = None, metadata: CallMetadata = ()
+    ) -> None:
+        """`model`: empty: the fleet's only one; `tls`: None: in plain."""
         self.name = f"shoal at {','.join(gateways)}"
         self._model = model
         self._timeout_s = timeout_s
-        self._channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for address in gateways]
+        self._channels = [aio_channel(address, tls) for address in gateways]
+        self._metadata = metadata
         self._turns = itertools.cycle([inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels])
 
     async def describe(self) -> Model:
         """The model that is measured. Raises ShoalError."""
         try:
-            response = await next(self._turns).ListModels(pb.ListModelsRequest(), timeout=self._timeout_s)
+            response = await next(self._turns).ListModels(
+                pb.ListModelsRequest(), timeout=self._timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         models = [model for model in models_of(response) if self._model in ("", model.name)]
@@ -41,7 +47,7 @@ class ShoalTarget:
         """Send one request and read its stream to the end; return the number of output tokens. Raises TargetError."""
         output_tokens = None
         try:
-            call = next(self._turns).Generate(self._request(ask), timeout=self._timeout_s)
+            call = next(self._turns).Generate(self._request(ask), timeout=self._timeout_s, metadata=self._metadata)
             async for response in call:
                 if response.HasField("delta"):
                     if response.delta.token_ids:

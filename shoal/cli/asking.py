@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from services.common.tls.files import Tls
 from shoal._async_client import AsyncClient
+from shoal._gateways import parse_addresses
 from shoal._prompt import Options, ResponseFormat
 from shoal._retries import RetryPolicy
 from shoal._values import Priority
@@ -69,10 +71,18 @@ def _regex(regex: str) -> ResponseFormat:
 
 def client_of(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
     """A client of the gateways given, else of the running fleet. Raises FleetError if there is neither."""
-    running = None if arguments.gateways else find_running(find_state_dir())
-    gateways = running.gateways if running else arguments.gateways
     try:
-        tls = tls_of(arguments, running)
+        gateways, tls = gateways_of(arguments)
         return AsyncClient(gateways, tls=tls, api_key=arguments.api_key, retries=retries)
     except ValueError as error:
         raise FleetError(f"no client can be made: {error}") from error
+
+
+def gateways_of(arguments: argparse.Namespace) -> tuple[tuple[str, ...], Tls | None]:
+    """The gateways given, else those of the running fleet, and how to call them.
+
+    Raises FleetError if there is neither, ValueError for addresses or files that cannot be used.
+    """
+    running = None if arguments.gateways else find_running(find_state_dir())
+    gateways = parse_addresses(running.gateways if running else arguments.gateways)
+    return gateways, tls_of(arguments, running)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal._gateways import call_metadata
+from shoal.cli.access import add_access_flags
 from shoal.cli.asking import gateways_of
 from shoal.fleet.errors import FleetError
 
@@ -40,6 +42,7 @@ def add_to(commands: Any) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--gateways", metavar="ADDR,..", help="host:port of the gateways (those of `shoal up` here)")
     where.add_argument("--url", default="", metavar="URL", help="a server with OpenAI's API, http://host:port")
+    add_access_flags(serve)
     serve.add_argument("--model", default="", help="a model's name (the server's first)")
     serve.add_argument("--slo-ttft-ms", type=float, metavar="MS", help="expected time to the first token")
     serve.add_argument("--slo-itl-ms", type=float, metavar="MS", help="expected pause between tokens")
@@ -58,8 +61,16 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         from shoal.bench.target import TargetError
     except ImportError as error:
         raise FleetError(f"{error.name} is missing: pip install 'shoal-inference[bench]'") from error
-    told = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__ if name != "gateways"}
-    settings = Settings(gateways=() if arguments.url else gateways_of(arguments), **told)
+    told = {
+        name: getattr(arguments, name)
+        for name in Settings.__dataclass_fields__
+        if name not in ("gateways", "tls", "metadata")
+    }
+    try:
+        gateways, tls = ((), None) if arguments.url else gateways_of(arguments)
+        settings = Settings(gateways=gateways, tls=tls, metadata=call_metadata(arguments.api_key), **told)
+    except ValueError as error:
+        raise FleetError(f"no client can be made: {error}") from error
     try:
         return 1 if asyncio.run(serve(settings)) else 0
     except (LoadError, TargetError) as error:

@@ -30,7 +30,12 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "up", help="start a fleet on this machine", description=_ABOUT, allow_abbrev=False
     )
-    for kind in ("workers", "gateways", "schedulers", "tokenizers"):
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument("--workers", type=_count, default=1, metavar="N", help="number of workers (1)")
+    workers.add_argument(
+        "--autoscale", type=_range, metavar="MIN:MAX", help="as many workers as there is work for; 0:N from none"
+    )
+    for kind in ("gateways", "schedulers", "tokenizers"):
         parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
     parser.add_argument(
         "--model", type=Path, metavar="PATH", help="a GGUF file, or a folder of Hugging Face (SmolLM2-135M-Instruct)"
@@ -57,9 +62,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         fleet = start_detached([word for word in given if word != "--detach"], state)
         print(json.dumps(fleet.line()))
         return 0
+    least, most = arguments.autoscale or (arguments.workers, arguments.workers)
     options = FleetOptions(
         model_path=find_model(arguments.model),
-        workers=arguments.workers,
+        workers=least,
+        spare_workers=most - least,
         gateways=arguments.gateways,
         schedulers=arguments.schedulers,
         tokenizers=arguments.tokenizers,
@@ -106,6 +113,13 @@ def _count(text: str) -> int:
     if not 1 <= number <= 64:
         raise argparse.ArgumentTypeError(f"{number} is not in 1 to 64")
     return number
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal() and int(least) <= int(most) and 1 <= int(most) <= 64):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, as 1:4, with MIN from 0 and MAX from 1 to 64")
+    return int(least), int(most)
 
 
 def _port(text: str) -> int:

@@ -14,6 +14,9 @@ class FleetOptions:
     model_path: Path
     """A GGUF file, or a folder in the layout of Hugging Face."""
     workers: int = 1
+    """Those that always run."""
+    spare_workers: int = 0
+    """Further ones, that run while the scheduler wants them."""
     gateways: int = 1
     schedulers: int = 1
     tokenizers: int = 1

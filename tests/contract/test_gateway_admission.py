@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
+from gen.shoal.fleet.v1.demand_pb2 import PoolDemand
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import (
     AlreadyExists,
@@ -28,6 +29,7 @@ from services.common.ids import fleet_address
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.store.connection import StoreUnavailable, command, connect
+from services.common.store.demand import DemandStore
 from services.common.store.ids import claim_id
 from services.common.store.recovery import Recovery
 from tests.conftest import RedisServer
@@ -115,6 +117,33 @@ async def test_what_no_worker_can_ever_hold_is_refused(fleet: Fleet) -> None:
     request_id = await gateway.generate(prompt="x" * 30).accepted()
     payload = request_pb2.RequestPayload.FromString((await fleet.record(fleet.key(request_id))).payload)
     assert payload.max_tokens == 2, "what is left in the smallest worker's cache"
+
+
+async def test_without_any_worker_requests_are_accepted_and_held_up_to_the_backlogs_limit(fleet: Fleet) -> None:
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(backlog_limit=2)
+    for name in ("first", "second"):
+        await gateway.generate(request_id=name).accepted()
+        assert (await fleet.record(fleet.key(name))).state is RequestState.QUEUED
+    error = await gateway.generate(request_id="third").error()
+    assert error.reason == "BACKLOG_FULL"
+
+
+async def test_without_any_worker_the_last_ones_room_says_what_can_ever_fit(fleet: Fleet) -> None:
+    seen = request_pb2.WorkerInfo(num_blocks=2, block_size_tokens=16, context_tokens=CONTEXT_TOKENS)
+    await DemandStore(fleet.redis, fleet.pool).tell(PoolDemand(smallest_worker=seen), fleet.fence)
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(least_cache_tokens=CONTEXT_TOKENS)
+    error = await gateway.generate(prompt="x" * 30, max_tokens=3).error()
+    assert (error.field, error.reason) == ("max_tokens", "CAPACITY_EXCEEDED")
+
+
+async def test_before_there_ever_was_a_worker_the_configured_room_says_what_can_fit(fleet: Fleet) -> None:
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(least_cache_tokens=32)
+    error = await gateway.generate(prompt="x" * 30, max_tokens=3).error()
+    assert (error.field, error.reason) == ("max_tokens", "CAPACITY_EXCEEDED")
+    await gateway.generate(prompt="x" * 30, max_tokens=2).accepted()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,19 @@ def test_processes_know_each_other(tmp_path: Path) -> None:
     assert len(set(listening)) == len(listening)
 
 
+def test_workers_beyond_the_least_are_spare_and_schedulers_know_both_bounds(tmp_path: Path) -> None:
+    options = FleetOptions(Path("/m.gguf"), workers=1, spare_workers=2, schedulers=2)
+    plan = plan_fleet(options, StateDir(tmp_path), random.Random(1))
+    assert plan.spare is not None
+    assert [process.name for process in plan.services if process.kind is Kind.WORKER] == ["worker-0"]
+    assert [process.name for process in plan.spare.workers] == ["worker-1", "worker-2"]
+    schedulers = [process for process in plan.services if process.kind is Kind.SCHEDULER]
+    assert plan.spare.schedulers == tuple(scheduler.address for scheduler in schedulers)
+    for scheduler in schedulers:
+        assert (flags(scheduler)["--min-workers"], flags(scheduler)["--max-workers"]) == ("1", "3")
+    assert plan_fleet(FleetOptions(Path("/m.gguf")), StateDir(tmp_path), random.Random(1)).spare is None
+
+
 def test_the_embedded_redis_keeps_what_it_is_given(tmp_path: Path) -> None:
     plan = plan_fleet(FleetOptions(Path("/m.gguf"), data_dir=tmp_path / "data"), StateDir(tmp_path), random.Random(1))
     assert plan.redis is not None

@@ -30,6 +30,8 @@ class Keys:
         """Run id of the server whose data was recovered last."""
         self.workers = f"{self.prefix}workers"
         """Set of worker ids."""
+        self.demand = f"{self.prefix}demand"
+        """Hash: a fleet.v1.PoolDemand, and when the leader told it."""
 
     def request(self, key: RequestKey) -> str:
         """Hash: the record, but for its journal."""

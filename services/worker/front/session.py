@@ -68,6 +68,11 @@ class Session:
         self.predicted_step_ms = 0
         self.free_blocks = ready.num_blocks
         self.waiting_prefill_tokens = 0
+        self.step_time: request_pb2.StepTime | None = None
+        """None: no step was made."""
+        self.num_ended_choices = 0
+        """Of requests that finished: not of cancelled, expired or failed ones."""
+        self.num_ended_choice_tokens = 0
         self.progress = asyncio.Event()
         """Set when a report would say something new."""
         self.active: dict[RequestKey, ActiveRequest] = {}
@@ -253,6 +258,8 @@ class Session:
             self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
+        if done.HasField("step_time"):
+            self.step_time = done.step_time
         now_s = time.monotonic()
         for output in done.outputs:
             await self._output(output, now_s)
@@ -308,6 +315,9 @@ class Session:
 
         answer = await self._until_stored(finish, END_TRIES)
         if answer and answer.verdict == Verdict.OK:
+            if state is RequestState.FINISHED:
+                self.num_ended_choices += len(active.choices)
+                self.num_ended_choice_tokens += sum(len(known) for known in active.run.known)
             self._links.end(active, _end_frame(active, state, error, outcome))
         else:
             self._links.forget(active)
