@@ -154,7 +154,9 @@ class Server:
     ) -> None:  # fmt: skip
         """`credentials`: for TLS; None: in plain."""
         self._credentials = credentials
-        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*SERVER_OPTIONS, *extra_options])
+        # Merged here: of an option that is given twice, gRPC takes the first.
+        options = {**dict(SERVER_OPTIONS), **dict(extra_options)}
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*options.items()])
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names = ["", *service_names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

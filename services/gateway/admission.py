@@ -5,6 +5,7 @@ flood costs neither tokenizers nor Redis anything.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,17 +21,25 @@ RETRY_AFTER_MS = 1_000
 
 
 class OpenCalls:
-    """Counts calls that stream; refuses more than `limit`, and all while the gateway stops."""
+    """Counts calls that stream; refuses more than `limit`, and all while the gateway stops.
 
-    def __init__(self, limit: int) -> None:
+    `connection_limit`: most of one connection.
+    """
+
+    def __init__(self, limit: int, connection_limit: int) -> None:
         self._limit = limit
+        self._connection_limit = connection_limit
+        self._by_connection: Counter[str] = Counter()
         self._num_open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
         self.draining = False
 
-    def enter(self, context: Any) -> None:
-        """Count a call until it is done. Raises Exhausted, Unavailable."""
+    def enter(self, context: Any, connection: str = "") -> None:
+        """Count a call until it is done. Raises Exhausted, Unavailable.
+
+        `connection`: by which it came; empty: by one that has no other call.
+        """
         if self.draining:
             raise draining()
         if self._num_open >= self._limit:
@@ -39,9 +48,18 @@ class OpenCalls:
                 reason="TOO_MANY_STREAMS",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+        if self._by_connection[connection] >= self._connection_limit:
+            raise Exhausted(
+                f"this connection has {self._by_connection[connection]} open streams, the most is "
+                f"{self._connection_limit}; open another, or wait",
+                reason="TOO_MANY_STREAMS_OF_CONNECTION",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
         self._num_open += 1
         self._none_open.clear()
-        context.add_done_callback(self._leave)
+        if connection:
+            self._by_connection[connection] += 1
+        context.add_done_callback(lambda _: self._leave(connection))
 
     async def all_done(self, within_s: float) -> bool:
         """Wait until no call is open. False: some still were after `within_s`."""
@@ -50,10 +68,38 @@ class OpenCalls:
                 await self._none_open.wait()
         return self._none_open.is_set()
 
-    def _leave(self, _: object) -> None:
+    def _leave(self, connection: str) -> None:
         self._num_open -= 1
+        if connection:
+            self._by_connection[connection] -= 1
+            if not self._by_connection[connection]:
+                del self._by_connection[connection]
         if not self._num_open:
             self._none_open.set()
+
+
+class ShortCalls:
+    """Counts calls that do not stream; refuses more than `limit`. Not while the gateway stops: one may be a Cancel."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_open = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A call, counted until the block ends. Raises Exhausted."""
+        if self._num_open >= self._limit:
+            raise Exhausted(
+                f"this gateway has {self._num_open} calls in progress that do not stream, the most is {self._limit}; "
+                "come back later",
+                reason="TOO_MANY_CALLS",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
 
 class Backlog:

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 
 import grpc
 
+from services.common import rpc
 from services.common.config import ConfigError, option
 from services.common.tls.credentials import http_context, server_credentials
 from services.common.tls.files import Tls, TlsError
 from services.common.tls.options import TlsOptions, flagged
 
+MAX_UNSEEN_CALLS = 100_000
 ANY_HOST = frozenset({"0.0.0.0", "[::]", "::", ""})
 
 
@@ -42,6 +44,16 @@ class GatewayConfig(TlsOptions):
         maximum=16 * 1024 * 1024,
     )  # fmt: skip
     max_streams: int = option(5_000, "most open streams of this gateway; more are refused", minimum=1)
+    max_connection_streams: int = option(5_000, "most open streams of one gRPC connection; more are refused", minimum=1)
+    max_short_calls: int = option(
+        1_000, "most calls in progress that do not stream (Cancel, GetRequest, ...); more are refused", minimum=1
+    )
+    max_message_bytes: int = option(
+        rpc.MAX_MESSAGE_BYTES, "largest gRPC message of a client", minimum=64 * 1024, maximum=rpc.MAX_MESSAGE_BYTES
+    )
+    max_metadata_bytes: int = option(
+        16 * 1024, "most bytes of a gRPC call's metadata", minimum=4 * 1024, maximum=1024 * 1024
+    )
     resume_ms: int = option(300_000, "how long a request with the client's own id lives without a reader", minimum=0)
     anonymous_resume_ms: int = option(30_000, "the same for a request whose id the gateway drew", minimum=0)
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1_000)
@@ -68,6 +80,18 @@ class GatewayConfig(TlsOptions):
             return replace(files, ca=self.public_tls_client_ca)
         except TlsError as error:
             raise ConfigError(f"--public-tls-client-ca {error.text}") from error
+
+    def client_options(self) -> tuple[tuple[str, int], ...]:
+        """Limits of the gRPC port of clients that gRPC itself keeps; each is told with its number."""
+        return (
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            # From 1,000 calls on that wait for the event loop, gRPC would reset some at random, without a status or
+            # RetryInfo.
+            ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+        )
 
     def client_credentials(self) -> grpc.ServerCredentials | None:
         """For the gRPC port of clients."""

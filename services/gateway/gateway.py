@@ -24,7 +24,7 @@ from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
-from services.gateway.admission import Backlog, OpenCalls, draining
+from services.gateway.admission import Backlog, OpenCalls, ShortCalls, draining
 from services.gateway.authentication import Authentication
 from services.gateway.capacity import Capacity
 from services.gateway.config import GatewayConfig
@@ -49,15 +49,6 @@ from services.gateway.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-MAX_METADATA_BYTES = 16 * 1024
-MAX_UNSEEN_CALLS = 100_000
-SERVER_OPTIONS = (
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    # From 1,000 calls on that wait for the event loop, gRPC would reset some at random, without a status or RetryInfo.
-    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
-)
 START_RETRY_S = 0.5
 LAST_WORDS_S = 2.0
 """How long clients have to take the end of their streams when the gateway stops."""
@@ -105,7 +96,8 @@ async def _serve(
     streams = OpenStreams()
     departures = Departures(store)
     replay = Replay(tokenizer)
-    calls = OpenCalls(config.max_streams)
+    calls = OpenCalls(config.max_streams, config.max_connection_streams)
+    short_calls = ShortCalls(config.max_short_calls)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
@@ -114,7 +106,7 @@ async def _serve(
     capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
     authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
-    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS, config.client_credentials())
+    public = rpc.Server([server.SERVICE_NAME], config.client_options(), config.client_credentials())
     fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
@@ -126,7 +118,7 @@ async def _serve(
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
-        service = InferenceService(model, gateway, calls, generation, requests, tokenizer, authentication)
+        service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
             Endpoints(
