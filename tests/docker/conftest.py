@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.fleet.conftest import greedy_cases, start
+
+__all__ = ["greedy_cases", "start"]
+
 ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "tokenizer", "scheduler", "worker")
 BUILD_LIMIT_S = 900
