@@ -10,8 +10,10 @@ def check_redis(url: str) -> None:
     """Raises FleetError if the Redis there does not answer, or would drop what it was given."""
     try:
         asyncio.run(_connect(url))
-    except (StoreError, ValueError) as error:
-        raise FleetError(f"the Redis at {_without_password(url)} can't be used: {error}") from error
+    except StoreError as error:
+        raise FleetError(
+            f"the Redis at {_without_password(url)} can't be used: {error}. Without --redis, a fleet brings its own"
+        ) from error
 
 
 async def _connect(url: str) -> None:

@@ -91,10 +91,11 @@ async def connect(url: str) -> Redis:
     """A client of the Redis at `url`, once it has answered and is found fit; close it with `aclose()`.
 
     It never repeats a command by itself: the callers decide. Tries CONNECT_ATTEMPTS times, about 3 s when refused at
-    once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction and scripts work.
+    once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction and scripts work, or
+    if `url` is none.
     """
-    redis = Redis.from_pool(
-        BlockingConnectionPool.from_url(
+    try:
+        connections = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=SOCKET_TIMEOUT_S,
@@ -103,7 +104,9 @@ async def connect(url: str) -> Redis:
             retry=Retry(NoBackoff(), 0),
             protocol=3,
         )
-    )
+    except ValueError as error:
+        raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
+    redis = Redis.from_pool(connections)
     try:
         await _await_answer(redis)
         await _check_fitness(redis)
@@ -118,9 +121,9 @@ async def _await_answer(redis: Redis) -> None:
         try:
             await command(redis, "PING")
             return
-        except StoreUnavailable:
+        except StoreUnavailable as error:
             if attempt == CONNECT_ATTEMPTS - 1:
-                raise
+                raise StoreUnavailable(f"{str(error).rstrip('.')}. Start one there, or say where yours is") from error
             await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
 
 
