@@ -22,8 +22,18 @@ SCALED_OBJECT_SPEC = {
         "scaleTargetRef": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
         "minReplicaCount": {"type": "integer", "minimum": 0},
         "maxReplicaCount": {"type": "integer", "minimum": 1},
-        "pollingInterval": {"type": "integer", "minimum": 1},
         "cooldownPeriod": {"type": "integer", "minimum": 0},
+        "advanced": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "horizontalPodAutoscalerConfig": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"behavior": {"type": "object"}},
+                }
+            },
+        },
         "triggers": {
             "type": "array",
             "minItems": 1,
@@ -33,6 +43,7 @@ SCALED_OBJECT_SPEC = {
                 "additionalProperties": False,
                 "properties": {
                     "type": {"enum": ["external", "external-push"]},
+                    "metricType": {"enum": ["AverageValue", "Value"]},
                     "metadata": {
                         "type": "object",
                         "required": ["scalerAddress"],
@@ -66,12 +77,24 @@ def test_workers_are_scaled_by_the_schedulers_word() -> None:
     scaled = manifests.named("ScaledObject", "worker")
     assert scaled["apiVersion"] == "keda.sh/v1alpha1"
     jsonschema.Draft202012Validator(SCALED_OBJECT_SPEC).validate(scaled["spec"])
+    _check_behavior(scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"])
     worker = manifests.named("Deployment", scaled["spec"]["scaleTargetRef"]["name"])
     assert "replicas" not in worker["spec"], "`kubectl apply` would set back what KEDA has set"
     (trigger,) = scaled["spec"]["triggers"]
     host, _, port = trigger["metadata"]["scalerAddress"].partition(":")
     service = manifests.named("Service", host.split(".")[0])
     assert int(port) in [each["port"] for each in service["spec"]["ports"]]
+
+
+def _check_behavior(behavior: Mapping[str, Any]) -> None:
+    """KEDA hands it on to a HorizontalPodAutoscaler, whose schema is Kubernetes' own."""
+    scaler = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "worker"},
+        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "worker"}, "maxReplicas": 1, "behavior": behavior},
+    }
+    kubernetes_validate.validate(scaler, VERSIONS[0], strict=True)
 
 
 def test_everything_is_in_one_namespace(manifests: Manifests) -> None:
