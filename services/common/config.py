@@ -99,7 +99,8 @@ def _resolve(config_type: type[T], flags: Mapping[str, str | None], environ: Map
             values[declared.name] = _convert(declared, raw, hints[declared.name])
             origins[declared.name] = origin
         elif declared.default is MISSING:
-            raise ConfigError(f"{_flag(declared.name)} (or {_variable(declared.name)}) is required")
+            about = declared.metadata["help"]
+            raise ConfigError(f"{_flag(declared.name)} (or {_variable(declared.name)}) is required: {about}")
         else:
             origins[declared.name] = "default"
     return Parsed(config_type(**values), origins)

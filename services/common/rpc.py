@@ -23,7 +23,7 @@ from services.common.tls.options import FleetTls
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
@@ -32,6 +32,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A name may stand for several processes: calls go to all of them in turn, not to the first alone.
+    ("grpc.lb_policy_name", "round_robin"),
 )
 SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -41,6 +43,10 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     # Two processes on one port would share its connections silently; a port that is taken shall be an error.
     ("grpc.so_reuseport", 0),
 )
+
+
+LIVE = "live"
+"""A name in health checks that is SERVING as long as the event loop answers, whatever is missing to take work."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -174,6 +180,7 @@ class Server:
         except RuntimeError as error:
             raise OSError(f"can't listen on {listen}: is the port taken? Choose another, or 0 for any") from error
         await self.grpc.start()
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(True)
         return f"{host}:{port}"
 

@@ -18,6 +18,9 @@ from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_m
 
 logger = logging.getLogger(__name__)
 
+CONNECTION_AGE_MS = 30_000
+"""After about so long, a gateway is asked to connect anew: so it looks up the name again, and finds new tokenizers."""
+
 
 def main() -> None:
     """Parse the configuration, print it, and serve until SIGTERM."""
@@ -39,7 +42,11 @@ async def _serve(config: TokenizerConfig) -> None:
     pool = Pool(model_path, _limits(config))
     description = describe_model(read_stored_model(model_path), config.pool)
     service = TokenizerService(pool, description, config.max_input_bytes)
-    server = Server([SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
+    server = Server(
+        [SERVICE_NAME],
+        [("grpc.max_connection_age_ms", CONNECTION_AGE_MS)],
+        credentials=fleet_server_credentials(config.fleet_tls()),
+    )
     server.grpc.add_generic_rpc_handlers((handlers(service),))
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())

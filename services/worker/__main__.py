@@ -3,19 +3,21 @@
 import asyncio
 import json
 import logging
+import sys
 
 import uvloop
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import Parsed, parse
+from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
-from services.common.store.connection import connect
+from services.common.store.connection import StoreError, connect
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.common.tls.credentials import fleet_server_credentials
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
-from services.worker.front.worker import Worker
+from services.worker.front.worker import EngineStartError, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,10 @@ def main() -> None:
     """Read the configuration and run."""
     parsed = parse(WorkerConfig, "worker")
     log.configure("worker", parsed.config.log_level)
-    uvloop.run(serve(parsed))
+    try:
+        uvloop.run(serve(parsed))
+    except (ModelFileError, StoreError, EngineStartError, OSError) as error:
+        sys.exit(f"worker: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ def check_redis(url: str) -> None:
     try:
         asyncio.run(_connect(url))
     except (StoreError, ValueError) as error:
-        raise FleetError(f"the Redis at {without_password(url)} can't be used: {error}") from error
+        raise FleetError(
+            f"the Redis at {without_password(url)} can't be used: {error}. Without --redis, a fleet brings its own"
+        ) from error
 
 
 async def _connect(url: str) -> None:

@@ -99,10 +99,10 @@ async def connect(url: str, tls: Tls | None = None) -> Redis:
 
     It never repeats a command by itself: the callers decide. Tries CONNECT_ATTEMPTS times, about 3 s when refused at
     once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction, scripts work, and
-    certificates are as they should be.
+    certificates are as they should be, or if `url` is none.
     """
-    redis = Redis.from_pool(
-        BlockingConnectionPool.from_url(
+    try:
+        connections = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=SOCKET_TIMEOUT_S,
@@ -112,7 +112,9 @@ async def connect(url: str, tls: Tls | None = None) -> Redis:
             protocol=3,
             **_files(url, tls),
         )
-    )
+    except ValueError as error:
+        raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
+    redis = Redis.from_pool(connections)
     try:
         await _await_answer(redis)
         await _check_fitness(redis)
@@ -142,7 +144,7 @@ async def _await_answer(redis: Redis) -> None:
                     "authority is the URL's ?ssl_ca_certs=FILE, else --tls-ca, else one of the system's"
                 ) from error
             if attempt == CONNECT_ATTEMPTS - 1:
-                raise
+                raise StoreUnavailable(f"{str(error).rstrip('.')}. Start one there, or say where yours is") from error
             await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
 
 
