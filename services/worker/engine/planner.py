@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.blocks import num_shared_blocks
-from services.common.text.grammar import GrammarError
+from services.common.text.grammar_errors import GrammarError
 from services.worker.engine.block_pool import BlockId, BlockPool
 from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
