@@ -21,6 +21,7 @@ from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write, rope_and_write_reference
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled, round_rows
+from services.worker.kernels.small_product import ProductTuning, small_product, small_product_reference
 from services.worker.kernels.swiglu import swiglu, swiglu_reference
 from services.worker.runner.noise import noise_key
 from services.worker.runner.rope import rotary_table
@@ -166,6 +167,28 @@ def test_one_row_is_multiplied(num_outputs: int, num_inputs: int, weight_dtype: 
     out = torch.full((1, num_outputs), math.nan, device=DEVICE).to(dtype)
     gemv(row, weight, scales, out)
     assert_near(out, gemv_reference(row, weight, scales))
+
+
+@pytest.mark.parametrize("num_rows", [2, 16, 33, 64] if IS_CUDA else [2, 17])
+@pytest.mark.parametrize("dtype", [DTYPES[1], FP8])
+@pytest.mark.parametrize(("outputs", "num_splits"), [(64, 1), (128, 1), (64, 2)])
+def test_few_rows_are_multiplied_and_their_parts_added_by_the_norm(
+    num_rows: int, dtype: torch.dtype, outputs: int, num_splits: int
+) -> None:
+    num_outputs, num_inputs = (4096, 14336) if IS_CUDA else (128, 512)
+    tuning = ProductTuning(outputs, 256, 4, num_splits=num_splits)
+    generator = seeded(9)
+    rows = random(generator, num_rows, num_inputs, dtype=dtype)
+    weight = random(generator, num_outputs, num_inputs, dtype=dtype)
+    out = torch.full((num_splits, num_rows, num_outputs), math.nan, device=DEVICE)
+    small_product(rows, weight, out, tuning)
+    expected = small_product_reference(rows, weight, num_splits)
+    assert_near(out, expected, DTYPES[1] if dtype != FP8 else torch.bfloat16)
+
+    residual = torch.zeros((num_rows, num_outputs), device=DEVICE)
+    normed = rows_like(num_rows, num_outputs, torch.float32, to_fp8=False)
+    add_rms_norm(Scaled(out), residual, torch.ones(num_outputs, device=DEVICE), 1e-5, normed)
+    assert_near(residual, expected.sum(dim=0), torch.bfloat16)
 
 
 VOCABULARY = 128256 if IS_CUDA else 5000

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.matrix import DeviceMatrix, multiply, wants_fp8
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, wants_fp8
 from services.worker.cuda.shard import Shard
 from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_pieces_for
 from services.worker.cuda.weights import DeviceWeights
@@ -51,7 +51,7 @@ class DeviceDecoder:
             HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
         self._room = _Room(self.config, most, kind, self._device, is_fp8)
-        self._one = torch.ones((), dtype=torch.float32, device=self._device)
+        self._multiplier = Multiplier(config.hidden_size, self._device)
         self.last_tokens = torch.zeros(most.num_places, dtype=torch.int32, device=self._device)
         """The token that was sampled last at each place."""
         self.tokens = torch.zeros(most.num_sequences, dtype=torch.int32, device=self._device)
@@ -89,13 +89,13 @@ class DeviceDecoder:
             queries = room.queries[:num_rows]
             rope_and_write(qkv, heads, step.positions, step.slots, kv, queries, pdl=pdl)
             attended = self._attend(queries, step, sizes, kv, window, layer.o_proj, pdl)
-            delta = self._shard.sum_over_ranks(self._multiply(attended, layer.o_proj, room.hidden, pdl))
+            delta = self._back(attended, layer.o_proj, pdl)
             normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.gate_up_proj, num_rows))
             add_rms_norm(delta, residual, layer.mlp_norm, config.rms_norm_eps, normed, pdl=pdl)
             gate_up = self._multiply(normed, layer.gate_up_proj, room.gate_up, pdl)
             activated = room.rows(room.activated, room.activated_fp8, num_rows, wants_fp8(layer.down_proj, num_rows))
             swiglu(gate_up, activated, pdl=pdl)
-            delta = self._shard.sum_over_ranks(self._multiply(activated, layer.down_proj, room.hidden, pdl))
+            delta = self._back(activated, layer.down_proj, pdl)
         final = Rows(room.normed[:num_rows])
         add_rms_norm(delta, residual, self._weights.norm, config.rms_norm_eps, final, pdl=pdl)
         if sizes.num_samples == 0:
@@ -113,8 +113,12 @@ class DeviceDecoder:
         """Map last hidden states, [num_rows, hidden_size], to logits in memory of their own."""
         return hidden @ self._weights.lm_head.values.T
 
-    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool) -> Scaled:
-        return multiply(rows, matrix, out[: len(rows.values)], self._one, pdl=pdl)
+    def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
+        """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
+        return self._shard.sum_over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=True))
+
+    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
+        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
 
     def _attend(
         self,

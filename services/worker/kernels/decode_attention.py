@@ -50,6 +50,23 @@ class PieceResults:
     """[num_pieces, num_heads] float32: log2 of the sum of the exponentials"""
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeTuning:
+    """How the kernel is compiled; any choice is right."""
+
+    tile_tokens: int
+    """Keys that are multiplied at once; at most a block."""
+    num_warps: int
+    num_stages: int
+    """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
+
+
+def tuning_for(num_pieces: int, is_fp8: bool) -> DecodeTuning:
+    """Return what was fastest of 36 (docs/gpu.md)."""
+    del is_fp8
+    return DecodeTuning(64, 2, 5) if num_pieces > 32 else DecodeTuning(64, 4, 5)
+
+
 def cut_contexts(
     context_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -99,6 +116,7 @@ def decode_attention(
     window: int | None = None,
     *,
     pdl: bool = False,
+    tuning: DecodeTuning | None = None,
 ) -> None:
     """As the reference, into `out`, [num_rows, num_heads, head_dim]; a row without pieces is left as it is."""
     num_rows, num_heads, head_dim = queries.shape
@@ -108,7 +126,8 @@ def decode_attention(
     assert out.is_contiguous()
     assert len(room.sums) >= num_pieces
     group = num_heads // num_kv_heads
-    tile = min(64, layer.block_size_tokens)
+    tuning = tuning or tuning_for(num_pieces, layer.is_fp8)
+    tile = min(tuning.tile_tokens, layer.block_size_tokens)
     assert tile >= _LEAST_ROWS, "the tensor cores take no block of fewer tokens"
     block_dim = max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
     _decode_attention[(num_kv_heads, num_pieces)](
@@ -134,8 +153,8 @@ def decode_attention(
         WINDOW=window or 0,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=2 if num_pieces > 32 else 4,
-        num_stages=4,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
     )
     _merge_pieces[(num_rows, num_kv_heads)](
         batch.splits,

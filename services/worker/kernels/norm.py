@@ -40,7 +40,9 @@ def add_rms_norm(
         out.values,
         out.scales,
         size,
+        num_rows,
         epsilon,
+        PARTS=len(delta.product) if delta is not None and delta.product.ndim == 3 else 1,
         BLOCK=block,
         FP8_LIMIT=FP8_MAX,
         PDL=pdl,
@@ -59,7 +61,9 @@ def _add_rms_norm(
     out,
     out_scales,
     size,
+    num_rows,
     epsilon,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -75,6 +79,8 @@ def _add_rms_norm(
     x = tl.load(residual + row * size + columns, inside, other=0.0).to(tl.float32)
     if delta is not None:
         d = tl.load(delta + row * size + columns, inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            d += tl.load(delta + (part * num_rows + row) * size + columns, inside, other=0.0)
         if channel_scales is not None:
             d = d * tl.load(row_scales + row) * channel_scale
         rounded = (x + d).to(residual.dtype.element_ty)

@@ -38,7 +38,7 @@ class Scaled:
     """A product, with the scales that are still to be multiplied in."""
 
     product: Tensor
-    """[num_rows, num_outputs], in the model's type"""
+    """[num_rows, num_outputs], in the model's type; or [num_parts, num_rows, num_outputs] float32, to be added up"""
     row_scales: Tensor | None = None
     """[num_rows] float32. None: there are no scales."""
     channel_scales: Tensor | None = None
@@ -46,7 +46,7 @@ class Scaled:
 
     def dequantized(self) -> Tensor:
         """Return what it stands for, in float32."""
-        product = self.product.float()
+        product = self.product.float() if self.product.ndim == 2 else self.product.sum(dim=0)
         if self.row_scales is None or self.channel_scales is None:
             return product
         return product * self.row_scales[:, None] * self.channel_scales
