@@ -14,7 +14,7 @@ from services.scheduler.ledger import Reservation
 from services.scheduler.placement import needed
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.view import View
-from services.scheduler.work import AnswerLengths, Pace, mean_pace, smallest
+from services.scheduler.work import AnswerLengths, Pace, mean_step_time, smallest
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ class Scaling:
         self._startup = Startup(last.startup_ms)
         self._offered = Offered(bounds.quiet_ms, now_ms)
         self._smallest = last.smallest_worker if last.HasField("smallest_worker") else None
-        known = last.HasField("step_time") and self._smallest is not None
-        self._pace = Pace(last.step_time, last.smallest_worker) if known else None
+        self._step_time = last.step_time if last.HasField("step_time") else None
+        self._pace: Pace | None = None
+        """None: no worker has told yet what its steps take."""
 
     def look(self, now_ms: float) -> PoolDemand:
         """Take all in, and decide. O(requests), a few microseconds each."""
@@ -60,10 +61,12 @@ class Scaling:
 
     def _learn(self) -> None:
         accounts = self._view.ledger.accounts.values()
-        self._pace = mean_pace(accounts, self._pace)
+        self._step_time = mean_step_time(accounts, self._step_time)
         self._lengths.look(account.report for account in accounts)
         if accounts:
             self._smallest = _least_room([account.info for account in accounts])
+        if self._step_time and self._smallest:
+            self._pace = Pace.of(self._step_time, self._smallest)
 
     def _work_ms(self, requests: list[Reservation]) -> float:
         pace = self._pace
@@ -87,7 +90,7 @@ class Scaling:
             work_ms=round(load.work_ms),
             startup_ms=round(load.startup_ms),
             choice_tokens=self._lengths.mean_tokens,
-            step_time=self._pace.step_time if self._pace else None,
+            step_time=self._step_time,
             smallest_worker=self._smallest,
         )
 

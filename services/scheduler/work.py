@@ -15,10 +15,28 @@ LENGTHS_MEMORY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a full worker is, and how much it holds."""
+    """How fast a full worker is, and how much it holds, as workers tell it; in plain numbers: they are read often."""
 
-    step_time: StepTime
-    worker: WorkerInfo
+    fixed_ms: float
+    ms_per_token: float
+    ms_per_attended_token: float
+    max_prefill_tokens_per_step: int
+    max_sequences: int
+    num_blocks: int
+    block_size_tokens: int
+
+    @staticmethod
+    def of(step_time: StepTime, worker: WorkerInfo) -> "Pace":
+        """Pace of workers whose steps take this, and that hold as much as this one."""
+        return Pace(
+            fixed_ms=step_time.fixed_ms,
+            ms_per_token=step_time.ms_per_token,
+            ms_per_attended_token=step_time.ms_per_attended_token,
+            max_prefill_tokens_per_step=max(1, worker.max_prefill_tokens_per_step),
+            max_sequences=max(1, worker.max_sequences),
+            num_blocks=max(1, worker.num_blocks),
+            block_size_tokens=max(1, worker.block_size_tokens),
+        )
 
     def request_ms(self, needs: Reservation, num_tokens: float) -> float:
         """Computing a request's prompt, and so many further tokens of each choice, from beginning to end."""
@@ -26,12 +44,12 @@ class Pace:
 
     def share(self, needs: Reservation) -> float:
         """Which part of a worker it fills while it runs: of its sequences or of its cache, whichever is more."""
-        blocks = needs.num_blocks(max(1, self.worker.block_size_tokens)) / max(1, self.worker.num_blocks)
-        return max(needs.num_choices / max(1, self.worker.max_sequences), blocks)
+        blocks = needs.num_blocks(self.block_size_tokens) / self.num_blocks
+        return max(needs.num_choices / self.max_sequences, blocks)
 
     def _prefill_ms(self, num_tokens: int) -> float:
         """In steps that are full of prompts: it bears its part of what a step takes anyhow."""
-        steps = num_tokens / max(1, self.worker.max_prefill_tokens_per_step)
+        steps = num_tokens / self.max_prefill_tokens_per_step
         return self._steps_ms(steps, num_tokens, num_tokens * (num_tokens + 1) / 2)
 
     def _decode_ms(self, needs: Reservation, num_tokens: float) -> float:
@@ -41,22 +59,19 @@ class Pace:
         return self._steps_ms(num_tokens * self.share(needs), tokens, attended)
 
     def _steps_ms(self, steps: float, tokens: float, attended: float) -> float:
-        cost = self.step_time
-        return steps * cost.fixed_ms + tokens * cost.ms_per_token + attended * cost.ms_per_attended_token
+        return steps * self.fixed_ms + tokens * self.ms_per_token + attended * self.ms_per_attended_token
 
 
-def mean_pace(accounts: Iterable[Account], last: Pace | None) -> Pace | None:
-    """The mean of workers' step times, with the room of the smallest; `last` while none has made a step."""
-    known = [account for account in accounts if account.step_time is not None]
-    if not known:
+def mean_step_time(accounts: Iterable[Account], last: StepTime | None) -> StepTime | None:
+    """The mean of what workers' steps take; `last` while none has made a step."""
+    times = [account.step_time for account in accounts if account.step_time is not None]
+    if not times:
         return last
-    times = [account.step_time for account in known if account.step_time is not None]
-    mean = StepTime(
+    return StepTime(
         fixed_ms=sum(time.fixed_ms for time in times) / len(times),
         ms_per_token=sum(time.ms_per_token for time in times) / len(times),
         ms_per_attended_token=sum(time.ms_per_attended_token for time in times) / len(times),
     )
-    return Pace(mean, smallest(account.info for account in known))
 
 
 def smallest(workers: Iterable[WorkerInfo]) -> WorkerInfo:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from gen.shoal.fleet.v1.request_pb2 import StepTime, WorkerReport
 from services.common.ids import WorkerId
 from services.scheduler.ledger import Account
-from services.scheduler.work import UNKNOWN_ANSWER_TOKENS, AnswerLengths, Pace, mean_pace
+from services.scheduler.work import UNKNOWN_ANSWER_TOKENS, AnswerLengths, Pace, mean_step_time
 from tests.unit.scheduler_builders import W1, W2, a_reservation, an_info
 
 WORKER = an_info(num_blocks=1000, max_sequences=10, max_prefill_tokens_per_step=100)
-PACE = Pace(StepTime(fixed_ms=20, ms_per_token=1), WORKER)
+PACE = Pace.of(StepTime(fixed_ms=20, ms_per_token=1), WORKER)
 
 
 def test_a_prompt_bears_its_part_of_steps_that_are_full_of_prompts() -> None:
@@ -36,7 +36,7 @@ def test_every_choice_is_a_sequence() -> None:
 
 
 def test_tokens_of_long_contexts_cost_what_they_attend_to() -> None:
-    pace = Pace(StepTime(ms_per_attended_token=0.5), WORKER)
+    pace = Pace.of(StepTime(ms_per_attended_token=0.5), WORKER)
     assert pace.request_ms(a_reservation(prompt_tokens=3), 0) == 0.5 * (1 + 2 + 3)
     later = a_reservation(prompt_tokens=0, generated_tokens=0)
     assert pace.request_ms(later, 10) == 0.5 * 10 * 5
@@ -44,7 +44,7 @@ def test_tokens_of_long_contexts_cost_what_they_attend_to() -> None:
 
 @given(st.integers(0, 5000), st.integers(1, 4), st.floats(0, 500), st.floats(0, 500))
 def test_more_to_do_never_costs_less(prompt: int, choices: int, tokens: float, more: float) -> None:
-    pace = Pace(StepTime(fixed_ms=7, ms_per_token=0.3, ms_per_attended_token=0.001), WORKER)
+    pace = Pace.of(StepTime(fixed_ms=7, ms_per_token=0.3, ms_per_attended_token=0.001), WORKER)
     needs = a_reservation(prompt_tokens=prompt, num_choices=choices)
     assert 0 <= pace.request_ms(needs, tokens) <= pace.request_ms(needs, tokens + more)
 
@@ -52,25 +52,23 @@ def test_more_to_do_never_costs_less(prompt: int, choices: int, tokens: float, m
 # The pool's pace ---------------------------------------------------------------------------------------------------
 
 
-def an_account(report: WorkerReport, num_blocks: int = 10) -> Account:
-    account = Account(an_info(WorkerId(report.worker_id), num_blocks=num_blocks))
+def an_account(report: WorkerReport) -> Account:
+    account = Account(an_info(WorkerId(report.worker_id)))
     account.reported(report)
     return account
 
 
-def test_the_pace_is_the_mean_of_what_workers_report_and_the_room_the_smallests() -> None:
-    fast = an_account(WorkerReport(worker_id=W1, step_time=StepTime(fixed_ms=10, ms_per_token=1)), num_blocks=30)
-    slow = an_account(WorkerReport(worker_id=W2, step_time=StepTime(fixed_ms=30, ms_per_token=2)), num_blocks=20)
-    pace = mean_pace([fast, slow], last=None)
-    assert pace is not None
-    assert (pace.step_time.fixed_ms, pace.step_time.ms_per_token, pace.worker.num_blocks) == (20, 1.5, 20)
+def test_steps_take_the_mean_of_what_workers_report() -> None:
+    fast = an_account(WorkerReport(worker_id=W1, step_time=StepTime(fixed_ms=10, ms_per_token=1)))
+    slow = an_account(WorkerReport(worker_id=W2, step_time=StepTime(fixed_ms=30, ms_per_token=2)))
+    assert mean_step_time([fast, slow], last=None) == StepTime(fixed_ms=20, ms_per_token=1.5)
 
 
-def test_workers_that_made_no_step_say_nothing_of_the_pace() -> None:
-    new = an_account(WorkerReport(worker_id=W1))
-    assert mean_pace([new], last=None) is None
-    assert mean_pace([new], last=PACE) is PACE
-    assert mean_pace([], last=PACE) is PACE
+def test_workers_that_made_no_step_say_nothing_of_it() -> None:
+    new, last = an_account(WorkerReport(worker_id=W1)), StepTime(fixed_ms=10)
+    assert mean_step_time([new], last=None) is None
+    assert mean_step_time([new], last) is last
+    assert mean_step_time([], last) is last
 
 
 # How long answers are ----------------------------------------------------------------------------------------------
