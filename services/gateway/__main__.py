@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Parse the configuration, print it, and serve until SIGTERM."""
     parsed = parse(GatewayConfig, "gateway")
-    log.configure("gateway", parsed.config.log_level)
+    log.configure("gateway", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
     problems: list[str] = []
     try:

@@ -60,6 +60,7 @@ class GatewayConfig(TlsOptions):
     start_limit_ms: int = option(60_000, "longest wait for Redis and a tokenizer at the start", minimum=0)
     drain_ms: int = option(10_000, "how long open streams may go on after SIGTERM", minimum=0)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_prompts: bool = option(False, "write prompts into the log, and texts of unforeseen errors, which may quote one")
 
     def __post_init__(self) -> None:
         TlsOptions.__post_init__(self)

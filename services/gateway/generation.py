@@ -1,6 +1,7 @@
 """The way of a new request through the gateway: checked, admitted, encoded, fitted, accepted."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from services.gateway.requests import Requests
 from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
 from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
+
+logger = logging.getLogger(__name__)
 
 MAX_IN_WORK = 16
 """Calls that are encoded and stored at once: enough for tokenizers and Redis, and so few that a flood's refusals, which
@@ -46,6 +49,8 @@ class Limits:
     backlog_limit: int
     resume_ms: int
     anonymous_resume_ms: int
+    log_prompts: bool = False
+    """Whether the log gets them: nothing else may write them there."""
 
 
 class Generation:
@@ -83,7 +88,11 @@ class Generation:
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
         max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
-        return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+        move = self._move(valid, prompt, max_tokens, caller)
+        if self._limits.log_prompts:
+            asked = list(prompt) if valid.text is None else str(valid.text)
+            logger.info("prompt", extra={"request": move.key, "prompt": asked})
+        return await self._requests.submit(move, len(prompt))
 
     async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
         # Before anything else is looked at: in a flood, this is all that most calls cost.

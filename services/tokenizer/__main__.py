@@ -25,7 +25,7 @@ CONNECTION_AGE_MS = 30_000
 def main() -> None:
     """Parse the configuration, print it, and serve until SIGTERM."""
     parsed = parse(TokenizerConfig, "tokenizer")
-    log.configure("tokenizer", parsed.config.log_level)
+    log.configure("tokenizer", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
     problems: list[str] = []
     try:

@@ -28,6 +28,7 @@ class TokenizerConfig(TlsOptions):
     )
     stop_grace_ms: int = option(5_000, "how long open calls may go on after SIGTERM", minimum=0)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")
 
     @property
     def num_processes(self) -> int:

@@ -59,7 +59,7 @@ def _print_loading(loading: engine_pb2.EngineLoading) -> None:
 def main() -> None:
     """Read the configuration and run."""
     parsed = parse(WorkerConfig, "worker")
-    log.configure("worker", parsed.config.log_level)
+    log.configure("worker", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     try:
         uvloop.run(serve(parsed))
     except (ModelFileError, StoreError, EngineStartError, OSError) as error:

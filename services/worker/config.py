@@ -34,3 +34,4 @@ class WorkerConfig(TlsOptions):
     )
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1000)
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")

@@ -26,6 +26,8 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
 class EngineDiedError(Exception):
     """The engine is gone. `returncode` as of subprocess: negative for a signal. `out_of_memory`: the kernel did it."""
 
+    shown_in_logs = True
+
     def __init__(self, returncode: int, out_of_memory: bool = False) -> None:
         super().__init__(f"the engine ended with {_how(returncode)}{', out of memory' if out_of_memory else ''}")
         self.returncode = returncode
