@@ -9,6 +9,7 @@ import uvloop
 from services.common import log
 from services.common.config import ConfigError, parse
 from services.common.errors import ShoalError
+from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError
 from services.gateway.config import GatewayConfig
@@ -39,6 +40,7 @@ async def _serve(config: GatewayConfig) -> None:
 
 
 def _announce(addresses: Addresses) -> None:
+    collect_rarely()
     announce("gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet)
 
 

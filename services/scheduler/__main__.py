@@ -9,6 +9,7 @@ import uvloop
 
 from services.common import log
 from services.common.config import parse
+from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
 from services.common.tls.credentials import fleet_server_credentials
@@ -46,6 +47,7 @@ async def _serve(config: SchedulerConfig) -> None:
         await Reign(store, held, config, monotonic_ms).run(seen_life)
 
     server = make_server(store.demand, fleet_server_credentials(config.fleet_tls()))
+    collect_rarely()
     announce("scheduler", await server.start(config.listen))
     async with asyncio.TaskGroup() as tasks:
         candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())

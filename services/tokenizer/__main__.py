@@ -5,8 +5,11 @@ import logging
 import sys
 from pathlib import Path
 
+import uvloop
+
 from services.common import log
 from services.common.config import parse
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
@@ -29,7 +32,8 @@ def main() -> None:
     logger.info("configuration", extra={"configuration": parsed.describe()})
     problems: list[str] = []
     try:
-        asyncio.run(_serve(parsed.config))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(parsed.config))
     except* (ModelFileError, PoolStartError, OSError) as errors:
         problems = _problems(errors)
     if problems:
@@ -51,6 +55,7 @@ async def _serve(config: TokenizerConfig) -> None:
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()
+        collect_rarely()
         announce("tokenizer", await server.start(config.listen))
         await stop.wait()
         await server.stop(config.stop_grace_ms / 1000)

@@ -10,6 +10,7 @@ import uvloop
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import Parsed, parse
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import StoreError, connect
@@ -40,6 +41,7 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
             rpc.announce("worker", address, engine_pid=engine.pid)
 
     await server.set_serving(False)
+    collect_rarely()
     worker = asyncio.create_task(Worker(config, redis, vocabulary, address, on_engine, _print_loading).run())
     stop = asyncio.create_task(rpc.termination().wait())
     await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
