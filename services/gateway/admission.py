@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from services.common.errors import Exhausted, Unavailable
+from services.common.errors import Exhausted, ShoalError, Unavailable
 from services.common.store.connection import StoreError
 
 REFRESH_S = 0.2
@@ -22,8 +22,10 @@ RETRY_AFTER_MS = 1_000
 class OpenCalls:
     """Counts calls that stream; refuses more than `limit`, and all while the gateway stops."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
+        """`on_refusal` hears of each call that is refused."""
         self._limit = limit
+        self._on_refusal = on_refusal
         self._num_open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
@@ -31,17 +33,24 @@ class OpenCalls:
 
     def enter(self, context: Any) -> None:
         """Count a call until it is done. Raises Exhausted, Unavailable."""
+        refusal = self._refusal()
+        if refusal is not None:
+            self._on_refusal(refusal)
+            raise refusal
+        self._num_open += 1
+        self._none_open.clear()
+        context.add_done_callback(self._leave)
+
+    def _refusal(self) -> ShoalError | None:
         if self.draining:
-            raise draining()
+            return draining()
         if self._num_open >= self._limit:
-            raise Exhausted(
+            return Exhausted(
                 f"this gateway has {self._num_open} open streams, the most is {self._limit}; use another, or wait",
                 reason="TOO_MANY_STREAMS",
                 retry_after_ms=RETRY_AFTER_MS,
             )
-        self._num_open += 1
-        self._none_open.clear()
-        context.add_done_callback(self._leave)
+        return None
 
     async def all_done(self, within_s: float) -> bool:
         """Wait until no call is open. False: some still were after `within_s`."""

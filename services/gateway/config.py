@@ -30,6 +30,9 @@ class GatewayConfig:
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1_000)
     start_limit_ms: int = option(60_000, "longest wait for Redis and a tokenizer at the start", minimum=0)
     drain_ms: int = option(10_000, "how long open streams may go on after SIGTERM", minimum=0)
+    metrics_port: int = option(
+        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
+    )
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     def tokenizer_addresses(self) -> list[str]:

@@ -20,6 +20,7 @@ from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.metrics import Metrics
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, draining
 from services.gateway.capacity import Capacity
@@ -34,6 +35,7 @@ from services.gateway.http.server import HttpServer
 from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.model import Model
 from services.gateway.open_streams import OpenStreams
 from services.gateway.readiness import Readiness
@@ -70,6 +72,8 @@ class Addresses:
     """By clients, over HTTP."""
     fleet: str
     """By workers."""
+    metrics: str
+    """By Prometheus; empty: nowhere."""
 
 
 Ready = Callable[[Addresses], None]
@@ -85,41 +89,44 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     addresses = config.tokenizer_addresses()
     config.advertised(config.fleet_listen)  # refused before anything starts
     async with AsyncExitStack() as resources:
+        metrics = resources.enter_context(Metrics())
         redis = await _until_there(lambda: connect(config.redis_url), config, stop)
         resources.push_async_callback(redis.aclose)
         channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
-        await _serve(config, redis, tokenizer, model, stop, ready)
+        await _serve(config, redis, tokenizer, model, metrics, stop, ready)
 
 
 async def _serve(
-    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, stop: asyncio.Event, ready: Ready
-) -> None:
+    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics,
+    stop: asyncio.Event, ready: Ready,
+) -> None:  # fmt: skip
     clock = asyncio.get_running_loop().time
     store = RequestStore(redis, config.pool, config.retention_ms)
     streams = OpenStreams()
+    counted = GatewayMetrics(metrics, lambda: len(streams), clock)
     departures = Departures(store)
     replay = Replay(tokenizer)
-    calls = OpenCalls(config.max_streams)
+    calls = OpenCalls(config.max_streams, counted.refused)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
     capacity = Capacity(workers, clock)
-    requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
+    requests = Requests(redis, config.pool, store, streams, departures, replay, counted, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
             servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
-        links = DeliveryService(streams, departures, hints, tasks, clock)
+        links = DeliveryService(streams, departures, hints, tasks, counted, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
-        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
+        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, clock)
         service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
@@ -137,7 +144,14 @@ async def _serve(
                 Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
-        ready(Addresses(await public.start(config.listen), await http.start(config.http_listen), fleet_address))
+        ready(
+            Addresses(
+                public=await public.start(config.listen),
+                http=await http.start(config.http_listen),
+                fleet=fleet_address,
+                metrics=metrics.serve(config.listen, config.metrics_port),
+            )
+        )
         await stop.wait()
         await _drain(config, public, readiness, calls, streams)
         await http.stop()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.errors import DeadlineExceeded, Exhausted
+from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
 from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
 from services.common.record import moves
 from services.gateway.admission import Backlog
@@ -15,6 +15,7 @@ from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import cache_salt
 from services.gateway.known import KnownRequests
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
@@ -53,8 +54,9 @@ class Generation:
 
     def __init__(
         self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, known: KnownRequests,
-        requests: Requests, limits: Limits,
+        requests: Requests, limits: Limits, metrics: GatewayMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
+        """`clock`: the loop's, in s."""
         self._model = model
         self._tokenizer = tokenizer
         self._capacity = capacity
@@ -62,6 +64,8 @@ class Generation:
         self._known = known
         self._requests = requests
         self._limits = limits
+        self._metrics = metrics
+        self._clock = clock
         self._formats = AcceptedFormats(tokenizer)
         self._in_work = asyncio.Semaphore(MAX_IN_WORK)
 
@@ -70,6 +74,16 @@ class Generation:
 
         Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
         """
+        called_at_s = self._clock()
+        try:
+            stream = await self._admit(request, caller)
+        except ShoalError as error:
+            self._metrics.refused(error)
+            raise
+        stream.called_at_s = called_at_s
+        return stream
+
+    async def _admit(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
         await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
         with self._backlog.taking():
@@ -79,7 +93,9 @@ class Generation:
     async def _accept(self, valid: ValidRequest, caller: Caller) -> Stream:
         prompt = valid.token_ids
         if valid.text is not None:
+            asked_at_s = self._clock()
             prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+            self._metrics.encode.observe(self._clock() - asked_at_s)
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
         max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())

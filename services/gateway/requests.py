@@ -19,6 +19,7 @@ from services.common.store.requests import Peek, RequestStore
 from services.gateway.admission import backlog_full
 from services.gateway.departures import Departures
 from services.gateway.joining import Joining, completed
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.replay import Replay, diverged
 from services.gateway.store_retry import retried
@@ -32,7 +33,7 @@ class Requests:
 
     def __init__(
         self, redis: Redis, pool: str, store: RequestStore, streams: OpenStreams, departures: Departures,
-        replay: Replay, clock: Callable[[], float],
+        replay: Replay, metrics: GatewayMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         """`clock`: the loop's, in s."""
         self._redis = redis
@@ -41,6 +42,7 @@ class Requests:
         self._streams = streams
         self._departures = departures
         self._replay = replay
+        self._metrics = metrics
         self._joining = Joining(store, streams, clock)
         self._clock = clock
 
@@ -55,8 +57,10 @@ class Requests:
             raise _taken(request_id, f"by a request of model {owner}")
         with self._streams.arriving(move.key):
             try:
+                asked_at_s = self._clock()
                 # A nonce of its own for each try: Redis may run one, lose it, and run the next.
                 submitted = await retried(lambda: self._store.submit(replace(move, nonce=new_nonce())))
+                self._metrics.intake.observe(self._clock() - asked_at_s)
             except BaseException:
                 # Whether it was stored is unknown, but nobody here will read it.
                 self._departures.add(move.key, 1)
@@ -107,6 +111,7 @@ class Requests:
                 return stream
             case Verdict.OK:
                 logger.info("attached", extra={"request": key, "reader": record.reader})
+                self._metrics.attached()
                 return await self._open(self._stream(record, held), held, gateway)
             case verdict:
                 raise Internal(f"an attach was answered {verdict}")
@@ -173,6 +178,7 @@ class Requests:
         """
         if self._streams.get(stream.key) is stream:
             self._streams.remove(stream)
+            self._metrics.ended(stream)
             # An end that the record knows needs no word; neither does a reader that another has replaced.
             if not stream.settled:
                 self._departures.add(stream.key, stream.reader.number, cancel=cancel)

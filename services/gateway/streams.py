@@ -55,6 +55,10 @@ class Stream:
         self.unknown_since_s: float | None = None
         """Since when Redis has no record of it."""
         self.failed_replays = 0
+        self.called_at_s: float | None = None
+        """When its call of Generate came, by the loop's clock. None: it was opened by an Attach."""
+        self.has_tokens = False
+        """Whether any have come."""
         self.open_number = 0
         """Of the last open that was taken; every answer to its worker names it."""
         self.end: End | None = None
@@ -107,6 +111,7 @@ class Stream:
     ) -> None:
         """These tokens, of which the first has this index, follow in the client's stream."""
         self.reader.deliver(choice, tokens)
+        self.has_tokens = True
         self._waiting[choice].add(index, tokens, text, logprobs)
         self._wake.set()
 

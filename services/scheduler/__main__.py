@@ -11,11 +11,13 @@ from services.common import log
 from services.common.config import parse
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
+from services.common.telemetry.metrics import Metrics
 from services.scheduler.clock import monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
 from services.scheduler.leader import Reign
 from services.scheduler.lease_keeper import Held
+from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.server import make_server
 
@@ -41,16 +43,21 @@ async def _serve(config: SchedulerConfig) -> None:
     redis = await connect(config.redis_url)
     store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
 
+    metrics = Metrics()
+    counted = SchedulerMetrics(metrics)
+
     async def reign(held: Held, seen_life: bool) -> None:
-        await Reign(store, held, config, monotonic_ms).run(seen_life)
+        await Reign(store, held, config, counted, monotonic_ms).run(seen_life)
 
     server = make_server()
-    announce("scheduler", await server.start(config.listen))
-    async with asyncio.TaskGroup() as tasks:
-        candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
-        await stop.wait()
-        candidate.cancel()
-        await server.stop(STOP_GRACE_S)
+    with metrics:
+        address = await server.start(config.listen)
+        announce("scheduler", address, metrics_address=metrics.serve(config.listen, config.metrics_port))
+        async with asyncio.TaskGroup() as tasks:
+            candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
+            await stop.wait()
+            candidate.cancel()
+            await server.stop(STOP_GRACE_S)
     await redis.aclose()
 
 

@@ -23,6 +23,7 @@ from services.scheduler.clock import Clock
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.deposed import Deposed
 from services.scheduler.ledger import Reservation
+from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.placement import Placement
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.recovery import recover
@@ -52,11 +53,19 @@ class _Position:
 class Reign:
     """One reign. Its task alone changes the view, but for the sweeper's corrections."""
 
-    def __init__(self, store: PoolStore, held: lease_keeper.Held, config: SchedulerConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: PoolStore,
+        held: lease_keeper.Held,
+        config: SchedulerConfig,
+        metrics: SchedulerMetrics,
+        clock: Clock,
+    ) -> None:
         self._store = store
         self._held = held
         self._fence = held.lease.fence
         self._config = config
+        self._metrics = metrics
         self._clock = clock
         self.view = View(config.patience)
         """What this leader knows; for reading only."""
@@ -69,9 +78,12 @@ class Reign:
         """Lead until deposed. `seen_life`: this process has met a leader before. Raises Deposed, StoreError."""
         end: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(lease_keeper.keep(self._store.leadership, self._held, self._config.term, self._clock))
-                tasks.create_task(self._lead(seen_life))
+            with self._metrics.reign(self.view):
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(
+                        lease_keeper.keep(self._store.leadership, self._held, self._config.term, self._clock)
+                    )
+                    tasks.create_task(self._lead(seen_life))
         except* (Deposed, StoreError) as group:
             end = _first(group)
         if end is not None:
@@ -155,11 +167,15 @@ class Reign:
 
     async def _place_one(self, placement: Placement) -> None:
         queued, worker = placement.queued, placement.worker
+        asked_at_ms = self._clock()
         answer = await self._store.requests.place(moves.Place(queued.key, self._fence, queued.attempt, worker))
         fields = {"request": queued.key, "attempt": queued.attempt.number, "worker": worker}
         match answer.verdict:
             case Verdict.OK:
-                self.view.placed(placement, self._clock())
+                now_ms = self._clock()
+                self.view.placed(placement, now_ms)
+                self._metrics.placements.inc()
+                self._metrics.placement_duration.observe((now_ms - asked_at_ms) / 1000)
                 logger.info("placed", extra=fields)
             case Verdict.NOT_LEADER:
                 raise Deposed("a placement was refused")
@@ -221,11 +237,14 @@ class Reign:
         """Requeue all that a worker has, and retire it. If it lives, it comes back under a new id."""
         self.view.forget_worker(worker)
         logger.warning("lost", extra={"worker": worker, "why": why})
+        self._metrics.workers_lost.inc()
         for start in await self._store.inbox(worker).outstanding():
             requeue = moves.Requeue(start.key, start.attempt, new_nonce(), why, self._fence)
             answer = await self._store.requests.requeue(requeue)
             if answer.verdict == Verdict.NOT_LEADER:
                 raise Deposed("a requeue was refused")
+            if answer.verdict == Verdict.OK:
+                self._metrics.requeues.labels("worker_lost").inc()
             logger.info(
                 "requeued",
                 extra={"request": start.key, "worker": worker, "attempt": answer.index, "verdict": answer.verdict},

@@ -11,7 +11,9 @@ from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
+from services.common.telemetry.metrics import Metrics
 from services.tokenizer.config import TokenizerConfig
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
 
@@ -37,13 +39,21 @@ async def _serve(config: TokenizerConfig) -> None:
     model_path = Path(config.model_path) if config.model_path else default_model_path()
     pool = Pool(model_path, _limits(config))
     description = describe_model(read_stored_model(model_path), config.pool)
-    service = TokenizerService(pool, description, config.max_input_bytes)
+    metrics = Metrics()
+    counted = TokenizerMetrics(metrics, lambda: pool.num_queued)
+    service = TokenizerService(pool, description, config.max_input_bytes, counted)
     server = Server([SERVICE_NAME])
     server.grpc.add_generic_rpc_handlers((handlers(service),))
+    with metrics:
+        await _run(config, stop, pool, server, metrics)
+
+
+async def _run(config: TokenizerConfig, stop: asyncio.Event, pool: Pool, server: Server, metrics: Metrics) -> None:
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()
-        announce("tokenizer", await server.start(config.listen))
+        address = await server.start(config.listen)
+        announce("tokenizer", address, metrics_address=metrics.serve(config.listen, config.metrics_port))
         await stop.wait()
         await server.stop(config.stop_grace_ms / 1000)
         running_pool.cancel()

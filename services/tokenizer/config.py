@@ -26,6 +26,9 @@ class TokenizerConfig:
         minimum=1,
     )
     stop_grace_ms: int = option(5_000, "how long open calls may go on after SIGTERM", minimum=0)
+    metrics_port: int = option(
+        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
+    )
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     @property

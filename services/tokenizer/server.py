@@ -4,15 +4,17 @@ The front neither parses nor builds what depends on a text's length: that alone 
 at a megabyte. So its handlers are registered on bytes instead of through the generated servicer.
 """
 
+import asyncio
 from dataclasses import dataclass
 
 import grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, ShoalError
 from services.common.model.stored_model import StoredModel, context_tokens
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.tokenizer.frames import Operation
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool
 
 SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
@@ -27,6 +29,7 @@ class TokenizerService:
     pool: Pool
     description: tokenizer_pb2.DescribeResponse
     max_input_bytes: int
+    metrics: TokenizerMetrics
 
     async def encode(self, payload: bytes, context: Context) -> bytes:
         """Render and encode one input. Raises InvalidRequest, and what the pool raises."""
@@ -51,6 +54,17 @@ class TokenizerService:
         return self.description
 
     async def _submit(self, operation: Operation, payload: bytes) -> bytes:
+        clock = asyncio.get_running_loop().time
+        asked_at_s = clock()
+        try:
+            answer = await self._worked_at(operation, payload)
+        except ShoalError as error:
+            self.metrics.refused(error)
+            raise
+        self.metrics.done(operation, len(payload), clock() - asked_at_s)
+        return answer
+
+    async def _worked_at(self, operation: Operation, payload: bytes) -> bytes:
         if len(payload) > self.max_input_bytes:
             raise InvalidRequest(
                 f"the input has {len(payload)} bytes; the most is {self.max_input_bytes}",

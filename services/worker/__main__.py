@@ -11,9 +11,11 @@ from services.common import log, rpc
 from services.common.config import Parsed, parse
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import connect
+from services.common.telemetry.metrics import Metrics
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
+from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -21,12 +23,18 @@ logger = logging.getLogger(__name__)
 
 async def serve(parsed: Parsed[WorkerConfig]) -> None:
     """Run until SIGTERM, or until the fleet drained this worker."""
+    with Metrics() as metrics:
+        await _serve(parsed, metrics)
+
+
+async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics) -> None:
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
     redis = await connect(config.redis_url)
     server = rpc.Server([])
     address = await server.start(config.listen)
+    metrics_address = metrics.serve(config.listen, config.metrics_port)
     tasks: set[asyncio.Task[None]] = set()
 
     def on_engine(engine: EngineClient | None) -> None:
@@ -34,10 +42,11 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if engine:
-            rpc.announce("worker", address, engine_pid=engine.pid)
+            rpc.announce("worker", address, engine_pid=engine.pid, metrics_address=metrics_address)
 
     await server.set_serving(False)
-    worker = asyncio.create_task(Worker(config, redis, vocabulary, address, on_engine, _print_loading).run())
+    running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics))
+    worker = asyncio.create_task(running.run())
     stop = asyncio.create_task(rpc.termination().wait())
     await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
     # A cancelled session hands over what it holds, and ends its engine.

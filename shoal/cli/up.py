@@ -42,6 +42,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--http-port", type=_port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
     )
+    parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics, each process at a free port")
     parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
     parser.set_defaults(run=run)
 
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         data_dir=arguments.data_dir,
         port=arguments.port,
         http_port=arguments.http_port,
+        metrics=arguments.metrics,
     )
     if options.redis_url:
         # Imported here only: the client of Redis would take a fifth of the time until anything is started.

@@ -24,6 +24,8 @@ class FleetOptions:
 
     http_port: int = 0
     """The same of HTTP."""
+    metrics: bool = False
+    """Every service serves its figures to Prometheus."""
 
     @property
     def pool(self) -> str:

@@ -16,9 +16,11 @@ from services.common.record.reader import Acceptance, Reader
 from services.common.record.record import Attempt
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.metrics import Metrics
 from services.gateway.delivery import DeliveryService
 from services.gateway.departures import Departures
 from services.gateway.hints import Hints
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Accepted, Stream
 
@@ -162,7 +164,8 @@ async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again
     async with asyncio.TaskGroup() as tasks:
         departures = Departures(RequestStore(Redis(), "unused", 1))
         hints = Hints(WorkerDirectory(Redis(), "unused"))
-        link = DeliveryService(streams, departures, hints, tasks, lambda: 0.0).Deliver(messages(), call)
+        metrics = GatewayMetrics(Metrics(), lambda: 0, lambda: 0.0)
+        link = DeliveryService(streams, departures, hints, tasks, metrics, lambda: 0.0).Deliver(messages(), call)
         answer = tasks.create_task(_next(link))
         with streams.arriving(KEY):
             attempt = delivery_pb2.AttemptId(number=FIRST.number, nonce=FIRST.nonce)

@@ -111,6 +111,9 @@ class EngineLoop:
             outputs=outputs,
             free_blocks=self._planner.num_free_blocks,
             waiting_prefill_tokens=self._planner.waiting_prefill_tokens,
+            running_sequences=self._planner.num_running,
+            waiting_sequences=self._planner.num_waiting,
+            preemptions=self._planner.num_preemptions,
         )
         self._front.send(engine_pb2.EngineEvent(done=done))
 

@@ -26,13 +26,15 @@ class _Choice:
     `logprobs` are those of its first tokens, as far as the engine has told them, if they are asked for.
     """
 
-    __slots__ = ("_stream", "end", "logprobs", "pieces", "sequence_id")
+    __slots__ = ("_stream", "end", "last_token_s", "logprobs", "pieces", "sequence_id")
 
     def __init__(self, sequence_id: int, vocabulary: Vocabulary, stops: tuple[StopText, ...]) -> None:
         self.sequence_id = sequence_id
         self.pieces: list[str] = []
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.end: ChoiceEnd | None = None
+        self.last_token_s: float | None = None
+        """When the engine gave its last token; None: it has given none."""
         self._stream = TextStream(vocabulary, stops)
 
     def feed(self, token: int) -> bool:
@@ -149,6 +151,11 @@ class ActiveRequest:
     def num_tokens(self) -> int:
         """Tokens known of the longest choice."""
         return max(len(known) for known in self.run.known)
+
+    @property
+    def queued_s(self) -> float | None:
+        """From acceptance to placement, if it was placed for the first time."""
+        return self._placed_ms / 1000 if self.run.attempt.number == 1 else None
 
     def token_frames(self) -> list[delivery_pb2.TokenFrame]:
         """What the reader has not been sent, as messages; tokens wait for their log-probabilities."""

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -30,6 +30,7 @@ from services.worker.front.active import ActiveRequest, attempt_id
 from services.worker.front.engine_client import EngineClient, EngineDiedError
 from services.worker.front.gateway_links import GatewayLinks
 from services.worker.front.journal import Journal
+from services.worker.front.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Session:
 
     def __init__(
         self, config: WorkerConfig, engine: EngineClient, ready: engine_pb2.EngineReady, store: RequestStore,
-        inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary,
+        inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary, metrics: WorkerMetrics,
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
         self.ready = ready
@@ -71,12 +72,13 @@ class Session:
         self.progress = asyncio.Event()
         """Set when a report would say something new."""
         self.active: dict[RequestKey, ActiveRequest] = {}
-        self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled)
+        self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled, metrics)
         self._config = config
         self._engine = engine
         self._store = store
         self._inbox = inbox(self.worker)
         self._vocabulary = vocabulary
+        self._metrics = metrics
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
         self._in_flight: dict[int, Sequence[int]] = {}
@@ -100,26 +102,27 @@ class Session:
         `others` run beside it, and end with it. At the end `close` sees to it that nothing more is placed here; then
         what was still held, or lies unread in the inbox, is handed back.
         """
-        reason = "worker stops"
+        reason, cause = "worker stops", "stopped"
         suspects: Sequence[int] = ()
         try:
             await _alone(self._work(others))
         except* EngineDiedError as died:
             error = died.exceptions[0]
-            reason = str(error)
+            reason, cause = str(error), "engine_died"
+            self._metrics.engine_deaths.inc()
             # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
             if isinstance(error, EngineDiedError) and not error.on_request:
                 suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
         except* LostError:
-            reason = "worker was lost"
+            reason, cause = "worker was lost", "lost"
             raise
         except* DrainedError:
-            reason = "worker drains"
+            reason, cause = "worker drains", "drained"
             suspects = ()
             raise
         finally:
-            await to_the_end(self._depart(close, reason, suspects))
+            await to_the_end(self._depart(close, reason, cause, suspects))
 
     async def _work(self, others: Sequence[Callable[[], Awaitable[None]]]) -> None:
         async with asyncio.TaskGroup() as self._tasks:
@@ -161,6 +164,9 @@ class Session:
         ids = [next(self._sequence_ids) for _ in range(max(1, start.payload.n))]
         active = ActiveRequest(start, self._vocabulary, ids, time.monotonic())
         self.active[start.key] = active
+        self._metrics.attempts.inc()
+        if active.queued_s is not None:
+            self._metrics.queue_time.observe(active.queued_s)
         logger.info(
             "started", extra={"request": start.key, "attempt": start.attempt.number, "known": active.num_tokens}
         )
@@ -213,7 +219,7 @@ class Session:
             await self._drop(active)
             why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
             # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
-            await self._give_back(run.key, run.attempt, why, floor=floor, tries=END_TRIES)
+            await self._give_back(run.key, run.attempt, why, "stale", floor=floor, tries=END_TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
         for number, (choice, forced) in enumerate(zip(active.choices, begin.forced, strict=True)):
@@ -247,15 +253,27 @@ class Session:
 
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
-        self._in_flight.pop(done.step, None)
+        num_sequences = len(self._in_flight.pop(done.step, ()))
         if not self._in_flight:
             self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
         now_s = time.monotonic()
+        self._metrics.step_done(done, num_sequences, self._gaps_s(done, now_s))
         for output in done.outputs:
             await self._output(output, now_s)
         self.progress.set()
+
+    def _gaps_s(self, done: engine_pb2.StepDone, now_s: float) -> Iterator[float]:
+        """Since the token before, of each sequence that has a new one; they are noted."""
+        for output in done.outputs:
+            found = self._sequences.get(output.sequence_id)
+            if found is None or not output.token_ids:
+                continue
+            choice = found[0].choices[found[1]]
+            if choice.last_token_s is not None:
+                yield now_s - choice.last_token_s
+            choice.last_token_s = now_s
 
     async def _output(self, output: engine_pb2.SequenceOutput, now_s: float) -> None:
         ended = output.end != engine_pb2.SEQUENCE_END_UNSPECIFIED
@@ -307,6 +325,7 @@ class Session:
 
         answer = await self._until_stored(finish, END_TRIES)
         if answer and answer.verdict == Verdict.OK:
+            self._metrics.request_ended(state, outcome.usage.prompt_tokens, outcome.usage.cached_tokens)
             self._links.end(active, _end_frame(active, state, error, outcome))
         else:
             self._links.forget(active)
@@ -340,18 +359,20 @@ class Session:
             del self.active[active.run.key]
         self.progress.set()
 
-    async def _depart(self, close: Callable[[], Awaitable[None]], why: str, suspects: Sequence[int]) -> None:
+    async def _depart(
+        self, close: Callable[[], Awaitable[None]], why: str, cause: str, suspects: Sequence[int]
+    ) -> None:
         self._departing = True
         try:
             async with asyncio.timeout(HAND_OVER_S):
                 await close()
-                await self._hand_back(why, suspects)
+                await self._hand_back(why, cause, suspects)
                 for unread in await self._inbox.outstanding():
-                    await self._give_back(unread.key, unread.attempt, why)
+                    await self._give_back(unread.key, unread.attempt, why, cause)
         except (StoreUnavailable, TimeoutError) as error:
             logger.warning("left requests to the leader", extra={"error": str(error)})
 
-    async def _hand_back(self, why: str, suspected: Sequence[int]) -> None:
+    async def _hand_back(self, why: str, cause: str, suspected: Sequence[int]) -> None:
         """Everything held goes back to the queue; what has a suspected sequence goes as suspect."""
         suspects = {self._sequences[number][0].run.key for number in suspected if number in self._sequences}
         await self.journal.flush()
@@ -359,18 +380,21 @@ class Session:
         for active in list(self.active.values()):
             known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
             await self._drop(active)
-            await self._give_back(active.run.key, active.run.attempt, why, suspect_until=known)
+            await self._give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
 
     async def _give_back(
-        self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0,
+        self, key: RequestKey, attempt: Attempt, why: str, cause: str, floor: int = 0, suspect_until: int = 0,
         tries: int = HAND_BACK_TRIES,
     ) -> None:  # fmt: skip
-        await self._until_stored(
+        """`why`: for the record. `cause`: the same in a word, one of few."""
+        answer = await self._until_stored(
             lambda: self._store.requeue(
                 moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
             ),
             tries,
         )
+        if answer and answer.verdict == Verdict.OK:
+            self._metrics.requeues.labels(cause).inc()
 
     # Small parts
 

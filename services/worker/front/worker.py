@@ -17,6 +17,7 @@ from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
 from services.worker.front.holdings import HoldingsPoster
+from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import DrainedError, LostError, Session, to_the_end
 
@@ -42,7 +43,7 @@ class Worker:
 
     def __init__(
         self, config: WorkerConfig, redis: Redis, vocabulary: Vocabulary, address: str, on_engine: OnEngine,
-        on_loading: OnLoading,
+        on_loading: OnLoading, metrics: WorkerMetrics,
     ) -> None:  # fmt: skip
         """`on_engine` hears of each engine that is ready, and of its loss (None)."""
         self._config = config
@@ -51,6 +52,7 @@ class Worker:
         self._address = address
         self._on_engine = on_engine
         self._on_loading = on_loading
+        self._metrics = metrics
         self._directory = WorkerDirectory(redis, config.pool)
 
     async def run(self) -> None:
@@ -65,6 +67,7 @@ class Worker:
                     ready = await self._loaded(engine)
                     served = True
                     self._on_engine(engine)
+                    self._metrics.engine_is(ready)
                     await self._serve(engine, ready)
             except* DrainedError:
                 drained = True
@@ -72,6 +75,7 @@ class Worker:
                 logger.warning("session over", extra={"error": str(ended.exceptions[0])})
             finally:
                 self._on_engine(None)
+                self._metrics.engine_is(None)
             if drained:
                 return
             failures = 0 if served else failures + 1
@@ -94,8 +98,9 @@ class Worker:
         config = self._config
         store = RequestStore(self._redis, config.pool, config.retention_ms)
         session = Session(
-            config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary
-        )
+            config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary,
+            self._metrics,
+        )  # fmt: skip
         info = self._info(session, ready)
         await self._register(info)
         logger.info("serving", extra={"worker": session.worker, "engine_pid": engine.pid, "blocks": ready.num_blocks})
