@@ -1,7 +1,7 @@
 """Structured logs: one JSON object a line on standard error.
 
-`logging.getLogger(name).info("placed", extra={"request": key, "worker": worker})`: fields of `extra` become fields of
-the line. Prompts and answers are never logged.
+`logging.getLogger(name).info("placed", extra={**about(key, traceparent), "worker": worker})`: fields of `extra` become
+fields of the line. Prompts and answers are never logged.
 """
 
 import json
@@ -9,6 +9,9 @@ import logging
 import sys
 import traceback
 from datetime import UTC, datetime
+
+from services.common.ids import RequestKey
+from services.common.telemetry.trace_context import trace_id_of
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -18,6 +21,11 @@ def configure(service: str, level: str = "INFO") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(service))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def about(key: RequestKey, traceparent: str) -> dict[str, object]:
+    """The fields of every line that is about a request: its key, and the id of its trace."""
+    return {"request": key, "trace_id": trace_id_of(traceparent)}
 
 
 class _JsonLines(logging.Formatter):

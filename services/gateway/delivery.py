@@ -106,6 +106,7 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
             if stream.take(attempt, frame.delta, now_s) is Acceptance.GAP:
                 link.resume(attempt, stream)
             elif stream.has_tokens and not had_tokens:
+                stream.first_token_at_s = now_s
                 self._metrics.first_token(stream)
 
     def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:

@@ -21,6 +21,7 @@ from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, draining
 from services.gateway.capacity import Capacity
@@ -90,16 +91,17 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     config.advertised(config.fleet_listen)  # refused before anything starts
     async with AsyncExitStack() as resources:
         metrics = resources.enter_context(Metrics())
+        tracer = resources.enter_context(tracing(config.otlp_endpoint, "gateway"))
         redis = await _until_there(lambda: connect(config.redis_url), config, stop)
         resources.push_async_callback(redis.aclose)
         channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
-        await _serve(config, redis, tokenizer, model, metrics, stop, ready)
+        await _serve(config, redis, tokenizer, model, metrics, tracer, stop, ready)
 
 
 async def _serve(
-    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics,
+    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics, tracer: Tracer,
     stop: asyncio.Event, ready: Ready,
 ) -> None:  # fmt: skip
     clock = asyncio.get_running_loop().time
@@ -114,7 +116,7 @@ async def _serve(
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
     capacity = Capacity(workers, clock)
-    requests = Requests(redis, config.pool, store, streams, departures, replay, counted, clock)
+    requests = Requests(redis, config.pool, store, streams, departures, replay, counted, tracer, clock)
     public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
     fleet = rpc.Server([delivery.SERVICE_NAME])
     readiness = Readiness(public)
@@ -126,7 +128,7 @@ async def _serve(
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
-        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, clock)
+        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
         service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(

@@ -5,17 +5,20 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1 import request_pb2
+from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
 from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
 from services.common.record import moves
+from services.common.telemetry import conventions
+from services.common.telemetry.tracing import Side, Span, Tracer
+from services.gateway import spans
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import cache_salt
 from services.gateway.known import KnownRequests
-from services.gateway.metrics import GatewayMetrics
+from services.gateway.metrics import LEFT, GatewayMetrics
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
@@ -54,7 +57,7 @@ class Generation:
 
     def __init__(
         self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, known: KnownRequests,
-        requests: Requests, limits: Limits, metrics: GatewayMetrics, clock: Callable[[], float],
+        requests: Requests, limits: Limits, metrics: GatewayMetrics, tracer: Tracer, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         """`clock`: the loop's, in s."""
         self._model = model
@@ -65,6 +68,7 @@ class Generation:
         self._requests = requests
         self._limits = limits
         self._metrics = metrics
+        self._tracer = tracer
         self._clock = clock
         self._formats = AcceptedFormats(tokenizer)
         self._in_work = asyncio.Semaphore(MAX_IN_WORK)
@@ -75,31 +79,49 @@ class Generation:
         Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
         """
         called_at_s = self._clock()
+        span = spans.begin_call(self._tracer, request, self._model.name, caller.traceparent)
         try:
-            stream = await self._admit(request, caller)
+            stream = await self._admit(request, caller, span)
         except ShoalError as error:
             self._metrics.refused(error)
+            spans.end_refused(span, error)
+            raise
+        except BaseException:
+            # Its client hung up meanwhile, or a defect.
+            span.end(error=LEFT)
             raise
         stream.called_at_s = called_at_s
         return stream
 
-    async def _admit(self, request: inference_pb2.GenerateRequest, caller: Caller) -> Stream:
+    async def _admit(self, request: inference_pb2.GenerateRequest, caller: Caller, span: Span) -> Stream:
         await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
         with self._backlog.taking():
             async with self._in_work:
-                return await self._accept(valid, caller)
+                return await self._accept(valid, caller, span)
 
-    async def _accept(self, valid: ValidRequest, caller: Caller) -> Stream:
+    async def _accept(self, valid: ValidRequest, caller: Caller, span: Span) -> Stream:
         prompt = valid.token_ids
         if valid.text is not None:
-            asked_at_s = self._clock()
-            prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
-            self._metrics.encode.observe(self._clock() - asked_at_s)
+            prompt = await self._encode(valid.text, caller, span)
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
         max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
-        return await self._requests.submit(self._move(valid, prompt, max_tokens, caller), len(prompt))
+        move = self._move(valid, prompt, max_tokens, caller, span.traceparent)
+        return await self._requests.submit(move, len(prompt), span)
+
+    async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:
+        asked_at_s = self._clock()
+        encode = self._tracer.begin("encode", span.traceparent, side=Side.CLIENT)
+        traceparent = encode.traceparent if self._tracer.enabled else ""
+        try:
+            prompt = await self._tokenizer.encode(text, caller.time_left_s(), traceparent)
+        except ShoalError as error:
+            spans.end_refused(encode, error)
+            raise
+        self._metrics.encode.observe(self._clock() - asked_at_s)
+        encode.end({conventions.USAGE_INPUT_TOKENS: len(prompt)})
+        return prompt
 
     async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
         # Before anything else is looked at: in a flood, this is all that most calls cost.
@@ -110,12 +132,15 @@ class Generation:
             if not request_id or not await self._known.knows(request_key(caller.tenant, check_request_id(request_id))):
                 raise
 
-    def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
+    def _move(
+        self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller, traceparent: str
+    ) -> moves.Submit:
         request_id = valid.request_id or new_request_id()
+        payload = self._payload(valid, request_id, prompt, max_tokens, caller.tenant, traceparent)
         return moves.Submit(
             key=request_key(caller.tenant, request_id),
             digest=valid.digest,
-            payload=self._payload(valid, request_id, prompt, max_tokens, caller).SerializeToString(),
+            payload=payload.SerializeToString(),
             num_choices=valid.n,
             nonce=new_nonce(),
             gateway=self._limits.gateway,
@@ -125,11 +150,17 @@ class Generation:
         )
 
     def _payload(
-        self, valid: ValidRequest, request_id: str, prompt: tuple[int, ...], max_tokens: int, caller: Caller
+        self,
+        valid: ValidRequest,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        tenant: TenantId,
+        traceparent: str,
     ) -> request_pb2.RequestPayload:
         payload = request_pb2.RequestPayload(
             request_id=request_id,
-            tenant=caller.tenant,
+            tenant=tenant,
             model=self._model.name,
             prompt_token_ids=prompt,
             sampling=valid.sampling,
@@ -142,8 +173,8 @@ class Generation:
             response_format=valid.response_format,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
-            cache_salt=cache_salt(caller.tenant),
-            traceparent=caller.traceparent,
+            cache_salt=cache_salt(tenant),
+            traceparent=traceparent,
         )
         if not payload.sampling.HasField("seed"):
             payload.sampling.seed = secrets.randbits(64)

@@ -9,12 +9,11 @@ from collections.abc import Iterable
 
 from services.common.errors import InvalidRequest
 from services.common.ids import TenantId
+from services.common.telemetry.trace_context import TRACEPARENT_KEY, is_traceparent
 
 TENANT_KEY = "x-shoal-tenant"
-TRACE_KEY = "traceparent"
 DEFAULT_TENANT = TenantId("default")
 TENANT_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TRACE_PATTERN = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 CACHE_SALT_BYTES = 16
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -36,8 +35,8 @@ def tenant_of(metadata: Metadata) -> TenantId:
 
 def traceparent_of(metadata: Metadata) -> str:
     """The call's W3C trace context; empty if there is none that is well formed."""
-    value = _value(metadata, TRACE_KEY)
-    return value if value and TRACE_PATTERN.fullmatch(value) else ""
+    value = _value(metadata, TRACEPARENT_KEY)
+    return value if value and is_traceparent(value) else ""
 
 
 def cache_salt(tenant: TenantId) -> bytes:

@@ -54,8 +54,8 @@ class GatewayMetrics:
 
     def first_token(self, stream: Stream) -> None:
         """The first token of a stream has come."""
-        if stream.called_at_s is not None:
-            self.time_to_first_token.observe(self._clock() - stream.called_at_s)
+        if stream.called_at_s is not None and stream.first_token_at_s is not None:
+            self.time_to_first_token.observe(stream.first_token_at_s - stream.called_at_s)
 
     def ended(self, stream: Stream) -> None:
         """A stream is closed."""

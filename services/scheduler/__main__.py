@@ -8,10 +8,11 @@ import sys
 import uvloop
 
 from services.common import log
-from services.common.config import parse
+from services.common.config import ConfigError, parse
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import tracing
 from services.scheduler.clock import monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
@@ -20,6 +21,7 @@ from services.scheduler.lease_keeper import Held
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.server import make_server
+from services.scheduler.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def main() -> None:
     logger.info("configuration", extra={"configuration": parsed.describe()})
     try:
         uvloop.run(_serve(parsed.config))
-    except (StoreError, OSError, ValueError) as error:
+    except (ConfigError, StoreError, OSError, ValueError) as error:
         sys.exit(f"scheduler: {error}")
 
 
@@ -43,14 +45,13 @@ async def _serve(config: SchedulerConfig) -> None:
     redis = await connect(config.redis_url)
     store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
 
-    metrics = Metrics()
-    counted = SchedulerMetrics(metrics)
-
-    async def reign(held: Held, seen_life: bool) -> None:
-        await Reign(store, held, config, counted, monotonic_ms).run(seen_life)
-
     server = make_server()
-    with metrics:
+    with Metrics() as metrics, tracing(config.otlp_endpoint, "scheduler") as tracer:
+        told = Telemetry(SchedulerMetrics(metrics), tracer)
+
+        async def reign(held: Held, seen_life: bool) -> None:
+            await Reign(store, held, config, told, monotonic_ms).run(seen_life)
+
         address = await server.start(config.listen)
         announce("scheduler", address, metrics_address=metrics.serve(config.listen, config.metrics_port))
         async with asyncio.TaskGroup() as tasks:

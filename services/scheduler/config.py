@@ -19,6 +19,7 @@ class SchedulerConfig:
     metrics_port: int = option(
         0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
     )
+    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     lease_ttl_ms: int = option(2_000, "how long leadership lasts unless renewed", minimum=200, maximum=60_000)
     lease_renew_ms: int = option(500, "how often leadership is renewed, or asked for", minimum=20, maximum=20_000)

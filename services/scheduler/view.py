@@ -77,6 +77,14 @@ class View:
             self._watch(event.worker, now_ms)
         return None
 
+    def traceparent(self, key: RequestKey) -> str:
+        """The trace of a request that waits, or that a worker has; empty if it is not known. O(workers)."""
+        queued = self.queue.get(key)
+        if queued is not None:
+            return queued.traceparent
+        held = (account.reservations.get(key) for account in self.ledger.accounts.values())
+        return next((reservation.traceparent for reservation in held if reservation), "")
+
     def next_placement(self) -> Placement | None:
         """What to place now. None: nobody waits, or there is no room."""
         return next_placement(self.queue.in_order(), self.ledger.accounts.values())

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from services.common import log
-from services.common.config import parse
+from services.common.config import ConfigError, parse
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.tokenizer.config import TokenizerConfig
 from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
@@ -28,27 +29,26 @@ def main() -> None:
     problems: list[str] = []
     try:
         asyncio.run(_serve(parsed.config))
-    except* (ModelFileError, PoolStartError, OSError) as errors:
+    except* (ConfigError, ModelFileError, PoolStartError, OSError) as errors:
         problems = _problems(errors)
     if problems:
         sys.exit("\n".join(problems))
 
 
 async def _serve(config: TokenizerConfig) -> None:
+    with Metrics() as metrics, tracing(config.otlp_endpoint, "tokenizer") as tracer:
+        await _run(config, metrics, tracer)
+
+
+async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> None:
     stop = termination()
     model_path = Path(config.model_path) if config.model_path else default_model_path()
     pool = Pool(model_path, _limits(config))
     description = describe_model(read_stored_model(model_path), config.pool)
-    metrics = Metrics()
     counted = TokenizerMetrics(metrics, lambda: pool.num_queued)
-    service = TokenizerService(pool, description, config.max_input_bytes, counted)
+    service = TokenizerService(pool, description, config.max_input_bytes, counted, tracer)
     server = Server([SERVICE_NAME])
     server.grpc.add_generic_rpc_handlers((handlers(service),))
-    with metrics:
-        await _run(config, stop, pool, server, metrics)
-
-
-async def _run(config: TokenizerConfig, stop: asyncio.Event, pool: Pool, server: Server, metrics: Metrics) -> None:
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()

@@ -29,6 +29,7 @@ class TokenizerConfig:
     metrics_port: int = option(
         0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
     )
+    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
 
     @property

@@ -12,6 +12,9 @@ import grpc
 from gen.shoal.fleet.v1 import tokenizer_pb2
 from services.common.errors import InvalidRequest, ShoalError
 from services.common.model.stored_model import StoredModel, context_tokens
+from services.common.telemetry.conventions import INPUT_BYTES
+from services.common.telemetry.trace_context import TRACEPARENT_KEY
+from services.common.telemetry.tracing import Side, Tracer
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.tokenizer.frames import Operation
 from services.tokenizer.metrics import TokenizerMetrics
@@ -30,10 +33,21 @@ class TokenizerService:
     description: tokenizer_pb2.DescribeResponse
     max_input_bytes: int
     metrics: TokenizerMetrics
+    tracer: Tracer
 
     async def encode(self, payload: bytes, context: Context) -> bytes:
         """Render and encode one input. Raises InvalidRequest, and what the pool raises."""
-        return await self._submit(Operation.ENCODE, payload)
+        if not self.tracer.enabled:
+            return await self._submit(Operation.ENCODE, payload)
+        parent = dict(context.invocation_metadata() or ()).get(TRACEPARENT_KEY, "")
+        span = self.tracer.begin("tokenize", str(parent), {INPUT_BYTES: len(payload)}, side=Side.SERVER)
+        try:
+            answer = await self._submit(Operation.ENCODE, payload)
+        except ShoalError as error:
+            span.end(error=error.reason or error.code.name)
+            raise
+        span.end()
+        return answer
 
     async def decode(self, payload: bytes, context: Context) -> bytes:
         """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""

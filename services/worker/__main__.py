@@ -3,15 +3,17 @@
 import asyncio
 import json
 import logging
+import sys
 
 import uvloop
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
-from services.common.config import Parsed, parse
+from services.common.config import ConfigError, Parsed, parse
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import connect
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
@@ -23,11 +25,11 @@ logger = logging.getLogger(__name__)
 
 async def serve(parsed: Parsed[WorkerConfig]) -> None:
     """Run until SIGTERM, or until the fleet drained this worker."""
-    with Metrics() as metrics:
-        await _serve(parsed, metrics)
+    with Metrics() as metrics, tracing(parsed.config.otlp_endpoint, "worker") as tracer:
+        await _serve(parsed, metrics, tracer)
 
 
-async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics) -> None:
+async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer) -> None:
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
@@ -45,7 +47,7 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics) -> None:
             rpc.announce("worker", address, engine_pid=engine.pid, metrics_address=metrics_address)
 
     await server.set_serving(False)
-    running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics))
+    running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics), tracer)
     worker = asyncio.create_task(running.run())
     stop = asyncio.create_task(rpc.termination().wait())
     await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -66,7 +68,10 @@ def main() -> None:
     """Read the configuration and run."""
     parsed = parse(WorkerConfig, "worker")
     log.configure("worker", parsed.config.log_level)
-    uvloop.run(serve(parsed))
+    try:
+        uvloop.run(serve(parsed))
+    except ConfigError as error:
+        sys.exit(f"worker: {error}")
 
 
 if __name__ == "__main__":

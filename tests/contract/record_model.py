@@ -91,6 +91,7 @@ def _queued(record: Record) -> Queued:
         priority=int(payload.priority),
         tenant=record.key.split("/")[0],  # type: ignore[arg-type]
         suspect_until=record.suspect_until,
+        traceparent=payload.traceparent,
     )
 
 

@@ -20,6 +20,7 @@ from services.common.store.inbox import Start
 from services.common.store.leadership import Leadership
 from services.common.store.streams import FIRST
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer
 from services.scheduler.clock import Clock, monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
@@ -27,6 +28,7 @@ from services.scheduler.leader import Reign
 from services.scheduler.lease_keeper import Held
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pool_store import PoolStore
+from services.scheduler.telemetry import Telemetry
 
 WITHIN_S = 10
 """Longest wait for anything."""
@@ -204,10 +206,10 @@ class SchedulerPool:
         store = PoolStore.of(self._redis, self._pool, holder, RETENTION_MS)
         leadership = Immortal(self._redis, self._pool, holder) if immortal else store.leadership
         reigns: list[Reign] = []
-        metrics = SchedulerMetrics(Metrics())
+        telemetry = Telemetry(SchedulerMetrics(Metrics()), NoTracer())
 
         async def reign(held: Held, seen_life: bool) -> None:
-            reigns.append(Reign(store, held, config, metrics, clock))
+            reigns.append(Reign(store, held, config, telemetry, clock))
             await reigns[-1].run(seen_life)
 
         task = self._spawn(Candidate(leadership, config.term, reign, clock).run())

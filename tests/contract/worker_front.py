@@ -24,6 +24,7 @@ from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineDiedError
@@ -272,7 +273,7 @@ class Bench:
             return Inbox(self.redis, self.pool, worker)
 
         metrics = WorkerMetrics(Metrics())
-        self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY, metrics)  # type: ignore[arg-type]
+        self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY, metrics, NoTracer())  # type: ignore[arg-type]
         info = request_pb2.WorkerInfo(worker_id=self.session.worker, num_blocks=64, block_size_tokens=16)
         await self.directory.register(info, 60_000)
         reporter = Reporter(self.session, self.directory, Recovery(self.redis, self.pool), config)

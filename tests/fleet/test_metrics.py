@@ -93,7 +93,7 @@ class Prometheus:
 
     def value(self, query: str, wanted: float) -> None:
         """Wait until a query has this one value."""
-        seen: object = None
+        seen: Any = None
         deadline = time.monotonic() + WITHIN_S
         while time.monotonic() < deadline:
             assert self._process.poll() is None, "Prometheus ended"

@@ -17,6 +17,7 @@ from services.common.record.record import Attempt
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer
 from services.gateway.delivery import DeliveryService
 from services.gateway.departures import Departures
 from services.gateway.hints import Hints
@@ -29,8 +30,8 @@ FIRST = Attempt(1, "n")
 
 
 def a_stream(number: int = 1, num_choices: int = 1, held: Sequence[Held] = ()) -> Stream:
-    accepted = Accepted(KEY, b"", 3, "digest", 1, 0, 30_000)
-    stream = Stream(accepted, Reader(number, num_choices, held), now_s=0)
+    accepted = Accepted(KEY, b"", 3, "digest", 1, 0, 30_000, "")
+    stream = Stream(accepted, Reader(number, num_choices, held), NoTracer().begin("call", ""), now_s=0)
     assert stream.open(FIRST, number) is None
     return stream
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common import log
 from services.common.record.run import Frame, Run
 from services.common.store.inbox import Start
 from services.common.text.stop import StopText, stop_texts
 from services.common.text.text_stream import TextStream
 from services.common.text.vocabulary import Vocabulary
+from services.worker.front.spans import AttemptSpans
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,9 @@ class _Choice:
 class ActiveRequest:
     """A request on this worker. Changed only by the session, one call at a time."""
 
-    def __init__(self, start: Start, vocabulary: Vocabulary, sequence_ids: Sequence[int], now_s: float) -> None:
+    def __init__(
+        self, start: Start, vocabulary: Vocabulary, sequence_ids: Sequence[int], spans: AttemptSpans, now_s: float
+    ) -> None:
         """`sequence_ids`: one for each choice. `now_s`: the front's monotonic clock."""
         self.run = Run(start.key, start.attempt, start.gateway, start.reader, start.journal)
         self.payload = start.payload
@@ -71,8 +75,10 @@ class ActiveRequest:
         """Opens that were asked for; an answer to an older one is none."""
         self.announced = False
         """The record has been told that it runs here."""
+        self.spans = spans
         self._placed_ms = max(0, start.placed_at_ms - start.accepted_at_ms)
         self._started_s = now_s
+        self._num_given = sum(len(tokens) for tokens in start.journal)
         self._first_token_s: float | None = None
         self._has_form = self.payload.HasField("response_format")
         stops = stop_texts(self.payload.stop)
@@ -151,6 +157,19 @@ class ActiveRequest:
     def num_tokens(self) -> int:
         """Tokens known of the longest choice."""
         return max(len(known) for known in self.run.known)
+
+    def about(self) -> dict[str, object]:
+        """Fields of a log line about it."""
+        return log.about(self.run.key, self.payload.traceparent)
+
+    def end_spans(self, error: str = "") -> None:
+        """The attempt is over here. `error`: why it was not its end."""
+        last_s = max((choice.last_token_s for choice in self.choices if choice.last_token_s), default=None)
+        self.spans.end(self._first_token_s, last_s, self.cached_tokens, self._num_sampled, error=error)
+
+    @property
+    def _num_sampled(self) -> int:
+        return sum(len(known) for known in self.run.known) - self._num_given
 
     @property
     def queued_s(self) -> float | None:

@@ -24,6 +24,8 @@ from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.inbox import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
 from services.common.store.requests import RequestStore
 from services.common.store.streams import FIRST
+from services.common.telemetry.conventions import STATE
+from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.active import ActiveRequest, attempt_id
@@ -31,6 +33,7 @@ from services.worker.front.engine_client import EngineClient, EngineDiedError
 from services.worker.front.gateway_links import GatewayLinks
 from services.worker.front.journal import Journal
 from services.worker.front.metrics import WorkerMetrics
+from services.worker.front.spans import AttemptSpans
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class Session:
     def __init__(
         self, config: WorkerConfig, engine: EngineClient, ready: engine_pb2.EngineReady, store: RequestStore,
         inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary, metrics: WorkerMetrics,
+        tracer: Tracer,
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
         self.ready = ready
@@ -79,6 +83,9 @@ class Session:
         self._inbox = inbox(self.worker)
         self._vocabulary = vocabulary
         self._metrics = metrics
+        self._tracer = tracer
+        self._unbegun: set[int] = set()
+        """Sequences that no step has held yet; kept if spans are recorded."""
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
         self._in_flight: dict[int, Sequence[int]] = {}
@@ -160,18 +167,19 @@ class Session:
     async def _start(self, start: Start) -> None:
         older = self.active.get(start.key)
         if older:
-            await self._drop(older)
+            await self._drop(older, "stale")
         ids = [next(self._sequence_ids) for _ in range(max(1, start.payload.n))]
-        active = ActiveRequest(start, self._vocabulary, ids, time.monotonic())
+        spans = AttemptSpans(self._tracer, start, self.worker)
+        active = ActiveRequest(start, self._vocabulary, ids, spans, time.monotonic())
         self.active[start.key] = active
         self._metrics.attempts.inc()
         if active.queued_s is not None:
             self._metrics.queue_time.observe(active.queued_s)
-        logger.info(
-            "started", extra={"request": start.key, "attempt": start.attempt.number, "known": active.num_tokens}
-        )
+        logger.info("started", extra={**active.about(), "attempt": start.attempt.number, "known": active.num_tokens})
         for choice, sequence_id in enumerate(ids):
             self._sequences[sequence_id] = (active, choice)
+        if self._tracer.enabled:
+            self._unbegun.update(ids)
         for add in active.sequences(start.remaining_ms):
             await self._engine.send(engine_pb2.EngineCommand(add=add))
         self.journal.due.set()
@@ -216,7 +224,7 @@ class Session:
         if not active.ending and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
             # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
             run = active.run
-            await self._drop(active)
+            await self._drop(active, "stale")
             why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
             # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
             await self._give_back(run.key, run.attempt, why, "stale", floor=floor, tries=END_TRIES)
@@ -231,9 +239,9 @@ class Session:
         self._end_if_complete(active)
 
     async def _rebase(self, active: ActiveRequest, histories: tuple[tuple[int, ...], ...]) -> None:
-        logger.warning("the reader holds another history", extra={"request": active.run.key})
+        logger.warning("the reader holds another history", extra=active.about())
         key, attempt = active.run.key, active.run.attempt
-        await self._drop(active)
+        await self._drop(active, "rebased")
         # A nonce of its own for each try: Redis may make one, lose it, and make the next.
         await self._until_stored(
             lambda: self._store.rebase(moves.Rebase(key, attempt, new_nonce(), histories)), END_TRIES
@@ -247,9 +255,16 @@ class Session:
                 case "begins":
                     self.predicted_step_ms = event.begins.predicted_ms
                     self._in_flight[event.begins.step] = event.begins.sequence_ids
+                    self._step_begins(event.begins.sequence_ids)
                     self.progress.set()
                 case "done":
                     await self._step_done(event.done)
+
+    def _step_begins(self, sequence_ids: Sequence[int]) -> None:
+        for sequence_id in self._unbegun.intersection(sequence_ids) if self._unbegun else ():
+            self._unbegun.discard(sequence_id)
+            if sequence_id in self._sequences:
+                self._sequences[sequence_id][0].spans.step_began(time.monotonic())
 
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
@@ -323,6 +338,7 @@ class Session:
                 return Answer(Verdict.OK)
             return answer
 
+        span = active.spans.finish()
         answer = await self._until_stored(finish, END_TRIES)
         if answer and answer.verdict == Verdict.OK:
             self._metrics.request_ended(state, outcome.usage.prompt_tokens, outcome.usage.cached_tokens)
@@ -331,7 +347,9 @@ class Session:
             self._links.forget(active)
         self._forget(active)
         told = answer.verdict if answer else "nobody"
-        logger.info("ended", extra={"request": active.run.key, "state": state, "answer": told})
+        span.end({STATE: state})
+        active.end_spans()
+        logger.info("ended", extra={**active.about(), "state": state, "answer": told})
 
     async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
         found = await self._store.read(active.run.key)
@@ -344,12 +362,13 @@ class Session:
         if verdict == Verdict.CANCEL:
             self._finish(active, RequestState.CANCELLED, "")
         elif verdict in GONE:
-            logger.info("attempt is over", extra={"request": active.run.key, "verdict": verdict})
-            await self._drop(active)
+            logger.info("attempt is over", extra={**active.about(), "verdict": verdict})
+            await self._drop(active, "stale")
 
-    async def _drop(self, active: ActiveRequest) -> None:
-        """Forget a request that is no longer ours."""
+    async def _drop(self, active: ActiveRequest, cause: str) -> None:
+        """Forget a request that is no longer ours. `cause`: why, in a word of few."""
         active.ending = True
+        active.end_spans(cause)
         self._links.forget(active)
         await self._abort_all(active)
         self._forget(active)
@@ -357,6 +376,7 @@ class Session:
     def _forget(self, active: ActiveRequest) -> None:
         if self.active.get(active.run.key) is active:
             del self.active[active.run.key]
+        self._unbegun.difference_update(choice.sequence_id for choice in active.choices)
         self.progress.set()
 
     async def _depart(
@@ -379,7 +399,7 @@ class Session:
         # Those whose end was being written too: if it was stored, giving them back changes nothing.
         for active in list(self.active.values()):
             known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
-            await self._drop(active)
+            await self._drop(active, cause)
             await self._give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
 
     async def _give_back(

@@ -13,6 +13,7 @@ from services.common.store.inbox import Inbox
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
@@ -43,7 +44,7 @@ class Worker:
 
     def __init__(
         self, config: WorkerConfig, redis: Redis, vocabulary: Vocabulary, address: str, on_engine: OnEngine,
-        on_loading: OnLoading, metrics: WorkerMetrics,
+        on_loading: OnLoading, metrics: WorkerMetrics, tracer: Tracer,
     ) -> None:  # fmt: skip
         """`on_engine` hears of each engine that is ready, and of its loss (None)."""
         self._config = config
@@ -53,6 +54,7 @@ class Worker:
         self._on_engine = on_engine
         self._on_loading = on_loading
         self._metrics = metrics
+        self._tracer = tracer
         self._directory = WorkerDirectory(redis, config.pool)
 
     async def run(self) -> None:
@@ -99,7 +101,7 @@ class Worker:
         store = RequestStore(self._redis, config.pool, config.retention_ms)
         session = Session(
             config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary,
-            self._metrics,
+            self._metrics, self._tracer,
         )  # fmt: skip
         info = self._info(session, ready)
         await self._register(info)

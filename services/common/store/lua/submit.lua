@@ -1,7 +1,8 @@
 #!lua
 -- Accept a request: its record comes into being, in the intake under attempt 1. Refused when memory is full.
 -- ARGV[4] key, [5] digest, [6] payload, [7] n, [8] nonce, [9] gateway, [10] resume_ms, [11] deadline_ms from now (0: none),
--- [12] most entries of the intake, [13] prompt_tokens, [14] max_tokens, [15] priority, [16] tenant
+-- [12] most entries of the intake, [13] prompt_tokens, [14] max_tokens, [15] priority, [16] tenant,
+-- [17] traceparent
 -- Returns verdict, choice, index, accepted_at_ms, deadline_at_ms, now_ms
 if recovering() then return RECOVERING end
 
@@ -20,6 +21,6 @@ create(
     accepted_at_ms = text(NOW_MS), deadline_at_ms = deadline_at_ms},
   'accepted',
   {'digest', ARGV[5], 'payload', ARGV[6], 'resume_ms', ARGV[10], 'prompt_tokens', ARGV[13], 'max_tokens', ARGV[14],
-    'priority', ARGV[15], 'tenant', ARGV[16]},
+    'priority', ARGV[15], 'tenant', ARGV[16], 'traceparent', ARGV[17]},
   {})
 return {'ok', 0, 0, NOW_MS, deadline_at_ms, NOW_MS}
