@@ -7,4 +7,5 @@
 `detach`      a fleet in the background        `progress`   what a person sees while it starts
 `model_file`  the model, looked into first      `foreign_redis` a Redis of the user's own, tried first
 `kind`        what a process can be            `errors`     why something could not be done
+`figures`     what its metrics say
 """

@@ -166,3 +166,38 @@ def test_its_queries_give_what_was_asked_of_the_fleet(prometheus: Prometheus, qu
 def _value(families: dict[str, Any], sample_name: str) -> float:
     (value,) = [s.value for family in families.values() for s in family.samples if s.name == sample_name]
     return float(value)
+
+
+def test_top_shows_the_fleet_at_work(fleet: Fleet) -> None:
+    with fleet.client() as client:
+        stream = client.generate("Oceans are", max_tokens=400, temperature=0, ignore_eos=True)
+        next(stream)
+        once = fleet.command("top", "--once", "--json", "--interval-s", "0.5")
+        for_people = fleet.command("top", "--once", "--interval-s", "0.2")
+        stream.cancel()
+        stream.read()
+    shown = json.loads(once.stdout)
+    (worker,) = shown["workers"]
+    assert worker["address"] == fleet.of_kind("worker")[0].metrics_address
+    assert (shown["open_streams"], shown["queued"], shown["leaders"], shown["away"]) == (1, 0, 1, [])
+    assert (worker["running"], worker["batch"]) == (1, 1)
+    assert shown["tokens_per_s"] == worker["tokens_per_s"] > 0
+    assert 0 < worker["kv_usage"] < 1
+    assert worker["address"] in for_people.stdout
+
+
+def test_trace_tells_what_became_of_a_request(fleet: Fleet) -> None:
+    with fleet.client() as client:
+        stream = client.generate(
+            "Oceans are", max_tokens=3, ignore_eos=True, traceparent=f"00-{'ab' * 16}-{'1' * 16}-00"
+        )
+        stream.read()
+    told = fleet.command("trace", stream.request_id)
+    assert told.returncode == 0
+    assert f"trace {'ab' * 16}" in told.stdout
+    places = [told.stdout.index(word) for word in ("accepted", "placed", "finished", "to the first token")]
+    assert places[0] < places[1] < places[3]
+    info = json.loads(fleet.command("trace", stream.request_id, "--json").stdout)
+    assert (info["state"], info["attempts"], info["usage"]["completion_tokens"]) == ("finished", 1, 3)
+    unknown = fleet.command("trace", "nothing")
+    assert (unknown.returncode, "unknown" in unknown.stderr) == (1, True)
