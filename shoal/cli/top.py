@@ -13,7 +13,7 @@ from shoal.fleet.figures import FleetFigures, WorkerFigures, figures, read
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
 
-_ABOUT = """Shows workers, batches, KV use, queue, tokens a second and the time to the first token, until Ctrl-C. It reads
+_ABOUT = """Shows workers, batches, KV use, queue, tokens a second and the time to the first token, until Ctrl-C, by
 the metrics of `shoal up --metrics`. Rates and percentiles are those of the last interval."""
 _CLEAR = "\x1b[H\x1b[J"
 
