@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _balanced(halves: Sequence[Sequence[float]]) -> float:
-    """What is left of ratios when the place of the fleets is taken out: it divides one half as it multiplies the other."""
+    """What is left of the ratios without the fleets' places, which multiply one half as they divide the other."""
     return statistics.geometric_mean(statistics.median(half) for half in halves)
 
 

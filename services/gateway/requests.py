@@ -68,6 +68,7 @@ class Requests:
                 intake.end()
             except BaseException:
                 # Whether it was stored is unknown, but nobody here will read it.
+                intake.end(error="unknown")
                 self._departures.add(move.key, 1)
                 raise
             match submitted.answer.verdict:
