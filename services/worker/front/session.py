@@ -348,7 +348,7 @@ class Session:
         self._forget(active)
         told = answer.verdict if answer else "nobody"
         span.end({STATE: state})
-        active.end_spans()
+        active.end_spans("" if told == Verdict.OK else "stale")
         logger.info("ended", extra={**active.about(), "state": state, "answer": told})
 
     async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
