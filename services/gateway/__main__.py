@@ -41,7 +41,7 @@ async def _serve(config: GatewayConfig) -> None:
 def _announce(addresses: Addresses) -> None:
     announce(
         "gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet,
-        metrics_address=addresses.metrics,
+        **addresses.metrics,
     )  # fmt: skip
 
 

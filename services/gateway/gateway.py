@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -73,8 +73,8 @@ class Addresses:
     """By clients, over HTTP."""
     fleet: str
     """By workers."""
-    metrics: str
-    """By Prometheus; empty: nowhere."""
+    metrics: Mapping[str, str]
+    """By Prometheus: `metrics_address`, or nothing."""
 
 
 Ready = Callable[[Addresses], None]

@@ -53,7 +53,7 @@ async def _serve(config: SchedulerConfig) -> None:
             await Reign(store, held, config, told, monotonic_ms).run(seen_life)
 
         address = await server.start(config.listen)
-        announce("scheduler", address, metrics_address=metrics.serve(config.listen, config.metrics_port))
+        announce("scheduler", address, **metrics.serve(config.listen, config.metrics_port))
         async with asyncio.TaskGroup() as tasks:
             candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
             await stop.wait()

@@ -53,7 +53,7 @@ async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> Non
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()
         address = await server.start(config.listen)
-        announce("tokenizer", address, metrics_address=metrics.serve(config.listen, config.metrics_port))
+        announce("tokenizer", address, **metrics.serve(config.listen, config.metrics_port))
         await stop.wait()
         await server.stop(config.stop_grace_ms / 1000)
         running_pool.cancel()

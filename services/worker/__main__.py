@@ -36,7 +36,7 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer)
     redis = await connect(config.redis_url)
     server = rpc.Server([])
     address = await server.start(config.listen)
-    metrics_address = metrics.serve(config.listen, config.metrics_port)
+    served = metrics.serve(config.listen, config.metrics_port)
     tasks: set[asyncio.Task[None]] = set()
 
     def on_engine(engine: EngineClient | None) -> None:
@@ -44,7 +44,7 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if engine:
-            rpc.announce("worker", address, engine_pid=engine.pid, metrics_address=metrics_address)
+            rpc.announce("worker", address, engine_pid=engine.pid, **served)
 
     await server.set_serving(False)
     running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics), tracer)

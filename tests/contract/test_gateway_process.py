@@ -59,7 +59,7 @@ async def test_a_terminated_gateway_ends_its_streams_writes_that_they_left_and_e
                 announced["address"],
                 announced["http_address"],
                 announced["fleet_address"],
-                announced["metrics_address"],
+                {},
             ),
             asyncio.Event(),
             asyncio.ensure_future(_nothing()),

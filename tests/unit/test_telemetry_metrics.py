@@ -44,7 +44,7 @@ def test_figures_are_served_until_the_process_stops() -> None:
     with Metrics() as metrics:
         answered = metrics.counter("shoal_answers", "Answers.", ["outcome"])
         metrics.gauge("shoal_workers_wanted", "Workers.", lambda: 3)
-        address = metrics.serve("127.0.0.1:0", free_port())
+        address = metrics.serve("127.0.0.1:0", free_port())["metrics_address"]
         answered.labels("stop").inc(2)
         served = samples(scraped(address))
     assert served == {("shoal_answers_total", (("outcome", "stop"),)): 2, ("shoal_workers_wanted", ()): 3}
@@ -54,7 +54,7 @@ def test_figures_are_served_until_the_process_stops() -> None:
 
 def test_nothing_is_served_unless_asked_for() -> None:
     with Metrics() as metrics:
-        assert metrics.serve("127.0.0.1:0", 0) == ""
+        assert metrics.serve("127.0.0.1:0", 0) == {}
 
 
 def test_a_taken_port_says_what_to_do() -> None:

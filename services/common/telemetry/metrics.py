@@ -40,13 +40,14 @@ class Metrics:
         self.registry.register(histogram)
         return histogram
 
-    def serve(self, listen: str, port: int) -> str:
+    def serve(self, listen: str, port: int) -> dict[str, str]:
         """Answer `GET /metrics` at this port of the host in `listen`, in a thread of its own, until the block is left.
 
-        Returns the address; empty if the port is 0: nothing is served then. Raises OSError if the port is taken.
+        Returns what the process announces of it: `metrics_address`, or nothing if the port is 0: it is not served then.
+        Raises OSError if the port is taken.
         """
         if not port:
-            return ""
+            return {}
         host, _ = host_and_port(listen)
         try:
             server, thread = start_http_server(port, host.strip("[]") or "0.0.0.0", self.registry)
@@ -61,7 +62,7 @@ class Metrics:
             thread.join()
 
         self._stop = stop
-        return f"{host}:{port}"
+        return {"metrics_address": f"{host}:{port}"}
 
     def __enter__(self) -> Self:
         return self
