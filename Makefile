@@ -81,8 +81,8 @@ gen/.done: $(PROTOS) .venv/.done
 	@$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=gen --grpc_python_out=gen \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=quiet:gen \
 	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:gen $(PROTOS)
-	@# Generated imports name the package `shoal`, which is the client library here: they move below `gen`.
-	@find gen -name '*.py*' -exec sed -i -E 's/^from shoal\./from gen.shoal./' {} +
+	@# Generated imports name packages like `shoal`, which is the client library here: they move below `gen`.
+	@find gen -name '*.py*' -exec sed -i -E 's/^from shoal\./from gen.shoal./; s/^from keda /from gen.keda /' {} +
 	@find gen -type d -exec touch {}/__init__.py \;
 	@touch $@
 

@@ -28,7 +28,7 @@ from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import Exhausted, to_status
-from services.gateway.gateway import SERVER_OPTIONS
+from services.gateway.config import GatewayConfig
 
 NUM_PROCESSES = 4
 ANSWER_LIMIT_S = 300.0
@@ -184,7 +184,7 @@ async def _serve_bare(address: Connection) -> None:
             await context.abort_with_status(status)
             yield pb.GenerateResponse()
 
-    server = grpc.aio.server(options=[*rpc.SERVER_OPTIONS, *SERVER_OPTIONS])
+    server = grpc.aio.server(options=[*rpc.SERVER_OPTIONS, *GatewayConfig(tokenizers="").client_options()])
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Refusing(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -21,6 +21,7 @@ from services.common.errors import (
     Unauthenticated,
     Unavailable,
 )
+from services.common.tls.files import Tls
 from shoal._async_client import AsyncClient, AsyncStream
 from shoal._client import Client, Stream
 from shoal._prompt import Message, ResponseFormat
@@ -68,6 +69,7 @@ __all__ = [
     "ShoalError",
     "Stream",
     "Timings",
+    "Tls",
     "TokenLogprobs",
     "Unauthenticated",
     "Unavailable",

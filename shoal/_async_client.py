@@ -13,12 +13,13 @@ import grpc
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common.errors import NotFound, ShoalError, Unavailable, from_rpc
+from services.common.tls.files import Tls
 from shoal._client import CALL_LIMIT_S, DROP_LIMIT_S
-from shoal._gateways import CHANNEL_OPTIONS, parse_addresses, turns
+from shoal._gateways import CallMetadata, aio_channel, call_metadata, parse_addresses, turns
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
-from shoal._tracing import Metadata, trace_metadata
+from shoal._tracing import trace_metadata
 from shoal._values import (
     Choice,
     Delta,
@@ -38,12 +39,23 @@ _Call = Callable[["inference_pb2_grpc.InferenceServiceAsyncStub"], Callable[...,
 class AsyncClient:
     """A fleet, through its gateways, for one event loop. Make it inside the loop; close it, or use `async with`."""
 
-    def __init__(self, gateways: str | Sequence[str], *, retries: RetryPolicy | None = None) -> None:
-        """`gateways`: "host:port,host:port" or a list. With several, answers go on when one of them dies."""
+    def __init__(
+        self,
+        gateways: str | Sequence[str],
+        *,
+        tls: Tls | None = None,
+        api_key: str | None = None,
+        retries: RetryPolicy | None = None,
+    ) -> None:
+        """`gateways`: "host:port,host:port" or a list. With several, answers go on when one of them dies.
+
+        `tls`: None: they are called in plain. `api_key`: one of `shoal keys create`.
+        """
         self.gateways = parse_addresses(gateways)
+        self._metadata = call_metadata(api_key)
         self._retries = retries or RetryPolicy()
         self._rng = random.Random()
-        self._channels = [grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for address in self.gateways]
+        self._channels = [aio_channel(address, tls) for address in self.gateways]
         self._stubs = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in self._channels]
         self._turns = turns(len(self.gateways), self._rng.randrange(len(self.gateways)))
 
@@ -107,21 +119,22 @@ class AsyncClient:
         self, call: GenerateCall | AttachCall, traceparent: str | None, *, drop_at_close: bool
     ) -> "AsyncStream":
         resumption = Resumption(call, len(self._stubs), self._outage())
-        return AsyncStream(
-            resumption, self._stubs, self.cancel, self._drop if drop_at_close else None, trace_metadata(traceparent)
-        )
+        metadata = (*self._metadata, *trace_metadata(traceparent))
+        return AsyncStream(resumption, self._stubs, metadata, self.cancel, self._drop if drop_at_close else None)
 
     async def _drop(self, request_id: str) -> None:
         """Cancel what nobody will read, if that is quickly done: the fleet ends requests without a reader by itself."""
         stub = self._stubs[next(self._turns)]
         with suppress(grpc.RpcError):
-            await stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=DROP_LIMIT_S)
+            await stub.Cancel(pb.CancelRequest(request_id=request_id), timeout=DROP_LIMIT_S, metadata=self._metadata)
 
     async def _unary(self, method: "_Call[_Response]", request: object) -> _Response:
         outage = self._outage()
         while True:
             try:
-                return await method(self._stubs[next(self._turns)])(request, timeout=CALL_LIMIT_S)
+                return await method(self._stubs[next(self._turns)])(
+                    request, timeout=CALL_LIMIT_S, metadata=self._metadata
+                )
             except grpc.RpcError as error:
                 delay_s = outage.delay_after(from_rpc(error), unary=True)
             await asyncio.sleep(delay_s)
@@ -141,16 +154,16 @@ class AsyncStream(AsyncIterator[Delta]):
         self,
         resumption: Resumption,
         stubs: Sequence["inference_pb2_grpc.InferenceServiceAsyncStub"],
+        metadata: CallMetadata,
         cancel: Callable[[str], Awaitable[RequestState]],
         drop: Callable[[str], Awaitable[None]] | None,
-        metadata: Metadata,
     ) -> None:
         """Made by `AsyncClient.generate` and `AsyncClient.attach`. The call is opened here."""
         self._resumption = resumption
         self._stubs = stubs
+        self._metadata = metadata
         self._cancel = cancel
         self._drop = drop
-        self._metadata = metadata
         self._cancel_when_accepted = False
         self._closed = False
         self._call: Any = self._open()

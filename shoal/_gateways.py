@@ -3,6 +3,13 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+import grpc
+
+from services.common.tls.credentials import channel_credentials
+from services.common.tls.files import Tls
+
+CallMetadata = tuple[tuple[str, str], ...]
+
 CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
@@ -20,6 +27,20 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
+def blocking_channel(address: str, tls: Tls | None) -> grpc.Channel:
+    """To one gateway; `tls`: None: in plain."""
+    if tls is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    """The same for asyncio."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=CHANNEL_OPTIONS)
+
+
 def parse_addresses(gateways: str | Sequence[str]) -> tuple[str, ...]:
     """The addresses in "host:port,host:port" or a list of such. Raises ValueError for none, or one without a port."""
     given = gateways.split(",") if isinstance(gateways, str) else gateways
@@ -30,6 +51,15 @@ def parse_addresses(gateways: str | Sequence[str]) -> tuple[str, ...]:
         if not address.rpartition(":")[2].isdigit():
             raise ValueError(f"gateway {address!r} has no port; expected host:port")
     return addresses
+
+
+def call_metadata(api_key: str | None) -> CallMetadata:
+    """What goes with each call. Raises ValueError for a key that cannot be sent."""
+    if api_key is None:
+        return ()
+    if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise ValueError("the API key is empty, or has characters that no key has")
+    return (("authorization", f"Bearer {api_key.strip()}"),)
 
 
 def turns(num_gateways: int, first: int) -> Iterator[int]:

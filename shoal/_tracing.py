@@ -2,18 +2,19 @@
 
 import sys
 
-Metadata = tuple[tuple[str, str], ...] | None
+from shoal._gateways import CallMetadata
+
 TRACEPARENT_KEY = "traceparent"
 
 
-def trace_metadata(traceparent: str | None) -> Metadata:
-    """Metadata that carries a W3C traceparent; None if there is no trace.
+def trace_metadata(traceparent: str | None) -> CallMetadata:
+    """Metadata that carries a W3C traceparent; empty if there is no trace.
 
     `traceparent`: None: that of the current span, in a program that has imported OpenTelemetry itself; it is not
     imported here.
     """
     found = _current() if traceparent is None else traceparent
-    return ((TRACEPARENT_KEY, found),) if found else None
+    return ((TRACEPARENT_KEY, found),) if found else ()
 
 
 def _current() -> str:

@@ -12,6 +12,7 @@ and calls `parse(GatewayConfig, "gateway")`. `--redis-url` and `SHOAL_REDIS_URL`
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -46,9 +47,15 @@ class Parsed(Generic[T]):
         """Each field as `value (origin)`, secrets hidden: for the log line at start."""
         shown = {}
         for declared in fields(self.config):  # type: ignore[arg-type]
-            value = "***" if declared.metadata.get("secret") else str(getattr(self.config, declared.name))
+            value = str(getattr(self.config, declared.name))
+            value = "***" if declared.metadata.get("secret") else without_password(value)
             shown[declared.name] = f"{value} ({self.origins[declared.name]})"
         return shown
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown; any other text as it is."""
+    return re.sub(r"(?<=://)[^/]*(?=@)", "***", url)
 
 
 def parse(
@@ -92,7 +99,8 @@ def _resolve(config_type: type[T], flags: Mapping[str, str | None], environ: Map
             values[declared.name] = _convert(declared, raw, hints[declared.name])
             origins[declared.name] = origin
         elif declared.default is MISSING:
-            raise ConfigError(f"{_flag(declared.name)} (or {_variable(declared.name)}) is required")
+            about = declared.metadata["help"]
+            raise ConfigError(f"{_flag(declared.name)} (or {_variable(declared.name)}) is required: {about}")
         else:
             origins[declared.name] = "default"
     return Parsed(config_type(**values), origins)

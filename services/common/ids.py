@@ -1,5 +1,6 @@
 """Ids as types, and how they are drawn."""
 
+import re
 import secrets
 from typing import NewType
 
@@ -14,6 +15,14 @@ died at the same address. Workers dial the address."""
 TenantId = NewType("TenantId", str)
 Epoch = NewType("Epoch", int)
 """Number of a leader's reign; grows by each election."""
+
+
+_TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def is_tenant(name: str) -> bool:
+    """Whether a tenant may have this name."""
+    return bool(_TENANT.fullmatch(name))
 
 
 def request_key(tenant: str, request_id: str) -> RequestKey:

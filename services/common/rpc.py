@@ -17,11 +17,13 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from services.common.errors import Internal, InvalidRequest, ShoalError, to_status
+from services.common.tls.credentials import channel_credentials
+from services.common.tls.options import FleetTls
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+CHANNEL_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
@@ -30,6 +32,8 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A name may stand for several processes: calls go to all of them in turn, not to the first alone.
+    ("grpc.lb_policy_name", "round_robin"),
 )
 SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -39,6 +43,10 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     # Two processes on one port would share its connections silently; a port that is taken shall be an error.
     ("grpc.so_reuseport", 0),
 )
+
+
+LIVE = "live"
+"""A name in health checks that is SERVING as long as the event loop answers, whatever is missing to take work."""
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -146,8 +154,15 @@ def _streaming(method: Callable[..., Any], decode: Callable[[Any], Any], statuse
 class Server:
     """An aio gRPC server and its health. `grpc` is the server to register servicers on."""
 
-    def __init__(self, service_names: Sequence[str], extra_options: Sequence[tuple[str, int]] = ()) -> None:
-        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*SERVER_OPTIONS, *extra_options])
+    def __init__(
+        self, service_names: Sequence[str], extra_options: Sequence[tuple[str, int]] = (),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:  # fmt: skip
+        """`credentials`: for TLS; None: in plain."""
+        self._credentials = credentials
+        # Merged here: of an option that is given twice, gRPC takes the first.
+        options = {**dict(SERVER_OPTIONS), **dict(extra_options)}
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=[*options.items()])
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names = ["", *service_names]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -158,10 +173,14 @@ class Server:
         # gRPC would take a larger number, and listen on another port.
         host, _ = host_and_port(listen)
         try:
-            port = self.grpc.add_insecure_port(listen)
+            if self._credentials:
+                port = self.grpc.add_secure_port(listen, self._credentials)
+            else:
+                port = self.grpc.add_insecure_port(listen)
         except RuntimeError as error:
             raise OSError(f"can't listen on {listen}: is the port taken? Choose another, or 0 for any") from error
         await self.grpc.start()
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         await self.set_serving(True)
         return f"{host}:{port}"
 
@@ -186,9 +205,15 @@ def host_and_port(listen: str) -> tuple[str, int]:
 
 
 @asynccontextmanager
-async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to another service, closed at the end."""
-    opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+async def channel(address: str, tls: FleetTls | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to another service, closed at the end. `tls`: None: in plain."""
+    if tls is None:
+        opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    else:
+        options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
+        if tls.server_name:
+            options.append(("grpc.ssl_target_name_override", tls.server_name))
+        opened = grpc.aio.secure_channel(address, channel_credentials(tls.files), options=options)
     try:
         yield opened
     finally:

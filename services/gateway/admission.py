@@ -5,6 +5,7 @@ flood costs neither tokenizers nor Redis anything.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,34 +21,50 @@ RETRY_AFTER_MS = 1_000
 
 
 class OpenCalls:
-    """Counts calls that stream; refuses more than `limit`, and all while the gateway stops."""
+    """Counts calls that stream; refuses more than `limit`, and all while the gateway stops.
 
-    def __init__(self, limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
-        """`on_refusal` hears of each call that is refused."""
+    `connection_limit`: most of one connection. `on_refusal` hears of each call that is refused.
+    """
+
+    def __init__(self, limit: int, connection_limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
         self._limit = limit
+        self._connection_limit = connection_limit
         self._on_refusal = on_refusal
+        self._by_connection: Counter[str] = Counter()
         self._num_open = 0
         self._none_open = asyncio.Event()
         self._none_open.set()
         self.draining = False
 
-    def enter(self, context: Any) -> None:
-        """Count a call until it is done. Raises Exhausted, Unavailable."""
-        refusal = self._refusal()
+    def enter(self, context: Any, connection: str = "") -> None:
+        """Count a call until it is done. Raises Exhausted, Unavailable.
+
+        `connection`: by which it came; empty: by one that has no other call.
+        """
+        refusal = self._refusal(connection)
         if refusal is not None:
             self._on_refusal(refusal)
             raise refusal
         self._num_open += 1
         self._none_open.clear()
-        context.add_done_callback(self._leave)
+        if connection:
+            self._by_connection[connection] += 1
+        context.add_done_callback(lambda _: self._leave(connection))
 
-    def _refusal(self) -> ShoalError | None:
+    def _refusal(self, connection: str) -> ShoalError | None:
         if self.draining:
             return draining()
         if self._num_open >= self._limit:
             return Exhausted(
                 f"this gateway has {self._num_open} open streams, the most is {self._limit}; use another, or wait",
                 reason="TOO_MANY_STREAMS",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        if self._by_connection[connection] >= self._connection_limit:
+            return Exhausted(
+                f"this connection has {self._by_connection[connection]} open streams, the most is "
+                f"{self._connection_limit}; open another, or wait",
+                reason="TOO_MANY_STREAMS_OF_CONNECTION",
                 retry_after_ms=RETRY_AFTER_MS,
             )
         return None
@@ -59,10 +76,42 @@ class OpenCalls:
                 await self._none_open.wait()
         return self._none_open.is_set()
 
-    def _leave(self, _: object) -> None:
+    def _leave(self, connection: str) -> None:
         self._num_open -= 1
+        if connection:
+            self._by_connection[connection] -= 1
+            if not self._by_connection[connection]:
+                del self._by_connection[connection]
         if not self._num_open:
             self._none_open.set()
+
+
+class ShortCalls:
+    """Counts calls that do not stream; refuses more than `limit`. Not while the gateway stops: one may be a Cancel."""
+
+    def __init__(self, limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
+        """`on_refusal` hears of each call that is refused."""
+        self._limit = limit
+        self._on_refusal = on_refusal
+        self._num_open = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A call, counted until the block ends. Raises Exhausted."""
+        if self._num_open >= self._limit:
+            refusal = Exhausted(
+                f"this gateway has {self._num_open} calls in progress that do not stream, the most is {self._limit}; "
+                "come back later",
+                reason="TOO_MANY_CALLS",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+            self._on_refusal(refusal)
+            raise refusal
+        self._num_open += 1
+        try:
+            yield
+        finally:
+            self._num_open -= 1
 
 
 class Backlog:
@@ -136,6 +185,16 @@ def backlog_full(length: int, limit: int) -> Exhausted:
     return Exhausted(
         f"{length} requests wait for a worker, and at most {limit} may; come back later",
         reason="BACKLOG_FULL",
+        retry_after_ms=RETRY_AFTER_MS,
+    )
+
+
+def tenant_full(tenant: str, num_in_flight: int, limit: int) -> Exhausted:
+    """What a caller is told when its tenant has as many requests in flight as its key allows."""
+    return Exhausted(
+        f"tenant {tenant!r} has {num_in_flight} requests in flight, and its API key allows {limit}; come back when one "
+        "has ended",
+        reason="TENANT_LIMIT",
         retry_after_ms=RETRY_AFTER_MS,
     )
 

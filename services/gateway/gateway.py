@@ -14,7 +14,9 @@ from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
 from services.common.ids import new_gateway_id
+from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
+from services.common.store.demand import DemandStore
 from services.common.store.gateways import GatewayLease
 from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
@@ -22,8 +24,10 @@ from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import Tracer, tracing
+from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
-from services.gateway.admission import Backlog, OpenCalls, draining
+from services.gateway.admission import Backlog, OpenCalls, ShortCalls, draining
+from services.gateway.authentication import Authentication
 from services.gateway.capacity import Capacity
 from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
@@ -37,7 +41,7 @@ from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.model import Model
+from services.gateway.model import Model, Room
 from services.gateway.open_streams import OpenStreams
 from services.gateway.readiness import Readiness
 from services.gateway.replay import Replay
@@ -48,15 +52,6 @@ from services.gateway.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-MAX_METADATA_BYTES = 16 * 1024
-MAX_UNSEEN_CALLS = 100_000
-SERVER_OPTIONS = (
-    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    # From 1,000 calls on that wait for the event loop, gRPC would reset some at random, without a status or RetryInfo.
-    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
-)
 START_RETRY_S = 0.5
 LAST_WORDS_S = 2.0
 """How long clients have to take the end of their streams when the gateway stops."""
@@ -92,9 +87,9 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     async with AsyncExitStack() as resources:
         metrics = resources.enter_context(Metrics())
         tracer = resources.enter_context(tracing(config.otlp_endpoint, "gateway"))
-        redis = await _until_there(lambda: connect(config.redis_url), config, stop)
+        redis = await _until_there(lambda: connect(config.redis_url, config.tls_files), config, stop)
         resources.push_async_callback(redis.aclose)
-        channels = [await resources.enter_async_context(rpc.channel(each)) for each in addresses]
+        channels = [await resources.enter_async_context(rpc.channel(each, config.fleet_tls())) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
         await _serve(config, redis, tokenizer, model, metrics, tracer, stop, ready)
@@ -110,15 +105,18 @@ async def _serve(
     counted = GatewayMetrics(metrics, lambda: len(streams), clock)
     departures = Departures(store)
     replay = Replay(tokenizer)
-    calls = OpenCalls(config.max_streams, counted.refused)
+    calls = OpenCalls(config.max_streams, config.max_connection_streams, counted.refused)
+    short_calls = ShortCalls(config.max_short_calls, counted.refused)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
-    capacity = Capacity(workers, clock)
+    assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
+    capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, counted, tracer, clock)
-    public = rpc.Server([server.SERVICE_NAME], SERVER_OPTIONS)
-    fleet = rpc.Server([delivery.SERVICE_NAME])
+    authentication = Authentication(ApiKeys(redis), config.require_keys, counted.refused, clock)
+    public = rpc.Server([server.SERVICE_NAME], config.client_options(), config.client_credentials())
+    fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
@@ -129,10 +127,19 @@ async def _serve(
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
-        service = InferenceService(model, gateway, calls, generation, requests, tokenizer)
+        service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
-            Endpoints(model, calls, generation, requests, Spelling(tokenizer), readiness, config.http_max_body_bytes)
+            Endpoints(
+                model,
+                calls,
+                generation,
+                requests,
+                Spelling(tokenizer),
+                readiness,
+                config.http_max_body_bytes,
+                authentication,
+            )
         )
         background = [
             tasks.create_task(part.run())
@@ -149,7 +156,7 @@ async def _serve(
         ready(
             Addresses(
                 public=await public.start(config.listen),
-                http=await http.start(config.http_listen),
+                http=await http.start(config.http_listen, config.http_context()),
                 fleet=fleet_address,
                 metrics=metrics.serve(config.listen, config.metrics_port),
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
-from services.common.ids import GatewayId, TenantId, new_nonce, new_request_id, request_key
+from services.common.ids import GatewayId, new_nonce, new_request_id, request_key
 from services.common.record import moves
 from services.common.telemetry import conventions
 from services.common.telemetry.tracing import Side, Span, Tracer
@@ -16,7 +16,7 @@ from services.gateway import spans
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
-from services.gateway.identity import cache_salt
+from services.gateway.identity import Identity, cache_salt
 from services.gateway.known import KnownRequests
 from services.gateway.metrics import LEFT, GatewayMetrics
 from services.gateway.model import Model
@@ -36,7 +36,7 @@ MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 class Caller:
     """Who calls, and how long it waits. `time_left_s`: None: as long as it takes."""
 
-    tenant: TenantId
+    identity: Identity
     traceparent: str
     time_left_s: Callable[[], float | None]
 
@@ -129,16 +129,18 @@ class Generation:
             await self._backlog.check()
         except Exhausted:
             # A known request waits already, or has ended: reading it on adds nothing.
-            if not request_id or not await self._known.knows(request_key(caller.tenant, check_request_id(request_id))):
+            if not request_id or not await self._known.knows(
+                request_key(caller.identity.tenant, check_request_id(request_id))
+            ):
                 raise
 
     def _move(
         self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller, traceparent: str
     ) -> moves.Submit:
         request_id = valid.request_id or new_request_id()
-        payload = self._payload(valid, request_id, prompt, max_tokens, caller.tenant, traceparent)
+        payload = self._payload(valid, request_id, prompt, max_tokens, caller, traceparent)
         return moves.Submit(
-            key=request_key(caller.tenant, request_id),
+            key=request_key(caller.identity.tenant, request_id),
             digest=valid.digest,
             payload=payload.SerializeToString(),
             num_choices=valid.n,
@@ -147,6 +149,7 @@ class Generation:
             resume_ms=self._limits.resume_ms if valid.request_id else self._limits.anonymous_resume_ms,
             deadline_ms=_earlier_deadline_ms(valid.deadline_ms, caller.time_left_s()),
             backlog_limit=self._limits.backlog_limit,
+            tenant_limit=caller.identity.max_in_flight,
         )
 
     def _payload(
@@ -155,12 +158,12 @@ class Generation:
         request_id: str,
         prompt: tuple[int, ...],
         max_tokens: int,
-        tenant: TenantId,
+        caller: Caller,
         traceparent: str,
     ) -> request_pb2.RequestPayload:
         payload = request_pb2.RequestPayload(
             request_id=request_id,
-            tenant=tenant,
+            tenant=caller.identity.tenant,
             model=self._model.name,
             prompt_token_ids=prompt,
             sampling=valid.sampling,
@@ -173,7 +176,7 @@ class Generation:
             response_format=valid.response_format,
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
-            cache_salt=cache_salt(tenant),
+            cache_salt=cache_salt(caller.identity.tenant),
             traceparent=traceparent,
         )
         if not payload.sampling.HasField("seed"):

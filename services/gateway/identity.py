@@ -1,30 +1,42 @@
-"""Who calls, by the metadata of the call.
-
-Until keys exist, a caller states its tenant itself: metadata `x-shoal-tenant`, or "default".
-"""
+"""Who calls, as the metadata of the call states it; `authentication` says which of it is believed."""
 
 import hashlib
-import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from services.common.errors import InvalidRequest
-from services.common.ids import TenantId
+from services.common.ids import TenantId, is_tenant
 from services.common.telemetry.trace_context import TRACEPARENT_KEY, is_traceparent
 
+AUTHORIZATION_KEY = "authorization"
 TENANT_KEY = "x-shoal-tenant"
 DEFAULT_TENANT = TenantId("default")
-TENANT_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CACHE_SALT_BYTES = 16
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-def tenant_of(metadata: Metadata) -> TenantId:
-    """The tenant that a call is for. Raises InvalidRequest for a name that cannot be one."""
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who calls."""
+
+    tenant: TenantId
+    max_in_flight: int = 0
+    """Most requests of the tenant in flight in the pool; 0: any number."""
+
+
+def bearer_of(metadata: Metadata) -> str:
+    """The token of `authorization: Bearer ...`; empty if there is none."""
+    scheme, _, token = (_value(metadata, AUTHORIZATION_KEY) or "").strip().partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def stated_tenant_of(metadata: Metadata) -> TenantId | None:
+    """The tenant that a caller says it is. Raises InvalidRequest for a name that cannot be one."""
     value = _value(metadata, TENANT_KEY)
     if value is None:
-        return DEFAULT_TENANT
-    if not TENANT_PATTERN.fullmatch(value):
+        return None
+    if not is_tenant(value):
         raise InvalidRequest(
             f"metadata {TENANT_KEY} is {value[:80]!r}; expected 1 to 64 of A-Z a-z 0-9 . _ -",
             reason="INVALID_FIELD",

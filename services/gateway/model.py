@@ -6,6 +6,8 @@ from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.blocks import most_tokens_within
 
+USUAL_BLOCK_SIZE_TOKENS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -43,6 +45,11 @@ class Room:
     def of(worker: request_pb2.WorkerInfo) -> "Room":
         """Room of one worker."""
         return Room(worker.num_blocks, worker.block_size_tokens, worker.context_tokens)
+
+    @staticmethod
+    def of_cache(num_tokens: int, model: Model) -> "Room":
+        """Room of a worker of which only its token slots are known: with blocks as workers have them unless told."""
+        return Room(num_tokens // USUAL_BLOCK_SIZE_TOKENS, USUAL_BLOCK_SIZE_TOKENS, model.context_tokens)
 
     @property
     def cache_tokens(self) -> int:

@@ -19,7 +19,7 @@ from services.common.store.ids import claim_id, pool_of
 from services.common.store.requests import Peek, RequestStore
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
-from services.gateway.admission import backlog_full
+from services.gateway.admission import backlog_full, tenant_full
 from services.gateway.departures import Departures
 from services.gateway.joining import Joining, completed
 from services.gateway.metrics import GatewayMetrics
@@ -53,7 +53,7 @@ class Requests:
     async def submit(self, move: moves.Submit, num_prompt_tokens: int, span: Span) -> Stream:
         """Accept a request, and open its stream. A known one is read from its first token. `span`: of the call.
 
-        Raises Exhausted if the backlog is full, AlreadyExists for an id that is taken.
+        Raises Exhausted if the backlog or the tenant is full, AlreadyExists for an id that is taken.
         """
         tenant, _, request_id = move.key.partition("/")
         owner = await retried(lambda: claim_id(self._redis, tenant, request_id, self._pool))
@@ -84,6 +84,8 @@ class Requests:
                 case Verdict.KNOWN:
                     # Also when the reply to a first try was lost: then this reads what that one stored.
                     return await self._attach(move.key, (), move.gateway, span)
+                case Verdict.QUOTA:
+                    raise tenant_full(tenant, submitted.answer.index, move.tenant_limit)
                 case Verdict.FULL:
                     raise backlog_full(submitted.answer.index, move.backlog_limit)
                 case Verdict.CONFLICT:

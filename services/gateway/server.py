@@ -5,10 +5,11 @@ from typing import Any
 
 from gen.shoal.inference.v1 import inference_pb2, inference_pb2_grpc
 from services.common.ids import GatewayId, RequestKey, request_key
-from services.gateway.admission import OpenCalls
+from services.gateway.admission import OpenCalls, ShortCalls
+from services.gateway.authentication import Authentication
 from services.gateway.endings import STATES
 from services.gateway.generation import Caller, Generation
-from services.gateway.identity import tenant_of, traceparent_of
+from services.gateway.identity import Identity, Metadata, traceparent_of
 from services.gateway.lookup import described
 from services.gateway.model import Model
 from services.gateway.requests import Requests
@@ -27,23 +28,26 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """The RPCs of InferenceService."""
 
     def __init__(
-        self, model: Model, gateway: GatewayId, calls: OpenCalls, generation: Generation, requests: Requests,
-        tokenizer: TokenizerClient,
+        self, model: Model, gateway: GatewayId, calls: OpenCalls, short_calls: ShortCalls, generation: Generation,
+        requests: Requests, tokenizer: TokenizerClient, authentication: Authentication,
     ) -> None:  # fmt: skip
         """`gateway`: this one."""
         self._model = model
         self._gateway = gateway
         self._calls = calls
+        self._short_calls = short_calls
         self._generation = generation
         self._requests = requests
         self._tokenizer = tokenizer
+        self._authentication = authentication
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> Responses:
         """Accept a request and stream it."""
-        self._calls.enter(context)
-        stream = await self._generation.start(request, _caller(context))
+        self._calls.enter(context, context.peer())
+        caller = Caller(await self._identity(context), traceparent_of(_metadata(context)), context.time_remaining)
+        stream = await self._generation.start(request, caller)
         self._close_with(stream, context)
         async for response in stream.responses():
             yield response
@@ -52,8 +56,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.AttachRequest, context: Context
     ) -> Responses:
         """Read a request on."""
-        self._calls.enter(context)
-        key = _key(request.request_id, context)
+        self._calls.enter(context, context.peer())
+        key = await self._key(request.request_id, context)
         stream = await self._requests.attach(key, held_by_client(request, self._model), self._gateway)
         self._close_with(stream, context)
         async for response in stream.responses():
@@ -63,28 +67,42 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
         """Ask for a request's end."""
-        peek = await self._requests.cancel(_key(request.request_id, context))
+        with self._short_calls.one():
+            peek = await self._requests.cancel(await self._key(request.request_id, context))
         return inference_pb2.CancelResponse(state=STATES[peek.state])
 
     async def GetRequest(  # noqa: N802
         self, request: inference_pb2.GetRequestRequest, context: Context
     ) -> inference_pb2.GetRequestResponse:
         """Tell what the record says."""
-        return described(await self._requests.read(_key(request.request_id, context)))
+        with self._short_calls.one():
+            return described(await self._requests.read(await self._key(request.request_id, context)))
 
     async def CountTokens(  # noqa: N802
         self, request: inference_pb2.CountTokensRequest, context: Context
     ) -> inference_pb2.CountTokensResponse:
         """Encode and count."""
-        check_model(request.model, self._model)
-        tokens = await self._tokenizer.encode(encodable(request), context.time_remaining())
+        with self._short_calls.one():
+            await self._identity(context)
+            check_model(request.model, self._model)
+            tokens = await self._tokenizer.encode(encodable(request), context.time_remaining())
         return inference_pb2.CountTokensResponse(prompt_tokens=len(tokens))
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
         """Name the pool's model."""
+        with self._short_calls.one():
+            await self._identity(context)
         return inference_pb2.ListModelsResponse(models=[self._model.to_proto()])
+
+    async def _identity(self, context: Context) -> Identity:
+        return await self._authentication.identify(_metadata(context))
+
+    async def _key(self, request_id: str, context: Context) -> RequestKey:
+        # In this order: nothing is told of a request to a caller that is nobody.
+        identity = await self._identity(context)
+        return request_key(identity.tenant, check_request_id(request_id))
 
     def _close_with(self, stream: Stream, context: Context) -> None:
         # A callback, for it is called however the call ends, also while a response waits for a client that reads
@@ -95,10 +113,5 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             context.add_done_callback(lambda _: self._requests.close(stream))
 
 
-def _caller(context: Context) -> Caller:
-    metadata = context.invocation_metadata() or ()
-    return Caller(tenant_of(metadata), traceparent_of(metadata), context.time_remaining)
-
-
-def _key(request_id: str, context: Context) -> RequestKey:
-    return request_key(tenant_of(context.invocation_metadata() or ()), check_request_id(request_id))
+def _metadata(context: Context) -> Metadata:
+    return context.invocation_metadata() or ()

@@ -13,6 +13,7 @@ from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import tracing
+from services.common.tls.credentials import fleet_server_credentials
 from services.scheduler.clock import monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
@@ -42,10 +43,10 @@ def main() -> None:
 
 async def _serve(config: SchedulerConfig) -> None:
     stop = termination()
-    redis = await connect(config.redis_url)
+    redis = await connect(config.redis_url, config.tls_files)
     store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
 
-    server = make_server()
+    server = make_server(store.demand, fleet_server_credentials(config.fleet_tls()))
     with Metrics() as metrics, tracing(config.otlp_endpoint, "scheduler") as tracer:
         told = Telemetry(SchedulerMetrics(metrics), tracer)
 

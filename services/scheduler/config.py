@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from services.common.config import ConfigError, option
+from services.common.tls.options import TlsOptions
+from services.scheduler.demand import Bounds
 from services.scheduler.lease_keeper import Term
 from services.scheduler.liveness import Patience
 from services.scheduler.recovery import Window
@@ -10,7 +12,7 @@ from services.scheduler.sweeper import Rhythm
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig:
+class SchedulerConfig(TlsOptions):
     """Schedules one pool: several of these stand by, and one leads."""
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
@@ -31,14 +33,33 @@ class SchedulerConfig:
     registration_check_ms: int = option(1_000, "how often registrations of workers are read", minimum=50)
     sweep_ms: int = option(250, "least time between two sweeps of deadlines", minimum=10)
     scan_ms: int = option(2_000, "time between two looks at readers and gateways", minimum=50)
+    min_workers: int = option(
+        1, "fewest workers wanted; 0: none while there is nothing to do", minimum=0, maximum=10_000
+    )
+    max_workers: int = option(64, "most workers wanted", minimum=1, maximum=10_000)
+    work_within_ms: int = option(
+        10_000, "workers are wanted so that what was accepted is done in this time", minimum=100, maximum=86_400_000
+    )
+    quiet_ms: int = option(
+        120_000, "fewer are wanted only once they were enough for so long", minimum=1_000, maximum=86_400_000
+    )
+    demand_look_ms: int = option(1_000, "time between two looks at demand", minimum=20, maximum=3_000)
     recovery_window_ms: int = option(2_000, "how long workers and gateways may state what they hold", minimum=0)
     recovery_fresh_ms: int = option(200, "the same, for a pool that shows no earlier life", minimum=0)
 
     def __post_init__(self) -> None:
+        TlsOptions.__post_init__(self)
         if 2 * self.lease_renew_ms > self.lease_ttl_ms:
             raise ConfigError(
                 f"--lease-renew-ms is {self.lease_renew_ms}; the most is half of --lease-ttl-ms ({self.lease_ttl_ms})"
             )
+        if self.min_workers > self.max_workers:
+            raise ConfigError(f"--min-workers is {self.min_workers}; the most is --max-workers ({self.max_workers})")
+
+    @property
+    def bounds(self) -> Bounds:
+        """How many workers may be wanted, and when."""
+        return Bounds(self.min_workers, self.max_workers, self.work_within_ms, self.quiet_ms)
 
     @property
     def term(self) -> Term:

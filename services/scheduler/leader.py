@@ -27,6 +27,7 @@ from services.scheduler.ledger import Reservation
 from services.scheduler.placement import Placement
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.recovery import recover
+from services.scheduler.scaling import keep_telling
 from services.scheduler.sweeper import Sweeper
 from services.scheduler.telemetry import Telemetry
 from services.scheduler.view import View
@@ -91,6 +92,11 @@ class Reign:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sweeper.run())
             tasks.create_task(self._follow())
+            tasks.create_task(
+                keep_telling(
+                    self._store, self._fence, self.view, self._config.bounds, self._config.demand_look_ms, self._clock
+                )
+            )
 
     async def _rebuild(self) -> None:
         """Learn all that Redis knows. What is placed is read behind the events, so that no release is missed."""

@@ -7,7 +7,7 @@ Redis says that it left. So workers never run short by what the leader places, a
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1.request_pb2 import WorkerInfo, WorkerReport
+from gen.shoal.fleet.v1.request_pb2 import StepTime, WorkerInfo, WorkerReport
 from services.common.blocks import blocks_of_request
 from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
@@ -56,7 +56,8 @@ class Account:
         self._reservations: dict[RequestKey, Reservation] = {}  # in the order of placement
         self._untaken: dict[RequestKey, Reservation] = {}  # the last of these, not yet in the worker's report
         self._untaken_prefill_tokens = 0
-        self._reported_prefill_tokens = 0
+        self.report = WorkerReport(worker_id=info.worker_id)
+        """The last one; an empty one before it."""
 
     @property
     def worker(self) -> WorkerId:
@@ -71,7 +72,12 @@ class Account:
     @property
     def prefill_backlog_tokens(self) -> int:
         """Prompt tokens not yet computed: those reported, and those of requests placed since that report."""
-        return self._reported_prefill_tokens + self._untaken_prefill_tokens
+        return self.report.waiting_prefill_tokens + self._untaken_prefill_tokens
+
+    @property
+    def step_time(self) -> StepTime | None:
+        """What its steps take; None: it has made none."""
+        return self.report.step_time if self.report.HasField("step_time") else None
 
     @property
     def idle(self) -> bool:
@@ -121,7 +127,7 @@ class Account:
 
     def reported(self, report: WorkerReport) -> None:
         """Take the worker's word for its prefill, and for how many requests it has taken from its inbox."""
-        self._reported_prefill_tokens = report.waiting_prefill_tokens
+        self.report = report
         # Workers take requests in the order of placement: those that the number does not cover are the last ones.
         for key in list(self._untaken)[: max(0, report.requests - self._num_taken)]:
             self._untaken_prefill_tokens -= self._untaken.pop(key).prefill_tokens

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from redis.asyncio import Redis
 
 from services.common.ids import WorkerId
+from services.common.store.demand import DemandStore
 from services.common.store.events import Events
 from services.common.store.gateways import GatewayLease
 from services.common.store.inbox import Inbox
@@ -28,6 +29,7 @@ class PoolStore:
     gateways: GatewayLease
     leadership: Leadership
     recovery: Recovery
+    demand: DemandStore
 
     @staticmethod
     def of(redis: Redis, pool: str, holder: str, retention_ms: int) -> "PoolStore":
@@ -45,6 +47,7 @@ class PoolStore:
             gateways=GatewayLease(redis),
             leadership=Leadership(redis, pool, holder),
             recovery=Recovery(redis, pool),
+            demand=DemandStore(redis, pool),
         )
 
     def inbox(self, worker: WorkerId) -> Inbox:

@@ -3,6 +3,7 @@
 All of it is rebuilt from Redis at the start of a reign, and kept up by what the intake and the events bring.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from services.scheduler.ledger import Ledger, Reservation
 from services.scheduler.liveness import Liveness, Patience
 from services.scheduler.ordering import Queue
 from services.scheduler.placement import Placement, next_placement
+
+MOST_ARRIVED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class View:
         self.ledger = Ledger()
         self.liveness = Liveness(patience)
         self.deadlines = Deadlines()
+        self.arrived: deque[Queued] = deque(maxlen=MOST_ARRIVED)
+        """New requests since somebody last looked at demand, who clears it."""
 
     def knows(self, worker: WorkerId) -> bool:
         """Whether this worker has an account."""
@@ -55,6 +60,8 @@ class View:
     def take_queued(self, queued: Queued) -> None:
         """An entry of the intake."""
         self.queue.add(queued)
+        if queued.attempt.number == 1:
+            self.arrived.append(queued)
         if queued.deadline_at_ms:
             self.deadlines.add(queued.key, queued.deadline_at_ms)
 

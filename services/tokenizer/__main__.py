@@ -13,12 +13,16 @@ from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import Tracer, tracing
+from services.common.tls.credentials import fleet_server_credentials
 from services.tokenizer.config import TokenizerConfig
 from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
 
 logger = logging.getLogger(__name__)
+
+CONNECTION_AGE_MS = 30_000
+"""After about so long, a gateway is asked to connect anew: so it looks up the name again, and finds new tokenizers."""
 
 
 def main() -> None:
@@ -47,7 +51,11 @@ async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> Non
     description = describe_model(read_stored_model(model_path), config.pool)
     counted = TokenizerMetrics(metrics, lambda: pool.num_queued)
     service = TokenizerService(pool, description, config.max_input_bytes, counted, tracer)
-    server = Server([SERVICE_NAME])
+    server = Server(
+        [SERVICE_NAME],
+        [("grpc.max_connection_age_ms", CONNECTION_AGE_MS)],
+        credentials=fleet_server_credentials(config.fleet_tls()),
+    )
     server.grpc.add_generic_rpc_handlers((handlers(service),))
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())

@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 
 from services.common.config import option
+from services.common.tls.options import TlsOptions
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerConfig:
+class TokenizerConfig(TlsOptions):
     """Renders chats and turns text into tokens, for one model, in a pool of processes."""
 
     listen: str = option("127.0.0.1:0", "host:port to serve gRPC on; port 0: any free one")

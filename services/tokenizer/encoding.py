@@ -105,7 +105,7 @@ class TextCodec:
 
     def check_format(self, payload: bytes) -> bytes:
         """Serialized CheckFormatRequest to CheckFormatResponse. Raises InputError for a form that cannot be kept."""
-        from services.common.text.grammar import FormatError
+        from services.common.text.grammar_errors import FormatError
 
         request = tokenizer_pb2.CheckFormatRequest()
         _parse(request, payload)

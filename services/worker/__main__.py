@@ -10,15 +10,17 @@ import uvloop
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import ConfigError, Parsed, parse
+from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
-from services.common.store.connection import connect
+from services.common.store.connection import StoreError, connect
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import Tracer, tracing
 from services.common.text.stored_vocabulary import read_vocabulary
+from services.common.tls.credentials import fleet_server_credentials
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
 from services.worker.front.metrics import WorkerMetrics
-from services.worker.front.worker import Worker
+from services.worker.front.worker import EngineStartError, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer)
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
-    redis = await connect(config.redis_url)
-    server = rpc.Server([])
+    redis = await connect(config.redis_url, config.tls_files)
+    server = rpc.Server([], credentials=fleet_server_credentials(config.fleet_tls()))
     address = await server.start(config.listen)
     served = metrics.serve(config.listen, config.metrics_port)
     tasks: set[asyncio.Task[None]] = set()
@@ -70,7 +72,7 @@ def main() -> None:
     log.configure("worker", parsed.config.log_level)
     try:
         uvloop.run(serve(parsed))
-    except ConfigError as error:
+    except (ConfigError, ModelFileError, StoreError, EngineStartError, OSError) as error:
         sys.exit(f"worker: {error}")
 
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import option
+from services.common.tls.options import TlsOptions
 from services.worker.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(TlsOptions):
     """One worker: its front, and the engine that the front starts."""
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")

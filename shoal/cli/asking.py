@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
+from services.common.tls.files import Tls
+from shoal._async_client import AsyncClient
 from shoal._gateways import parse_addresses
 from shoal._prompt import Options, ResponseFormat
+from shoal._retries import RetryPolicy
 from shoal._values import Priority
+from shoal.cli.access import add_access_flags, tls_of
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
@@ -14,6 +18,7 @@ from shoal.fleet.state_dir import find_state_dir
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare them. A flag that is left out leaves the choice to the fleet."""
     parser.add_argument("--gateways", metavar="ADDR,..", help="host:port of the gateways (those of `shoal up` here)")
+    add_access_flags(parser)
     how = parser.add_argument_group("how to answer")
     how.add_argument("--model", help="a model's name (the fleet's only one)")
     how.add_argument("--temperature", type=float, help="0: always the most probable token (1)")
@@ -64,9 +69,20 @@ def _regex(regex: str) -> ResponseFormat:
     return {"regex": regex}
 
 
-def gateways_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The gateways given, else those of the running fleet. Raises FleetError if there is neither."""
+def client_of(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
+    """A client of the gateways given, else of the running fleet. Raises FleetError if there is neither."""
     try:
-        return parse_addresses(arguments.gateways or find_running(find_state_dir()).gateways)
+        gateways, tls = gateways_of(arguments)
+        return AsyncClient(gateways, tls=tls, api_key=arguments.api_key, retries=retries)
     except ValueError as error:
-        raise FleetError(f"--gateways: {error}") from error
+        raise FleetError(f"no client can be made: {error}") from error
+
+
+def gateways_of(arguments: argparse.Namespace) -> tuple[tuple[str, ...], Tls | None]:
+    """The gateways given, else those of the running fleet, and how to call them.
+
+    Raises FleetError if there is neither, ValueError for addresses or files that cannot be used.
+    """
+    running = None if arguments.gateways else find_running(find_state_dir())
+    gateways = parse_addresses(running.gateways if running else arguments.gateways)
+    return gateways, tls_of(arguments, running)

@@ -10,7 +10,7 @@ from typing import Any
 from services.common.errors import ShoalError
 from shoal._async_client import AsyncClient
 from shoal._prompt import Message, Options
-from shoal.cli.asking import add_flags, answer_options, gateways_of
+from shoal.cli.asking import add_flags, answer_options, client_of
 from shoal.cli.streaming import show
 
 _PROMPT = "\n> "
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         messages.append({"role": "system", "content": arguments.system})
     options = answer_options(arguments)
     with asyncio.Runner() as runner:
-        client = runner.run(_open(gateways_of(arguments)))
+        client = runner.run(_open(arguments))
         if sys.stdin.isatty():
             print("Ctrl-C cancels an answer, Ctrl-D ends the chat.")
         try:
@@ -63,8 +63,8 @@ def _ask() -> str | None:
             continue
 
 
-async def _open(gateways: Sequence[str]) -> AsyncClient:
-    return AsyncClient(gateways)
+async def _open(arguments: argparse.Namespace) -> AsyncClient:
+    return client_of(arguments)
 
 
 async def _answer(client: AsyncClient, messages: list[Message], question: str, options: Options) -> None:

@@ -21,5 +21,5 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     """Print the processes of the state directory's fleet."""
-    print(json.dumps({"processes": find_running(find_state_dir()).processes}))
+    print(json.dumps(find_running(find_state_dir()).line()))
     return 0

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "up", help="start a fleet on this machine", description=_ABOUT, allow_abbrev=False
     )
-    for kind in ("workers", "gateways", "schedulers", "tokenizers"):
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument("--workers", type=_count, default=1, metavar="N", help="number of workers (1)")
+    workers.add_argument(
+        "--autoscale", type=_range, metavar="MIN:MAX", help="as many workers as there is work for; 0:N from none"
+    )
+    for kind in ("gateways", "schedulers", "tokenizers"):
         parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
     parser.add_argument(
         "--model", type=Path, metavar="PATH", help="a GGUF file, or a folder of Hugging Face (SmolLM2-135M-Instruct)"
@@ -42,6 +48,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--http-port", type=_port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
     )
+    parser.add_argument(
+        "--tls", action="store_true", help="TLS for clients, mutual TLS between services, by a throw-away authority"
+    )
     parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics, each process at a free port")
     parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
     parser.set_defaults(run=run)
@@ -52,11 +61,13 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     state = find_state_dir()
     if arguments.detach:
         fleet = start_detached([word for word in given if word != "--detach"], state)
-        print(json.dumps({"processes": fleet.processes}))
+        print(json.dumps(fleet.line()))
         return 0
+    least, most = arguments.autoscale or (arguments.workers, arguments.workers)
     options = FleetOptions(
         model_path=find_model(arguments.model),
-        workers=arguments.workers,
+        workers=least,
+        spare_workers=most - least,
         gateways=arguments.gateways,
         schedulers=arguments.schedulers,
         tokenizers=arguments.tokenizers,
@@ -72,6 +83,11 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
         check_redis(options.redis_url)
     with state.lock():
+        if arguments.tls:
+            # Inside of the lock: they are not to be replaced under a fleet that runs. Imported here only, like Redis.
+            from shoal.fleet.certificates import make_certificates
+
+            options = replace(options, tls=make_certificates(state.certificates))
         plan = plan_fleet(options, state, random.Random())
         asyncio.run(_run(plan, state))
     return 0
@@ -99,6 +115,13 @@ def _count(text: str) -> int:
     if not 1 <= number <= 64:
         raise argparse.ArgumentTypeError(f"{number} is not in 1 to 64")
     return number
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(":")
+    if not (least.isdecimal() and most.isdecimal() and int(least) <= int(most) and 1 <= int(most) <= 64):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, as 1:4, with MIN from 0 and MAX from 1 to 64")
+    return int(least), int(most)
 
 
 def _port(text: str) -> int:

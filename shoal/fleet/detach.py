@@ -48,7 +48,7 @@ def _await_ready(supervisor: "subprocess.Popen[bytes]", state: StateDir, log_pat
                 raise FleetError(f"the fleet did not start (status {status}); what it said is above")
             fleet = state.read()
             if fleet and fleet["ready"] and fleet["pid"] == supervisor.pid:
-                return RunningFleet(fleet["pid"], fleet["ready"], fleet["processes"])
+                return RunningFleet.of(fleet)
             time.sleep(0.05)
 
 

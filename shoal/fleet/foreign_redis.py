@@ -2,6 +2,7 @@
 
 import asyncio
 
+from services.common.config import without_password
 from services.common.store.connection import StoreError, connect
 from shoal.fleet.errors import FleetError
 
@@ -11,13 +12,10 @@ def check_redis(url: str) -> None:
     try:
         asyncio.run(_connect(url))
     except (StoreError, ValueError) as error:
-        raise FleetError(f"the Redis at {_without_password(url)} can't be used: {error}") from error
+        raise FleetError(
+            f"the Redis at {without_password(url)} can't be used: {error}. Without --redis, a fleet brings its own"
+        ) from error
 
 
 async def _connect(url: str) -> None:
     await (await connect(url)).aclose()
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.rpartition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

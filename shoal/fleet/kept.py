@@ -97,6 +97,8 @@ class KeptProcess:
                 self._process = await start(self.plan.command, write_end, log)
             finally:
                 os.close(write_end)
+            if self._stopping:  # told so while it was being started
+                self.kill()
             async with asyncio.TaskGroup() as tasks:
                 # Our own pipe: asyncio's would wait for all who inherited it, not for the process alone.
                 listeners = [tasks.create_task(self._listen(read_end, log))]

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.tls.files import Tls
+
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
@@ -12,6 +14,9 @@ class FleetOptions:
     model_path: Path
     """A GGUF file, or a folder in the layout of Hugging Face."""
     workers: int = 1
+    """Those that always run."""
+    spare_workers: int = 0
+    """Further ones, that run while the scheduler wants them."""
     gateways: int = 1
     schedulers: int = 1
     tokenizers: int = 1
@@ -26,6 +31,9 @@ class FleetOptions:
     """The same of HTTP."""
     metrics: bool = False
     """Every service serves its figures to Prometheus."""
+
+    tls: Tls | None = None
+    """What every service shows and trusts; None: they speak in plain."""
 
     @property
     def pool(self) -> str:

@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from services.common.tls.files import Tls
+from services.common.tls.options import FleetTls
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
@@ -29,11 +31,26 @@ class ProcessPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SparePlan:
+    """Workers that run while these schedulers want more than those that always run."""
+
+    workers: tuple[ProcessPlan, ...]
+    always: int
+    schedulers: tuple[str, ...]
+    """Addresses."""
+    tls: FleetTls | None
+    """What they are asked with; None: in plain."""
+
+
+@dataclass(frozen=True, slots=True)
 class FleetPlan:
-    """All processes. `redis` is None when a foreign one is used."""
+    """All processes. `redis` is None when a foreign one is used, `spare` when as many workers run all the time."""
 
     redis: ProcessPlan | None
     services: tuple[ProcessPlan, ...]
+    tls: Tls | None = None
+    """What the services show and trust; None: they speak in plain."""
+    spare: SparePlan | None = None
 
 
 def plan_fleet(options: FleetOptions, state: StateDir, rng: random.Random) -> FleetPlan:
@@ -45,10 +62,12 @@ class _Planner:
     def __init__(self, options: FleetOptions, state: StateDir, rng: random.Random) -> None:
         self._options = options
         self._state = state
-        num_ports = 1 + 3 * options.gateways + options.tokenizers + options.schedulers + options.workers
-        num_services = options.gateways + options.tokenizers + options.schedulers + options.workers
+        self._num_workers = options.workers + options.spare_workers
+        num_services = options.gateways + options.tokenizers + options.schedulers + self._num_workers
+        num_ports = 1 + 2 * options.gateways + num_services
         num_ports += num_services if options.metrics else 0
         self._ports = iter(choose_ports(num_ports, rng))
+        self._tls = _tls_flags(options.tls) if options.tls else ()
 
     def plan(self) -> FleetPlan:
         options = self._options
@@ -57,15 +76,27 @@ class _Planner:
         pool = ("--pool", options.pool)
         model = ("--model-path", str(options.model_path))
         tokenizers = [self._service(Kind.TOKENIZER, number, *model, *pool) for number in range(options.tokenizers)]
-        schedulers = [self._service(Kind.SCHEDULER, number, *common, *pool) for number in range(options.schedulers)]
-        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        bounds = ("--min-workers", str(options.workers), "--max-workers", str(self._num_workers))
+        schedulers = [
+            self._service(Kind.SCHEDULER, number, *common, *pool, *(bounds if options.spare_workers else ()))
+            for number in range(options.schedulers)
+        ]
+        threads = max(1, (os.cpu_count() or 1) // self._num_workers)
         workers = [
             self._service(Kind.WORKER, number, *common, *pool, *model, "--threads", str(threads))
-            for number in range(options.workers)
+            for number in range(self._num_workers)
         ]
         gateways = self._gateways((*common, *pool), tokenizers)
         # Started in this order: loading the model takes longest.
-        return FleetPlan(redis, (*workers, *tokenizers, *schedulers, *gateways))
+        always, spare = workers[: options.workers], workers[options.workers :]
+        addresses = tuple(scheduler.address for scheduler in schedulers)
+        tls = FleetTls(options.tls, require_client_certificate=True, server_name="") if options.tls else None
+        return FleetPlan(
+            redis,
+            (*always, *tokenizers, *schedulers, *gateways),
+            options.tls,
+            SparePlan(tuple(spare), options.workers, addresses, tls) if spare else None,
+        )
 
     def _gateways(self, arguments: tuple[str, ...], tokenizers: list[ProcessPlan]) -> list[ProcessPlan]:
         ports = self._gateway_ports(self._options.port)
@@ -93,7 +124,7 @@ class _Planner:
     def _service(self, kind: Kind, number: int, *arguments: str, port: int = 0) -> ProcessPlan:
         address = f"{HOST}:{port}" if port else self._address()
         # -P: a directory named `services` in the user's current one is not ours.
-        command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *arguments)
+        command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *self._tls, *arguments)
         metrics_port = next(self._ports) if self._options.metrics else 0
         if not metrics_port:
             return self._process(kind, f"{kind}-{number}", command, address)
@@ -122,6 +153,11 @@ class _Planner:
 
     def _address(self) -> str:
         return f"{HOST}:{next(self._ports)}"
+
+
+def _tls_flags(tls: Tls) -> tuple[str, ...]:
+    files = (("--tls-ca", tls.ca), ("--tls-certificate", tls.certificate), ("--tls-key", tls.key))
+    return tuple(part for name, path in files for part in (name, str(path)))
 
 
 def _redis_binary() -> str:

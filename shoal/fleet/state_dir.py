@@ -5,6 +5,7 @@
   fleet.lock     held by the supervisor as long as it lives
   log/           one file a process
   redis/         the embedded Redis' data
+  tls/           certificates of `shoal up --tls`, new at each start
 """
 
 import fcntl
@@ -38,6 +39,11 @@ class StateDir:
     def redis_data(self) -> Path:
         """Where the embedded Redis keeps its data, unless told otherwise."""
         return self.path / "redis"
+
+    @property
+    def certificates(self) -> Path:
+        """Where the certificates of `shoal up --tls` are."""
+        return self.path / "tls"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -5,14 +5,17 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kept import KeptProcess
 from shoal.fleet.kind import Kind
-from shoal.fleet.plan import FleetPlan, ProcessPlan
+from shoal.fleet.plan import FleetPlan, ProcessPlan, SparePlan
 from shoal.fleet.progress import Progress
 from shoal.fleet.state_dir import StateDir
+
+if TYPE_CHECKING:
+    from shoal.fleet.spare import SpareWorkers
 
 STOP_ORDER = (Kind.GATEWAY, Kind.SCHEDULER, Kind.WORKER, Kind.TOKENIZER, Kind.REDIS)
 """First who takes work, last who keeps it."""
@@ -30,8 +33,11 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._redis = self._kept(plan.redis) if plan.redis else None
         self._services = [self._kept(service) for service in plan.services]
+        self._spare = self._spare_workers(plan.spare) if plan.spare else None
         self._known_ready: set[str] = set()
         self._last_line = ""
+        # What clients need to know beside the addresses; nothing if they call in plain.
+        self._access = {"tls": {"ca": str(plan.tls.ca)}} if plan.tls else {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run the fleet until `stop` is set; then end every process. Raises FleetError if one never gets ready."""
@@ -51,16 +57,23 @@ class Supervisor:
     async def _run(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
             keeping: list[asyncio.Task[None]] = []
+            scaling: asyncio.Task[NoReturn] | None = None
             try:
                 if self._redis:
                     keeping.append(tasks.create_task(self._redis.run()))
                     await self._report(stop, until_ready=[self._redis])
                 keeping += [tasks.create_task(service.run()) for service in self._services]
+                if self._spare:
+                    scaling = tasks.create_task(self._spare.run(tasks))
                 await self._report(stop)
             finally:
+                if scaling:
+                    scaling.cancel()
                 await self._stop_all()
                 for task in keeping:
                     task.cancel()
+                if self._spare:
+                    self._spare.cancel()
 
     async def _report(self, stop: asyncio.Event, until_ready: Sequence[KeptProcess] = ()) -> None:
         """Tell each change, until `stop` is set or these are ready."""
@@ -77,9 +90,9 @@ class Supervisor:
     def _tell(self) -> None:
         processes = self._processes()
         all_ready = _are_ready(self._all())
-        self._state.write({"pid": os.getpid(), "ready": all_ready, "processes": processes})
+        self._state.write({"pid": os.getpid(), "ready": all_ready, "processes": processes, **self._access})
         self._tell_progress()
-        line = json.dumps({"processes": processes})
+        line = json.dumps({"processes": processes, **self._access})
         if all_ready and line != self._last_line:
             self._last_line = line
             # Whoever read the line may have gone; the fleet stays.
@@ -90,7 +103,7 @@ class Supervisor:
         ready = {process.plan.name for process in self._all() if process.announced is not None}
         for number, name in enumerate(sorted(ready - self._known_ready), 1):
             self._progress.ready(name, len(self._known_ready & ready) + number, len(self._all()))
-        for name in sorted(self._known_ready - ready):
+        for name in sorted((self._known_ready - ready) & {process.plan.name for process in self._all()}):
             self._progress.say(f"shoal: {name} ended and is started again")
         self._known_ready = ready
 
@@ -117,8 +130,15 @@ class Supervisor:
     def _kept(self, plan: ProcessPlan) -> KeptProcess:
         return KeptProcess(plan, self._changed.set, self._progress.loading)
 
+    def _spare_workers(self, plan: SparePlan) -> "SpareWorkers":
+        # Imported here only: gRPC would take much of the time until anything is started.
+        from shoal.fleet.spare import SpareWorkers
+
+        return SpareWorkers(plan, self._kept, self._progress.say, self._changed.set)
+
     def _all(self) -> list[KeptProcess]:
-        return [*([self._redis] if self._redis else []), *self._services]
+        spare = self._spare.processes if self._spare else []
+        return [*([self._redis] if self._redis else []), *self._services, *spare]
 
 
 def _are_ready(processes: Sequence[KeptProcess]) -> bool:

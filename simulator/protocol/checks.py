@@ -107,6 +107,10 @@ class Checks:
                 self.fail(f"{key}: reader {move.reader} left for {before.reader}, who counts")
         if isinstance(move, moves.Place) and after.state == RequestState.PLACED:
             self._placed(key, after, pool)
+        if isinstance(move, moves.Submit) and move.tenant_limit:
+            in_flight = in_flight_of(data, key)
+            if in_flight > move.tenant_limit:
+                self.fail(f"{key}: accepted as number {in_flight} of its tenant, whose limit is {move.tenant_limit}")
         if isinstance(move, moves.Attach):
             self.attaches[key] += 1
         if isinstance(move, moves.Cancel) and verdict == Verdict.OK:
@@ -214,6 +218,9 @@ class Checks:
         elif end in ("cancelled", "expired", "quarantined", "failed"):
             if all(record.state != end for record in ends):
                 self.fail(f"{key}: {client.name} was told {end}, which its record never was")
+        elif end == "quota":
+            if key in self.accepted:
+                self.fail(f"{key}: {client.name} was told of a quota after it was accepted")
         elif end == "superseded":
             if not self.attaches[key]:
                 self.fail(f"{key}: {client.name} superseded, though nobody attached")
@@ -270,6 +277,12 @@ class Checks:
             for choice, tokens in enumerate(record.journal):
                 if tokens != self.texts.undisturbed(record.key, choice, self.specs[record.key].max_tokens):
                     self.fail(f"{record.key}: its text differs from that of an undisturbed run")
+
+
+def in_flight_of(data: "Data", key: RequestKey) -> int:
+    """Requests of the tenant that have not ended."""
+    tenant = key.partition("/")[0]
+    return sum(not record.ended for other, record in data.records.items() if other.partition("/")[0] == tenant)
 
 
 def _journals(ends: list[Record]) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:

@@ -353,6 +353,15 @@ def _sweep_ignores_the_resume_time() -> list[Patch]:
     return [(transitions, "_sweep", at_once)]
 
 
+def _submit_ignores_the_quota() -> list[Patch]:
+    submit = transitions._submit
+
+    def any_number(record: Record | None, move: moves.Submit, pool: Pool) -> Transition:
+        return submit(record, replace(move, tenant_limit=0), pool)
+
+    return [(transitions, "_submit", any_number)]
+
+
 def _any_reader_may_leave() -> list[Patch]:
     leave = transitions._leave
 
@@ -486,6 +495,7 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _end_keeps_the_reservation,
         _attach_leaves_the_reader_away,
         _sweep_ignores_the_resume_time,
+        _submit_ignores_the_quota,
         _any_reader_may_leave,
         _finish_over_a_gap,
         _gateway_takes_tokens_over_a_gap,

@@ -61,6 +61,8 @@ class Gateway(Process):
         self.streams: dict[RequestKey, Stream] = {}
         self.calls: list[ClientCall] = []
         self.timing = Timing()
+        self.tenant_limit = 0
+        """Most requests of a tenant in flight; 0: any number."""
 
     def boot(self) -> None:
         """Begin with no stream."""
@@ -128,6 +130,7 @@ class Gateway(Process):
             resume_ms=resume_ms,
             deadline_ms=deadline_ms,
             backlog_limit=BACKLOG_LIMIT,
+            tenant_limit=self.tenant_limit,
         )
         self._attaching[key] += 1
         answered = yield from self._try(submit)

@@ -9,7 +9,7 @@ from services.common.record import moves, transitions
 from services.common.record.record import Attempt, Record
 from services.common.record.transitions import Answer, Pool, Transition, Verdict
 from simulator.protocol import commands as c
-from simulator.protocol.checks import Checks
+from simulator.protocol.checks import Checks, in_flight_of
 from simulator.protocol.world import Process, Task, World
 
 WORKER_TTL_MS = 2500
@@ -240,6 +240,8 @@ class RedisModel(Process):
         """Make a move of the protocol: one script."""
         before = self.data.records.get(move.key)
         pool = self.pool()
+        if isinstance(move, moves.Submit):
+            pool = replace(pool, tenant_in_flight=in_flight_of(self.data, move.key))
         step = transitions.apply(before, move, pool)
         if type(move) is self._loses and step.answer.verdict == Verdict.OK:
             self._loses = None

@@ -26,6 +26,9 @@ AWAY_SLACK_MS = 100
 """Who comes back so long before its resume time ends comes in time."""
 LINGER_MS = 400
 """What is still under way when all has ended gets this long to do harm."""
+QUOTA_EACH = 5
+"""In the last of so many seeds, the tenant may have only QUOTA requests in flight."""
+QUOTA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Se
     violation = ""
     try:
         fleet.redis.up = True
+        if seed % QUOTA_EACH == QUOTA_EACH - 1:
+            _limit_the_tenant(fleet)
         for process in (*fleet.gateways, *fleet.leaders, *fleet.workers):
             process.start()
         _requests(fleet, rng, checks)
@@ -93,6 +98,11 @@ def _fleet(world: World, checks: Checks) -> Fleet:
     return Fleet(world, redis, network, gateways, leaders, workers, [])
 
 
+def _limit_the_tenant(fleet: Fleet) -> None:
+    for gateway in fleet.gateways:
+        gateway.tenant_limit = QUOTA
+
+
 def _requests(fleet: Fleet, rng: Random, checks: Checks) -> None:
     for number in range(rng.choice((2, 3, 3, 4, 5))):
         key = RequestKey(f"t/r{number}")
@@ -106,6 +116,8 @@ def _requests(fleet: Fleet, rng: Random, checks: Checks) -> None:
         fleet.clients.append(client)
         begins_at = rng.uniform(5, 900)
         fleet.world.after(begins_at, client, client.start)
+        if fleet.gateways[0].tenant_limit:
+            client.expected_ends.add("quota")
         if poison_after >= 0:
             client.expected_ends.add("quarantined")
         if client.habits.deadline_ms:

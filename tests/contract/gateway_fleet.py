@@ -26,6 +26,8 @@ from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.tls.credentials import fleet_server_credentials
+from services.common.tls.options import FleetTls
 from services.gateway.config import GatewayConfig
 from services.gateway.endings import STATES
 from services.gateway.gateway import Addresses, run
@@ -82,6 +84,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "away")
 
 
+def bearer(api_key: str) -> list[tuple[str, str]]:
+    return [("authorization", f"Bearer {api_key}")]
+
+
 def text_of(tokens: Sequence[int]) -> str:
     return "".join(chr(token) for token in tokens)
 
@@ -108,10 +114,11 @@ class RunningGateway:
         stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         return stub
 
-    def generate(self, tenant: str = "", timeout_s: float | None = None, **fields: Any) -> "Answer":
+    def generate(self, tenant: str = "", timeout_s: float | None = None, api_key: str = "", **fields: Any) -> "Answer":
         if not {"prompt", "chat", "token_ids"} & set(fields):
             fields["prompt"] = "hello"
         metadata = [("x-shoal-tenant", tenant)] if tenant else []
+        metadata += bearer(api_key) if api_key else []
         return Answer(self.stub.Generate(pb.GenerateRequest(**fields), metadata=metadata, timeout=timeout_s))
 
     def attach(self, request_id: str, from_index: int = 0, held: str = "", tenant: str = "") -> "Answer":
@@ -232,8 +239,10 @@ class FakeWorker:
 class Fleet:
     """The neighbours of gateways, and gateways."""
 
-    def __init__(self, redis: Redis, url: str, pool: str) -> None:
+    def __init__(self, redis: Redis, url: str, pool: str, tls: FleetTls | None = None) -> None:
+        """`tls`: between the services; None: they speak in plain."""
         self.redis = redis
+        self.tls = tls
         self.url = url
         self.pool = pool
         self.store = RequestStore(redis, pool, retention_ms=60_000)
@@ -245,7 +254,7 @@ class Fleet:
         self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> "Fleet":
-        server = rpc.Server([])
+        server = rpc.Server([], credentials=fleet_server_credentials(self.tls))
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self.tokenizer, server.grpc)
         self.tokenizer_address = await server.start("127.0.0.1:0")
         self._resources.push_async_callback(server.stop, 0)
@@ -277,6 +286,11 @@ class Fleet:
     async def gateway(self, **fields: Any) -> RunningGateway:
         """Start a gateway in this process."""
         config = GatewayConfig(tokenizers=self.tokenizer_address, redis_url=self.url, pool=self.pool, drain_ms=0)
+        if self.tls:
+            files = self.tls.files
+            config = replace(
+                config, tls_ca=str(files.ca), tls_certificate=str(files.certificate), tls_key=str(files.key)
+            )
         ready: asyncio.Future[Addresses] = asyncio.get_running_loop().create_future()
         stop = asyncio.Event()
         serving = run(replace(config, **fields), stop, ready.set_result)
@@ -285,14 +299,14 @@ class Fleet:
         if ended.done():
             await ended
         addresses = ready.result()
-        channel = await self._resources.enter_async_context(rpc.channel(addresses.public))
+        channel = await self._resources.enter_async_context(rpc.channel(addresses.public, self.tls))
         gateway = RunningGateway(addresses, stop, ended, channel)
         self.gateways.append(gateway)
         return gateway
 
     async def link(self, gateway: RunningGateway) -> FakeWorker:
         """Dial a gateway as a worker does."""
-        channel = await self._resources.enter_async_context(rpc.channel(gateway.fleet_address))
+        channel = await self._resources.enter_async_context(rpc.channel(gateway.fleet_address, self.tls))
         stub: delivery_pb2_grpc.DeliveryServiceAsyncStub = delivery_pb2_grpc.DeliveryServiceStub(channel)
         call: Any = stub.Deliver()  # type: ignore[call-arg]  # without an iterator it is written to
         self._resources.callback(call.cancel)
@@ -405,8 +419,8 @@ class Started(Opened):
     answer: Answer
 
 
-async def a_fleet(redis: Redis, url: str, pool: str) -> AsyncIterator[Fleet]:
-    async with Fleet(redis, url, pool) as fleet:
+async def a_fleet(redis: Redis, url: str, pool: str, tls: FleetTls | None = None) -> AsyncIterator[Fleet]:
+    async with Fleet(redis, url, pool, tls) as fleet:
         yield fleet
 
 

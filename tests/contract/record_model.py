@@ -9,11 +9,12 @@ from typing import Any
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1.request_pb2 import RequestPayload
-from services.common.ids import RequestKey, WorkerId
+from services.common.ids import RequestKey, TenantId, WorkerId
 from services.common.record import moves, transitions
 from services.common.record.record import Record
 from services.common.record.states import RequestState
 from services.common.record.transitions import Answer, Pool, Verdict
+from services.common.store.connection import command
 from services.common.store.events import Events, Released
 from services.common.store.inbox import CancelAttempt, Inbox, InboxMessage, Redirect, Start
 from services.common.store.intake import Intake, Queued
@@ -44,13 +45,17 @@ class Model:
     def make(self, move: moves.Move) -> Answer:
         """Make a move and apply its effects."""
         before = self.records.get(move.key)
-        pool = Pool(self.now_ms, self.fence, len(self.intake), frozenset(self.workers))
+        pool = Pool(self.now_ms, self.fence, len(self.intake), frozenset(self.workers), len(self.in_flight(move.key)))
         step = transitions.apply(before, move, pool)
         if step.record is not None:
             self.records[move.key] = step.record
         for effect in step.effects:
             self._take_effect(effect)
         return step.answer
+
+    def in_flight(self, key: RequestKey) -> set[RequestKey]:
+        """Requests of the key's tenant that have not ended."""
+        return {other for other, record in self.records.items() if _tenant(other) == _tenant(key) and not record.ended}
 
     def _take_effect(self, effect: transitions.Effect) -> None:
         record = self.records[effect.key]
@@ -76,6 +81,10 @@ class Model:
                 self.retained.add(effect.key)
 
 
+def _tenant(key: RequestKey) -> TenantId:
+    return TenantId(key.split("/")[0])
+
+
 def _queued(record: Record) -> Queued:
     payload = RequestPayload.FromString(record.payload)
     return Queued(
@@ -89,7 +98,7 @@ def _queued(record: Record) -> Queued:
         max_tokens=payload.max_tokens,
         num_choices=record.num_choices,
         priority=int(payload.priority),
-        tenant=record.key.split("/")[0],  # type: ignore[arg-type]
+        tenant=_tenant(record.key),
         suspect_until=record.suspect_until,
         traceparent=payload.traceparent,
     )
@@ -187,6 +196,8 @@ class World:
         """Records of the others cannot have changed: `compare_all` sees to them at the end of a history."""
         await self._compare_record(moved)
         keys, model = self._keys, self.model
+        counted = await command(self._redis, "SMEMBERS", keys.in_flight(_tenant(moved)))
+        assert {name.decode() for name in counted} == model.in_flight(moved)
         streams = [keys.intake, keys.events, *map(keys.inbox, WORKERS)]
         entries = await read_many(self._redis, dict.fromkeys(streams, FIRST), 0, ALL)
         intake = Intake.parse(entries.get(keys.intake, []))

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
+from gen.shoal.fleet.v1.demand_pb2 import PoolDemand
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import (
     AlreadyExists,
@@ -28,6 +30,7 @@ from services.common.ids import fleet_address
 from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.store.connection import StoreUnavailable, command, connect
+from services.common.store.demand import DemandStore
 from services.common.store.ids import claim_id
 from services.common.store.recovery import Recovery
 from tests.conftest import RedisServer
@@ -117,6 +120,33 @@ async def test_what_no_worker_can_ever_hold_is_refused(fleet: Fleet) -> None:
     assert payload.max_tokens == 2, "what is left in the smallest worker's cache"
 
 
+async def test_without_any_worker_requests_are_accepted_and_held_up_to_the_backlogs_limit(fleet: Fleet) -> None:
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(backlog_limit=2)
+    for name in ("first", "second"):
+        await gateway.generate(request_id=name).accepted()
+        assert (await fleet.record(fleet.key(name))).state is RequestState.QUEUED
+    error = await gateway.generate(request_id="third").error()
+    assert error.reason == "BACKLOG_FULL"
+
+
+async def test_without_any_worker_the_last_ones_room_says_what_can_ever_fit(fleet: Fleet) -> None:
+    seen = request_pb2.WorkerInfo(num_blocks=2, block_size_tokens=16, context_tokens=CONTEXT_TOKENS)
+    await DemandStore(fleet.redis, fleet.pool).tell(PoolDemand(smallest_worker=seen), fleet.fence)
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(least_cache_tokens=CONTEXT_TOKENS)
+    error = await gateway.generate(prompt="x" * 30, max_tokens=3).error()
+    assert (error.field, error.reason) == ("max_tokens", "CAPACITY_EXCEEDED")
+
+
+async def test_before_there_ever_was_a_worker_the_configured_room_says_what_can_fit(fleet: Fleet) -> None:
+    await fleet.directory.unregister(fleet.worker)
+    gateway = await fleet.gateway(least_cache_tokens=32)
+    error = await gateway.generate(prompt="x" * 30, max_tokens=3).error()
+    assert (error.field, error.reason) == ("max_tokens", "CAPACITY_EXCEEDED")
+    await gateway.generate(prompt="x" * 30, max_tokens=2).accepted()
+
+
 @pytest.mark.parametrize(
     ("message", "code"),
     [
@@ -146,11 +176,62 @@ async def test_a_tenant_that_cannot_be_one_is_refused(fleet: Fleet) -> None:
     assert (type(error), error.field) == (InvalidRequest, "x-shoal-tenant")
 
 
-async def test_large_metadata_is_refused(fleet: Fleet) -> None:
-    gateway = await fleet.gateway()
-    call = gateway.stub.ListModels(pb.ListModelsRequest(), metadata=[("x-large", "x" * 20_000)])
-    assert isinstance(await refused(call), Exhausted)
+async def test_large_metadata_and_messages_are_refused_with_the_limit(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(max_metadata_bytes=8_000, max_message_bytes=100_000)
+    error = await refused(gateway.stub.ListModels(pb.ListModelsRequest(), metadata=[("x-large", "x" * 9_000)]))
+    assert isinstance(error, Exhausted)
+    assert "metadata size" in error.message
+    assert "8000" in error.message
+    error = await gateway.generate(prompt="x" * 200_000).error()
+    assert isinstance(error, Exhausted)
+    assert "message larger than max" in error.message
+    assert "100000" in error.message
     assert await gateway.generate().accepted()
+
+
+async def test_one_connection_cannot_take_all_streams(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(max_connection_streams=2)
+    open_streams = [gateway.generate() for _ in range(2)]
+    for stream in open_streams:
+        await stream.accepted()
+    error = await gateway.generate().error()
+    assert (type(error), error.reason) == (Exhausted, "TOO_MANY_STREAMS_OF_CONNECTION")
+    assert "2 open streams" in error.message
+    assert error.retry_after_ms
+    own_pool = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(gateway.addresses.public, own_pool) as channel:
+        assert await replace(gateway, channel=channel).generate().accepted()
+    open_streams[0].call.cancel()
+    async with asyncio.timeout(10):
+        while isinstance(await _attempt(gateway), Exhausted):
+            await asyncio.sleep(0.01)
+
+
+async def test_calls_that_do_not_stream_are_bounded_too(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(max_short_calls=1, tokenizer_timeout_ms=10_000)
+    fleet.tokenizer.refuses = 3  # so that the first call is in progress for a while
+    first = asyncio.ensure_future(_count(gateway))
+    async with asyncio.timeout(10):
+        while fleet.tokenizer.refuses == 3:
+            await asyncio.sleep(0)
+    error = await refused(gateway.stub.ListModels(pb.ListModelsRequest()))
+    assert (type(error), error.reason) == (Exhausted, "TOO_MANY_CALLS")
+    assert "the most is 1" in error.message
+    assert await gateway.generate().accepted(), "streams are counted apart"
+    assert await first == 5
+    assert await gateway.stub.ListModels(pb.ListModelsRequest())
+
+
+async def _count(gateway: RunningGateway) -> int:
+    return (await gateway.stub.CountTokens(pb.CountTokensRequest(prompt="hello"))).prompt_tokens
+
+
+async def _attempt(gateway: RunningGateway) -> ShoalError | None:
+    try:
+        await gateway.generate().accepted()
+    except ShoalError as error:
+        return error
+    return None
 
 
 async def test_a_tokenizer_that_is_away_for_a_moment_is_waited_for(fleet: Fleet) -> None:

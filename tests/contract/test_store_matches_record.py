@@ -203,6 +203,7 @@ def _submit(world: World, key: RequestKey, step: Step) -> moves.Submit:
         resume_ms=10 * c,
         deadline_ms=0 if a < 5 else 20 * b,
         backlog_limit=2 + (7 - d),
+        tenant_limit=max(0, c - 4),
     )
 
 

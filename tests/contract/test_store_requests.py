@@ -159,7 +159,7 @@ async def test_scripts_name_keys_as_the_keys_module_does(redis: Redis, pool: str
     keys = Keys(pool)
     expected = {
         keys.intake, keys.events, keys.leader, keys.epoch, keys.generation, keys.workers, keys.worker(WORKER),
-        keys.inbox(WORKER), keys.request(KEY), keys.journal(KEY, 0),
+        keys.inbox(WORKER), keys.request(KEY), keys.journal(KEY, 0), keys.in_flight("acme"),
     }  # fmt: skip
     assert {name.decode() for name in await command(redis, "KEYS", "*")} == expected
 

@@ -168,6 +168,21 @@ async def test_a_stop_text_ends_the_answer_before_it(bench: Bench) -> None:
     assert not bench.engine.sequences, "its blocks are free"
 
 
+async def test_the_leader_is_told_what_steps_take_and_how_long_answers_became(bench: Bench) -> None:
+    for name in ("ended", "cancelled"):
+        key = await bench.submit(name, max_tokens=3 if name == "ended" else 50)
+        await bench.place(key)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == 2)
+    for _ in range(3):
+        bench.engine.step()
+    await bench.record_until(bench.key("ended"), lambda record: record.state == RequestState.FINISHED)
+    await bench.cancel(bench.key("cancelled"))
+    await bench.record_until(bench.key("cancelled"), lambda record: record.state == RequestState.CANCELLED)
+    report = await bench.report_until(lambda report: report.requests == 0)
+    assert (report.step_time.fixed_ms, report.step_time.ms_per_token) == (5, 1)
+    assert (report.ended_choices, report.ended_choice_tokens) == (1, 3), "a cancelled one says nothing of lengths"
+
+
 async def test_a_cancelled_request_leaves_the_engine_and_ends(bench: Bench) -> None:
     key = await bench.submit("a", max_tokens=50)
     bench.gateway.expect(key)

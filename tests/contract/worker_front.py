@@ -19,10 +19,13 @@ from services.common.record.history import Held
 from services.common.record.reader import Acceptance, Reader, Refused
 from services.common.record.record import Attempt, Record
 from services.common.record.transitions import Verdict
+from services.common.store.events import Events
 from services.common.store.inbox import Inbox
+from services.common.store.keys import Keys
 from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
+from services.common.store.streams import last_id
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import NoTracer, Tracer
@@ -121,7 +124,8 @@ class SteppedEngine:
                 if output.end:
                     del self.sequences[number]
             outputs.append(output)
-        done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60)
+        step_time = request_pb2.StepTime(fixed_ms=5, ms_per_token=1)
+        done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60, step_time=step_time)
         self._events.put_nowait(engine_pb2.EngineEvent(done=done))
 
     def begin_step(self) -> None:
@@ -323,6 +327,16 @@ class Bench:
         found = await self.store.read(key)
         assert found
         return found[0]
+
+    async def report_until(self, condition: Callable[[request_pb2.WorkerReport], bool]) -> request_pb2.WorkerReport:
+        """The session's first report behind now of which the condition holds."""
+        events, after = Events(self.redis, self.pool), await last_id(self.redis, Keys(self.pool).events)
+        async with asyncio.timeout(10):
+            while True:
+                for entry_id, event in await events.read(after, 500, 100):
+                    after = entry_id
+                    if isinstance(event, request_pb2.WorkerReport) and condition(event):
+                        return event
 
     async def record_until(self, key: RequestKey, condition: Callable[[Record], bool]) -> Record:
         """The record once the condition holds of it."""

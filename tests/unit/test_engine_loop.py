@@ -66,6 +66,7 @@ def test_a_step_is_announced_with_its_sequences_and_then_reported() -> None:
     assert begins.predicted_ms > 0
     assert (done.step, done.took_us, done.waiting_prefill_tokens) == (1, 20_000, 4)
     assert done.free_blocks == 16 - 2
+    assert done.step_time.ms_per_token > 0
     assert [(output.sequence_id, list(output.token_ids)) for output in done.outputs] == [(1, [5])]
 
 

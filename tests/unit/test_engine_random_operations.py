@@ -208,6 +208,8 @@ class EngineMachine(RuleBasedStateMachine):
                 tokens.append(token)
                 self.num_sampled[output.sequence_id] += 1
             self._note_logprobs(output)
+            if output.end == engine_pb2.SEQUENCE_END_LENGTH and (ended := self.commands.get(output.sequence_id)):
+                assert self._generated(output.sequence_id) >= ended.payload.max_tokens, "it ends too soon"
             if output.end:
                 # An end that was not told yet is told, even if the front gave the sequence up meanwhile.
                 assert self.commands.pop(output.sequence_id, None) or output.sequence_id in self.aborted

@@ -95,3 +95,15 @@ def test_no_prediction_is_negative_whatever_was_seen() -> None:
     for tokens in range(1, 200):
         model.observe(a_plan((0, tokens)), 1000 / tokens)
     assert all(model.predict_ms(a_plan((0, tokens))) >= 0 for tokens in (1, 10, 512, 4096))
+
+
+def test_its_coefficients_say_what_it_predicts_also_of_a_machine_that_slowed_down() -> None:
+    model = StepTimeModel()
+    for _ in range(500):
+        model.observe(a_decode(8), 30.0)
+    for _ in range(30):
+        model.observe(a_decode(8), 300.0)
+    plan = a_decode(5)
+    fixed_ms, per_token, per_attended, _ = model.coefficients
+    told_ms = fixed_ms + per_token * plan.num_tokens + per_attended * plan.num_attended_tokens
+    assert told_ms == pytest.approx(model.predict_ms(plan))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.fleet.certificates import make_certificates
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
@@ -57,6 +58,19 @@ def test_processes_know_each_other(tmp_path: Path) -> None:
         else:
             assert not process.http_address
     assert len(set(listening)) == len(listening)
+
+
+def test_workers_beyond_the_least_are_spare_and_schedulers_know_both_bounds(tmp_path: Path) -> None:
+    options = FleetOptions(Path("/m.gguf"), workers=1, spare_workers=2, schedulers=2)
+    plan = plan_fleet(options, StateDir(tmp_path), random.Random(1))
+    assert plan.spare is not None
+    assert [process.name for process in plan.services if process.kind is Kind.WORKER] == ["worker-0"]
+    assert [process.name for process in plan.spare.workers] == ["worker-1", "worker-2"]
+    schedulers = [process for process in plan.services if process.kind is Kind.SCHEDULER]
+    assert plan.spare.schedulers == tuple(scheduler.address for scheduler in schedulers)
+    for scheduler in schedulers:
+        assert (flags(scheduler)["--min-workers"], flags(scheduler)["--max-workers"]) == ("1", "3")
+    assert plan_fleet(FleetOptions(Path("/m.gguf")), StateDir(tmp_path), random.Random(1)).spare is None
 
 
 def test_the_embedded_redis_keeps_what_it_is_given(tmp_path: Path) -> None:
@@ -119,3 +133,13 @@ def test_one_fleet_a_directory(tmp_path: Path) -> None:
             pass
     assert not state.is_locked()
     assert state.read() is None
+
+
+def test_with_tls_every_service_is_told_of_the_same_files(tmp_path: Path) -> None:
+    tls = make_certificates(tmp_path / "tls")
+    plan = plan_fleet(FleetOptions(Path("/m.gguf"), tls=tls), StateDir(tmp_path), random.Random(1))
+    for process in plan.services:
+        given = flags(process)
+        assert given["--tls-ca"] == str(tls.ca)
+        assert (given["--tls-certificate"], given["--tls-key"]) == (str(tls.certificate), str(tls.key))
+    assert plan.tls is tls

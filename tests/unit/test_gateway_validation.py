@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import InvalidRequest, NotFound, ShoalError, to_status
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, TenantId
 from services.common.record.history import NOTHING, Held
 from services.common.record.record import Attempt
-from services.gateway.identity import DEFAULT_TENANT, cache_salt, tenant_of, traceparent_of
+from services.gateway.identity import DEFAULT_TENANT, bearer_of, cache_salt, stated_tenant_of, traceparent_of
 from services.gateway.model import Model, Room
 from services.gateway.validation import (
     ValidRequest,
@@ -323,20 +323,28 @@ def test_a_client_cannot_hold_what_there_cannot_be(request_: pb.AttachRequest, f
     assert caught.value.field == field
 
 
-def test_a_caller_without_a_tenant_is_the_default_one() -> None:
-    assert tenant_of([]) == DEFAULT_TENANT
-    assert tenant_of([("x-shoal-tenant", "acme")]) == "acme"
+def test_a_caller_may_state_a_tenant_that_can_be_one() -> None:
+    assert stated_tenant_of([]) is None
+    assert stated_tenant_of([("x-shoal-tenant", "acme")]) == "acme"
     for bad in ("", "a/b", "x" * 65, "a b"):
         with pytest.raises(InvalidRequest):
-            tenant_of([("x-shoal-tenant", bad)])
+            stated_tenant_of([("x-shoal-tenant", bad)])
 
 
 def test_tenants_have_caches_of_their_own() -> None:
     assert cache_salt(DEFAULT_TENANT) == cache_salt(DEFAULT_TENANT)
-    assert cache_salt(DEFAULT_TENANT) != cache_salt(tenant_of([("x-shoal-tenant", "acme")]))
+    assert cache_salt(DEFAULT_TENANT) != cache_salt(TenantId("acme"))
 
 
 def test_only_well_formed_trace_contexts_are_carried() -> None:
     trace = f"00-{'a' * 32}-{'b' * 16}-01"
     assert traceparent_of([("traceparent", trace)]) == trace
     assert traceparent_of([("traceparent", "nonsense\n")]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "token"),
+    [("Bearer abc", "abc"), ("bearer  abc ", "abc"), ("abc", ""), ("Basic abc", ""), ("Bearer", ""), ("", "")],
+)
+def test_a_bearer_token_is_what_follows_its_word(value: str, token: str) -> None:
+    assert bearer_of([("other", "x"), ("authorization", value)]) == token

@@ -31,8 +31,8 @@ LEADER, DEPOSED = "2:b", "1:a"
 FIRST = Attempt(1, "n1")
 
 
-def a_pool(now_ms: int = 1_000, fence: str = LEADER, intake_length: int = 0) -> Pool:
-    return Pool(now_ms, fence, intake_length, frozenset({W1, W2}))
+def a_pool(now_ms: int = 1_000, fence: str = LEADER, intake_length: int = 0, tenant_in_flight: int = 0) -> Pool:
+    return Pool(now_ms, fence, intake_length, frozenset({W1, W2}), tenant_in_flight)
 
 
 POOL = a_pool()
@@ -127,6 +127,15 @@ def test_an_id_with_another_payload_is_a_conflict() -> None:
 def test_a_full_backlog_refuses_and_says_how_long_it_is() -> None:
     step = apply(None, a_submit(), a_pool(intake_length=3))
     assert (step.record, step.answer.verdict, step.answer.index) == (None, Verdict.FULL, 3)
+
+
+def test_a_tenant_at_its_limit_is_refused_and_told_how_many_it_has() -> None:
+    limited = replace(a_submit(), tenant_limit=2)
+    assert apply(None, limited, a_pool(tenant_in_flight=1)).answer.verdict == Verdict.OK
+    step = apply(None, limited, a_pool(tenant_in_flight=2, intake_length=3))
+    assert (step.record, step.answer.verdict, step.answer.index) == (None, Verdict.QUOTA, 2)
+    assert refused(queued(), limited, a_pool(tenant_in_flight=2)) == Verdict.KNOWN
+    assert apply(None, a_submit(), a_pool(tenant_in_flight=1_000)).answer.verdict == Verdict.OK
 
 
 def test_a_known_request_is_known_even_where_the_backlog_is_full() -> None:

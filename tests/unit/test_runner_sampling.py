@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.worker.engine.sequence import SamplingParameters
-from services.worker.runner.noise import gumbel_noise
+from services.worker.runner.noise import gumbel_noise, noise_key
 from services.worker.runner.sampling import Draw, sample
 
 PLAIN = SamplingParameters(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, choice=0)
@@ -83,23 +83,24 @@ def test_a_token_does_not_depend_on_the_other_rows() -> None:
 def test_noise_differs_by_seed_choice_index_and_token() -> None:
     ids = torch.arange(1000)
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (2**64 - 1, 0, 0), (2**63, 0, 0)]
-    values = torch.cat([gumbel_noise(*place, ids) for place in places])
+    values = torch.cat([gumbel_noise(noise_key(*place), ids) for place in places])
     assert len(set(values.tolist())) == len(values)
 
 
 def test_noise_is_the_same_on_every_machine() -> None:
     # By a SplitMix64 in plain integers, written apart from this one.
     expected = [1.3717998612134916, 1.9015944323343965]
-    assert gumbel_noise(42, 1, 3, torch.tensor([0, 49151])).tolist() == pytest.approx(expected, rel=1e-12)
+    assert gumbel_noise(noise_key(42, 1, 3), torch.tensor([0, 49151])).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_noise_of_some_candidates_is_that_of_all() -> None:
     some = torch.tensor([999, 3, 500])
-    assert torch.equal(gumbel_noise(5, 0, 9, some), gumbel_noise(5, 0, 9, torch.arange(1000))[some])
+    key = noise_key(5, 0, 9)
+    assert torch.equal(gumbel_noise(key, some), gumbel_noise(key, torch.arange(1000))[some])
 
 
 def test_noise_has_the_gumbel_distributions_mean_and_variance() -> None:
-    noise = gumbel_noise(1, 0, 0, torch.arange(200_000))
+    noise = gumbel_noise(noise_key(1, 0, 0), torch.arange(200_000))
     assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.04)
     assert bool(noise.isfinite().all())

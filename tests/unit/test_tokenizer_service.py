@@ -256,7 +256,7 @@ def test_a_model_that_cannot_be_read_ends_the_service_with_a_line_that_says_why(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
     assert ended.stdout == ""
-    assert "absent.gguf: cannot be read" in ended.stderr.splitlines()[-1]
+    assert "absent.gguf: is not there" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
 
 

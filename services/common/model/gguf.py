@@ -63,6 +63,8 @@ class GgufFile:
 
     path: Path
     metadata: Mapping[str, object]
+    metadata_end: int
+    """The first byte behind the metadata, where the table of tensors begins."""
     tensors: Mapping[str, TensorInfo]
 
     def require(self, key: str, kind: type[_Value]) -> _Value:
@@ -134,8 +136,9 @@ class _Reader:
                 raise self._error(f"metadata key {key!r} occurs twice")
             kind = self._u32(f"the type of metadata key {key!r}")
             metadata[key] = self._value(kind, f"metadata key {key!r}", 0)
+        metadata_end = self._position
         table = [self._tensor_entry(index, num_tensors) for index in range(num_tensors)]
-        return GgufFile(self._path, metadata, self._place_tensors(table, self._data_start(metadata)))
+        return GgufFile(self._path, metadata, metadata_end, self._place_tensors(table, self._data_start(metadata)))
 
     def _read_counts(self) -> tuple[int, int]:
         magic = self._data[:4]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from services.common.model.errors import ModelFileError
 from services.common.model.folder import ModelFolder, read_folder
 from services.common.model.gguf import GgufFile, read_gguf
 
@@ -11,8 +12,10 @@ StoredModel = GgufFile | ModelFolder
 def read_stored_model(path: Path) -> StoredModel:
     """Read what a GGUF file, or a folder in the layout of Hugging Face, says of itself; no weights.
 
-    Raises ModelFileError if it is neither, or damaged.
+    Raises ModelFileError if it is absent, neither, or damaged.
     """
+    if not path.exists():
+        raise ModelFileError(path, "is not there: name a GGUF file, or a folder in the layout of Hugging Face")
     return read_folder(path) if path.is_dir() else read_gguf(path)
 
 

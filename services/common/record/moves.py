@@ -23,6 +23,8 @@ class Submit:
     """From now; 0: none."""
     backlog_limit: int
     """Most entries of the intake."""
+    tenant_limit: int = 0
+    """Most requests of its tenant in flight in the pool; 0: any number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ class Verdict(StrEnum):
     """Submit: the id is in use with another payload."""
     FULL = "full"
     """Submit: the intake is at its limit."""
+    QUOTA = "quota"
+    """Submit: its tenant is at its limit of requests in flight."""
     UNKNOWN = "unknown"
     """No such request."""
     STALE = "stale"
@@ -106,7 +108,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Retain:
-    """The record and its journal expire after the retention time."""
+    """The record and its journal expire after the retention time, and it is no longer in flight."""
 
     key: RequestKey
 
@@ -124,6 +126,8 @@ class Pool:
     intake_length: int
     workers: frozenset[WorkerId]
     """Those registered."""
+    tenant_in_flight: int = 0
+    """Requests of the move's tenant that have not ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,9 @@ def _submit(record: Record | None, move: moves.Submit, pool: Pool) -> Transition
     if record is not None:
         same = record.digest == move.digest
         return _unchanged(record, Verdict.KNOWN if same else Verdict.CONFLICT)
+    # The tenant's own limit first: a caller that is over it shall not take the whole fleet for full.
+    if 0 < move.tenant_limit <= pool.tenant_in_flight:
+        return Transition(None, Answer(Verdict.QUOTA, index=pool.tenant_in_flight))
     if pool.intake_length >= move.backlog_limit:
         return Transition(None, Answer(Verdict.FULL, index=pool.intake_length))
     created = Record(

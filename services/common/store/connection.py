@@ -8,6 +8,8 @@ StoreError
 """
 
 import asyncio
+import os
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,8 @@ from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+from services.common.tls.files import Tls
 
 Argument = str | bytes | int
 """What a command or a script can be given."""
@@ -87,14 +91,18 @@ async def command(redis: Redis, *arguments: Argument) -> Any:
         return await redis.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
 
-async def connect(url: str) -> Redis:
+async def connect(url: str, tls: Tls | None = None) -> Redis:
     """A client of the Redis at `url`, once it has answered and is found fit; close it with `aclose()`.
 
+    `tls`: for a `rediss://` URL, unless the URL itself names files as `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`
+    in its query. With neither, the system's authorities count.
+
     It never repeats a command by itself: the callers decide. Tries CONNECT_ATTEMPTS times, about 3 s when refused at
-    once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction and scripts work.
+    once. Raises StoreUnavailable after them, and StoreUnfit unless maxmemory-policy is noeviction, scripts work, and
+    certificates are as they should be, or if `url` is none.
     """
-    redis = Redis.from_pool(
-        BlockingConnectionPool.from_url(
+    try:
+        connections = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=SOCKET_TIMEOUT_S,
@@ -102,8 +110,11 @@ async def connect(url: str) -> Redis:
             socket_connect_timeout=SOCKET_TIMEOUT_S,
             retry=Retry(NoBackoff(), 0),
             protocol=3,
+            **_files(url, tls),
         )
-    )
+    except ValueError as error:
+        raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
+    redis = Redis.from_pool(connections)
     try:
         await _await_answer(redis)
         await _check_fitness(redis)
@@ -113,15 +124,39 @@ async def connect(url: str) -> Redis:
     return redis
 
 
+def _files(url: str, tls: Tls | None) -> dict[str, str]:
+    if tls is None or not url.startswith("rediss:"):
+        return {}
+    files = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+    return {name: os.fspath(path) for name, path in files.items() if path is not None}
+
+
 async def _await_answer(redis: Redis) -> None:
     for attempt in range(CONNECT_ATTEMPTS):
         try:
             await command(redis, "PING")
             return
-        except StoreUnavailable:
+        except StoreUnavailable as error:
+            problem = _tls_problem(error)
+            if problem:
+                raise StoreUnfit(
+                    f"TLS with Redis fails: {problem}. Its URL is rediss://... if it serves TLS, else redis://...; its "
+                    "authority is the URL's ?ssl_ca_certs=FILE, else --tls-ca, else one of the system's"
+                ) from error
             if attempt == CONNECT_ATTEMPTS - 1:
-                raise
+                raise StoreUnavailable(f"{str(error).rstrip('.')}. Start one there, or say where yours is") from error
             await asyncio.sleep(CONNECT_BACKOFF_S * 2**attempt)
+
+
+def _tls_problem(error: BaseException) -> BaseException | None:
+    """What trying again does not help against: a certificate, a file, a port that speaks no TLS."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cut = isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        if isinstance(cause, ssl.SSLError | FileNotFoundError | PermissionError) and not cut:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 async def _check_fitness(redis: Redis) -> None:

@@ -30,6 +30,8 @@ class Keys:
         """Run id of the server whose data was recovered last."""
         self.workers = f"{self.prefix}workers"
         """Set of worker ids."""
+        self.demand = f"{self.prefix}demand"
+        """Hash: a fleet.v1.PoolDemand, and when the leader told it."""
 
     def request(self, key: RequestKey) -> str:
         """Hash: the record, but for its journal."""
@@ -38,6 +40,10 @@ class Keys:
     def journal(self, key: RequestKey, choice: int) -> str:
         """String: tokens of one choice, 4 bytes each, little-endian."""
         return f"{self.prefix}journal:{key}:{choice}"
+
+    def in_flight(self, tenant: str) -> str:
+        """Set: keys of a tenant's requests that have not ended."""
+        return f"{self.prefix}in_flight:{tenant}"
 
     def inbox(self, worker: WorkerId) -> str:
         """Stream of what a worker is told."""
@@ -60,3 +66,8 @@ def id_key(tenant: str, request_id: str) -> str:
 def gateway_key(gateway: str) -> str:
     """String: exists while the gateway with this id beats. Outside pools."""
     return f"gateway:{gateway}"
+
+
+def api_key_key(key_id: str) -> str:
+    """String: a fleet.v1.ApiKey; expires with the key. Outside pools."""
+    return f"api_key:{key_id}"

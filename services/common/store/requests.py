@@ -35,7 +35,7 @@ class Submitted:
 
     answer: Answer
     accepted_at_ms: int
-    """0: FULL or CONFLICT."""
+    """0: FULL, QUOTA or CONFLICT."""
     deadline_at_ms: int
     """0: none."""
     now_ms: int
@@ -106,6 +106,7 @@ class RequestStore:
             move.deadline_ms,
             move.backlog_limit,
             *_summary(move.key, move.payload),
+            move.tenant_limit,
         )
         return Submitted(_answer([verdict, choice, index]), accepted_at_ms, deadline_at_ms, now_ms)
 

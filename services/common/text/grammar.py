@@ -13,6 +13,7 @@ from itertools import chain
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.text.grammar_errors import FormatError, GrammarError
 from services.common.text.vocabulary import Vocabulary
 
 MAX_NESTING = 64
@@ -25,19 +26,6 @@ WHITESPACE = r"[ \n\t]{0,16}"
 MAX_SHOWN_CHARACTERS = 300
 NOTHING_FOLLOWS = "no token of the vocabulary continues the answer under its response_format"
 _PLACE = re.compile(r"^(?:at )?\d+\(\d+\): (?:failed to compile JSON schema: )?")
-
-
-class FormatError(Exception):
-    """A form that cannot be kept: the field of ResponseFormat, and what is wrong with it."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field = field
-        self.problem = problem
-
-
-class GrammarError(Exception):
-    """An answer cannot go on under its form; the text says why."""
 
 
 class GrammarCompiler:

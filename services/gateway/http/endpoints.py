@@ -15,6 +15,7 @@ from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import ShoalError
 from services.gateway.admission import OpenCalls
+from services.gateway.authentication import Authentication
 from services.gateway.generation import Caller, Generation
 from services.gateway.http import body, chat_fields, completion_fields
 from services.gateway.http.chat_fields import ChatFields, chat_request
@@ -27,7 +28,7 @@ from services.gateway.http.fields import CommonFields
 from services.gateway.http.form import Form
 from services.gateway.http.outgoing import Outgoing
 from services.gateway.http.spelling import Spelling
-from services.gateway.identity import tenant_of, traceparent_of
+from services.gateway.identity import Metadata, traceparent_of
 from services.gateway.model import Model
 from services.gateway.readiness import Readiness
 from services.gateway.requests import Requests
@@ -93,7 +94,7 @@ class Endpoints:
 
     def __init__(
         self, model: Model, calls: OpenCalls, generation: Generation, requests: Requests, spelling: Spelling,
-        readiness: Readiness, max_body_bytes: int,
+        readiness: Readiness, max_body_bytes: int, authentication: Authentication,
     ) -> None:  # fmt: skip
         self._model = model
         self._calls = calls
@@ -102,6 +103,7 @@ class Endpoints:
         self._spelling = spelling
         self._readiness = readiness
         self._bodies = body.Bodies(max_body_bytes)
+        self._authentication = authentication
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
@@ -113,10 +115,12 @@ class Endpoints:
 
     async def models(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models."""
+        await self._authentication.identify(_metadata(request))
         return _json({"object": "list", "data": [self._described()]})
 
     async def model(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/models/{model}."""
+        await self._authentication.identify(_metadata(request))
         check_model(request.match_info["model"], self._model)
         return _json(self._described())
 
@@ -143,8 +147,8 @@ class Endpoints:
 
     async def _start(self, request: web.Request, endpoint: Endpoint[F]) -> Started:
         # In a method of its own: the body is not kept while the answer is streamed.
-        metadata = [(name.lower(), value) for name, value in request.headers.items()]
-        caller = Caller(tenant_of(metadata), traceparent_of(metadata), lambda: None)
+        metadata = _metadata(request)
+        caller = Caller(await self._authentication.identify(metadata), traceparent_of(metadata), lambda: None)
         with self._bodies.room() as room:
             fields = body.decode(await body.read(request, room), endpoint.decoder)
             asked = endpoint.to_request(fields)
@@ -238,6 +242,10 @@ class _Call:
     ) -> None:
         for callback in self._callbacks:
             callback(self)
+
+
+def _metadata(request: web.Request) -> Metadata:
+    return [(name.lower(), value) for name, value in request.headers.items()]
 
 
 def _prompt_token_ids(stream: Stream) -> Sequence[int]:

@@ -103,6 +103,8 @@ def error_response(error: ShoalError, request_id: str = "") -> web.Response:
     headers = {"x-should-retry": "true" if error.retry_after_ms else "false"}
     if error.retry_after_ms:
         headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if request_id:
         headers["x-request-id"] = request_id
     return _response(TOLD[type(error)].status, error_object(error), headers)

@@ -1,5 +1,7 @@
 """The HTTP server: beside gRPC, in the same process and on the same event loop, over the same core."""
 
+import ssl
+
 from aiohttp import web
 
 from services.common.rpc import host_and_port
@@ -36,12 +38,15 @@ class HttpServer:
             shutdown_timeout=STOP_S,
         )
 
-    async def start(self, listen: str) -> str:
-        """Listen on `host:port` (port 0: any) and serve. Returns the address. Raises OSError if the port is taken."""
+    async def start(self, listen: str, tls: ssl.SSLContext | None) -> str:
+        """Listen on `host:port` (port 0: any) and serve; `tls`: None: in plain. Returns the address.
+
+        Raises OSError if the port is taken.
+        """
         host, port = host_and_port(listen)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host.strip("[]") or None, port).start()
+            await web.TCPSite(self._runner, host.strip("[]") or None, port, ssl_context=tls).start()
         except OSError as error:
             raise OSError(f"can't listen on {listen}: {error.strerror}. Choose another port, or 0 for any") from error
         return f"{host}:{self._runner.addresses[0][1]}"

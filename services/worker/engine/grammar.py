@@ -7,9 +7,14 @@ for its own outside the queue of those that wait for room; nobody waits for it.
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING
 
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.text.grammar import FormatError, Grammar, GrammarCompiler, GrammarError, GrammarState
+from services.common.text.grammar_errors import FormatError, GrammarError
+
+if TYPE_CHECKING:
+    # An engine that refuses forms, as a benchmark's does, needs no library for them.
+    from services.common.text.grammar import Grammar, GrammarCompiler, GrammarState
 
 MAX_CACHED_GRAMMARS = 64
 
@@ -17,7 +22,7 @@ MAX_CACHED_GRAMMARS = 64
 class SequenceGrammar:
     """How far one sequence is in its form. Changed by the planner, as the sequence grows, and never goes back."""
 
-    def __init__(self, state: GrammarState, stop_token_ids: frozenset[int]) -> None:
+    def __init__(self, state: "GrammarState", stop_token_ids: frozenset[int]) -> None:
         self._state = state
         self._stop_token_ids = stop_token_ids
         self._num_tokens = 0
@@ -47,7 +52,7 @@ class Grammars:
     Its queue holds at most one job for each sequence of the engine.
     """
 
-    def __init__(self, executor: Executor, make_compiler: Callable[[], GrammarCompiler]) -> None:
+    def __init__(self, executor: Executor, make_compiler: "Callable[[], GrammarCompiler]") -> None:
         """`make_compiler` is called at once, in the thread: it reads the vocabulary."""
         self._executor = executor
         self._compiler = executor.submit(make_compiler)
@@ -70,7 +75,7 @@ class Grammars:
         grammar.follow(token_ids)
         return grammar
 
-    def _compiled(self, form: inference_pb2.ResponseFormat) -> Grammar:
+    def _compiled(self, form: inference_pb2.ResponseFormat) -> "Grammar":
         key = form.SerializeToString(deterministic=True)
         if key not in self._cache:
             try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from gen.shoal.fleet.v1 import engine_pb2
+from gen.shoal.fleet.v1 import engine_pb2, request_pb2
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner, RunningStep
 from services.worker.engine.sequence import SequenceId
@@ -111,6 +111,7 @@ class EngineLoop:
             outputs=outputs,
             free_blocks=self._planner.num_free_blocks,
             waiting_prefill_tokens=self._planner.waiting_prefill_tokens,
+            step_time=request_pb2.StepTime(**self._step_time.coefficients._asdict()),
             running_sequences=self._planner.num_running,
             waiting_sequences=self._planner.num_waiting,
             preemptions=self._planner.num_preemptions,

@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.blocks import num_shared_blocks
-from services.common.text.grammar import GrammarError
+from services.common.text.grammar_errors import GrammarError
 from services.worker.engine.block_pool import BlockId, BlockPool
 from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.prefix_cache import PrefixCache, block_hash
-from services.worker.engine.refusal import why_refused, why_tokens_refused
+from services.worker.engine.refusal import why_refused, why_tokens_refused, why_too_long
 from services.worker.engine.sequence import Sequence, SequenceId, SequenceState
 from services.worker.engine.step_plan import (
     PENDING_TOKEN,
@@ -131,6 +131,9 @@ class Planner:
             return
         sequence.held = False
         sequence.token_ids.extend(forced_token_ids)
+        if problem := why_too_long(sequence, self._limits):
+            self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
+            return
         if sequence.id not in self._preparing:
             self._follow_or_end(sequence)
 

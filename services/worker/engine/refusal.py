@@ -14,6 +14,13 @@ def why_refused(payload: request_pb2.RequestPayload, sequence: Sequence, limits:
     """
     if sequence.num_prompt_tokens == 0:
         return "the prompt has no tokens"
+    if problem := why_too_long(sequence, limits):
+        return problem
+    return why_tokens_refused([*sequence.token_ids, *payload.sampling.logit_bias], limits)
+
+
+def why_too_long(sequence: Sequence, limits: EngineLimits) -> str | None:
+    """Return why a sequence never fits, alone even, or None if it does. Forced tokens can make it longer."""
     if sequence.most_tokens > limits.context_tokens:
         return (
             f"{sequence.num_prompt_tokens} prompt tokens and max_tokens {sequence.max_tokens} "
@@ -22,7 +29,7 @@ def why_refused(payload: request_pb2.RequestPayload, sequence: Sequence, limits:
     num_blocks = limits.blocks_for(sequence.most_tokens)
     if num_blocks > limits.num_blocks:
         return f"{sequence.most_tokens} tokens need {num_blocks} blocks; the KV cache has {limits.num_blocks}"
-    return why_tokens_refused([*sequence.token_ids, *payload.sampling.logit_bias], limits)
+    return None
 
 
 def why_tokens_refused(token_ids: Tokens[int], limits: EngineLimits) -> str | None:

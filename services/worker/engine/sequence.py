@@ -124,7 +124,7 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose keys and values are in the cache, or will be once the steps launched so far are done."""
     num_pending_tokens: int = 0
-    """Tokens that steps in flight will sample: 0 or 1."""
+    """Tokens that steps in flight will sample: 0 or 1, and 2 from the launch of a step until the one before is done."""
     num_sampled_tokens: int = 0
     """Tokens sampled by this engine, pending ones included."""
     grammar: SequenceGrammar | None = None
@@ -220,11 +220,15 @@ class Sequence:
         self.state = state
 
     def end_reached(self) -> engine_pb2.SequenceEnd.ValueType:
-        """Return why its generated tokens are its last ones, or SEQUENCE_END_UNSPECIFIED if they are not."""
-        if self.num_generated_tokens > 0 and self.token_ids[-1] in self.stop_token_ids:
+        """Return why its generated tokens are its last ones, or SEQUENCE_END_UNSPECIFIED if they are not.
+
+        Of those that are known: a step ahead may have one more pending, which is told when that step is done.
+        """
+        num_known_tokens = len(self.token_ids) - self.num_prompt_tokens
+        if num_known_tokens > 0 and self.token_ids[-1] in self.stop_token_ids:
             return engine_pb2.SEQUENCE_END_STOP_TOKEN
         if self.grammar and self.grammar.is_over:
             return engine_pb2.SEQUENCE_END_COMPLETE
-        if self.num_generated_tokens >= self.max_tokens:
+        if num_known_tokens >= self.max_tokens:
             return engine_pb2.SEQUENCE_END_LENGTH
         return engine_pb2.SEQUENCE_END_UNSPECIFIED

@@ -70,6 +70,11 @@ class StepTimeModel:
         self._coefficients = initial
         self._pace = 1.0
 
+    @property
+    def coefficients(self) -> StepTimeCoefficients:
+        """What is predicted by now, the machine's pace included."""
+        return StepTimeCoefficients(*(self._pace * coefficient for coefficient in self._coefficients))
+
     def predict_ms(self, plan: StepPlan) -> float:
         """Return the expected time of a step, ms."""
         return self._pace * self._fitted_ms(plan)

@@ -17,6 +17,7 @@ from services.common import rpc
 from services.common.ids import RequestKey, WorkerId, fleet_address
 from services.common.record.history import Held
 from services.common.record.record import Attempt
+from services.common.tls.options import FleetTls
 from services.worker.front.active import ActiveRequest, attempt_id
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,12 @@ OnRefusal = Callable[[ActiveRequest, delivery_pb2.Refusal], Awaitable[None]]
 class GatewayLinks:
     """All links of a session. Changed only by the session."""
 
-    def __init__(self, worker: WorkerId, tasks: asyncio.TaskGroup, on_resume: OnResume, on_refusal: OnRefusal) -> None:
+    def __init__(
+        self, worker: WorkerId, tls: FleetTls | None, tasks: asyncio.TaskGroup, on_resume: OnResume,
+        on_refusal: OnRefusal,
+    ) -> None:  # fmt: skip
         self._worker = worker
+        self._tls = tls
         self._tasks = tasks
         self._on_resume = on_resume
         self._on_refusal = on_refusal
@@ -47,7 +52,7 @@ class GatewayLinks:
         link = self._link(active)
         if link is None or link.closed:
             address = fleet_address(active.run.gateway)
-            link = self._links[address] = _Link(address, self._worker, self._on_resume, self._on_refusal)
+            link = self._links[address] = _Link(address, self._worker, self._tls, self._on_resume, self._on_refusal)
             link.task = self._tasks.create_task(link.run(), name=f"link to {address}")
         link.open(active)
 
@@ -84,11 +89,14 @@ class GatewayLinks:
 
 
 class _Link:
-    def __init__(self, address: str, worker: WorkerId, on_resume: OnResume, on_refusal: OnRefusal) -> None:
+    def __init__(
+        self, address: str, worker: WorkerId, tls: FleetTls | None, on_resume: OnResume, on_refusal: OnRefusal
+    ) -> None:
         self.task: asyncio.Task[None] | None = None
         self.closed = False
         self._address = address
         self._worker = worker
+        self._tls = tls
         self._on_resume = on_resume
         self._on_refusal = on_refusal
         self._requests: dict[RequestKey, ActiveRequest] = {}
@@ -144,7 +152,7 @@ class _Link:
             while True:
                 opened_at = asyncio.get_running_loop().time()
                 try:
-                    async with rpc.channel(self._address) as channel:
+                    async with rpc.channel(self._address, self._tls) as channel:
                         await self._stream(channel)
                 except (grpc.RpcError, asyncio.InvalidStateError) as error:
                     code = error.code() if isinstance(error, grpc.aio.AioRpcError) else error

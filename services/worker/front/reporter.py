@@ -55,4 +55,7 @@ class Reporter:
             sequences=session.num_sequences,
             waiting_prefill_tokens=session.waiting_prefill_tokens,
             requests=len(session.active),
+            step_time=session.step_time,
+            ended_choices=session.num_ended_choices,
+            ended_choice_tokens=session.num_ended_choice_tokens,
         )

@@ -73,6 +73,11 @@ class Session:
         self.predicted_step_ms = 0
         self.free_blocks = ready.num_blocks
         self.waiting_prefill_tokens = 0
+        self.step_time: request_pb2.StepTime | None = None
+        """None: no step was made."""
+        self.num_ended_choices = 0
+        """Of requests that finished: not of cancelled, expired or failed ones."""
+        self.num_ended_choice_tokens = 0
         self.progress = asyncio.Event()
         """Set when a report would say something new."""
         self.active: dict[RequestKey, ActiveRequest] = {}
@@ -133,7 +138,8 @@ class Session:
 
     async def _work(self, others: Sequence[Callable[[], Awaitable[None]]]) -> None:
         async with asyncio.TaskGroup() as self._tasks:
-            self._links = GatewayLinks(self.worker, self._tasks, self._on_resume, self._on_refusal)
+            tls = self._config.fleet_tls()
+            self._links = GatewayLinks(self.worker, tls, self._tasks, self._on_resume, self._on_refusal)
             for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
                 self._tasks.create_task(_awaited(part))
 
@@ -273,6 +279,8 @@ class Session:
             self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
+        if done.HasField("step_time"):
+            self.step_time = done.step_time
         now_s = time.monotonic()
         self._metrics.step_done(done, num_sequences, self._gaps_s(done, now_s))
         for output in done.outputs:
@@ -342,6 +350,9 @@ class Session:
         answer = await self._until_stored(finish, END_TRIES)
         if answer and answer.verdict == Verdict.OK:
             self._metrics.request_ended(state, outcome.usage.prompt_tokens, outcome.usage.cached_tokens)
+            if state is RequestState.FINISHED:
+                self.num_ended_choices += len(active.choices)
+                self.num_ended_choice_tokens += sum(len(known) for known in active.run.known)
             self._links.end(active, _end_frame(active, state, error, outcome))
         else:
             self._links.forget(active)

@@ -10,13 +10,17 @@ _LAST_SHIFT = 31
 _UNIFORM_BITS = 52
 
 
-def gumbel_noise(seed: int, choice: int, index: int, token_ids: Tensor) -> Tensor:
-    """Return standard Gumbel noise, float64, of the shape of `token_ids` (int64).
+def noise_key(seed: int, choice: int, index: int) -> int:
+    """Return what the noise of one token to sample depends on, beside the candidates, as an int64."""
+    return _as_int64(_mix(_mix(_mix(seed) + choice) + index))
 
-    A value depends on the seed, the choice, the index of the token to sample and the candidate's token id alone.
+
+def gumbel_noise(key: int | Tensor, token_ids: Tensor) -> Tensor:
+    """Return standard Gumbel noise, float64, of candidates, `token_ids` (int64).
+
+    A value depends on the key and the candidate's token id alone. Keys, int64, may be of a shape to be broadcast.
     """
-    key = _mix(_mix(_mix(seed) + choice) + index)
-    bits = _mix_tensor((token_ids + 1) * _as_int64(_INCREMENT) + _as_int64(key))
+    bits = _mix_tensor((token_ids + 1) * _as_int64(_INCREMENT) + key)
     # The middle of one of 2^52 equal parts of (0, 1): never 0 or 1, whose logarithms would be infinite or 0.
     uniform = (_shift_right(bits, 64 - _UNIFORM_BITS).double() + 0.5) * 2.0**-_UNIFORM_BITS
     return uniform.log_().neg_().log_().neg_()

@@ -19,7 +19,7 @@ from torch import Tensor
 from services.worker.engine.sequence import SamplingParameters
 from services.worker.engine.step_plan import SeenTokens
 from services.worker.runner.adjustments import adjusted
-from services.worker.runner.noise import gumbel_noise
+from services.worker.runner.noise import gumbel_noise, noise_key
 
 # Sorting a whole vocabulary costs some ms; most nuclei are among so many of the best.
 _LIKELY_NUCLEUS = 1024
@@ -55,7 +55,7 @@ def _sample_row(logits: Tensor, draw: Draw) -> int:
     # Less the largest first: however low the temperature, the best token has 0 and nothing overflows to +inf.
     scores = (logits - logits.max()) / parameters.temperature
     scores, token_ids = _candidates(scores, parameters)
-    noise = gumbel_noise(parameters.seed, parameters.choice, draw.index, token_ids)
+    noise = gumbel_noise(noise_key(parameters.seed, parameters.choice, draw.index), token_ids)
     return int(token_ids[(scores + noise).argmax()])
 
 

@@ -42,6 +42,11 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
     )
 
 
+def read_decoder_config(folder: ModelFolder) -> DecoderConfig:
+    """Read a model's shape alone: weights need not be there. Raises ModelFileError as `open_folder_decoder`."""
+    return _read_config(folder.config, _family(folder.config))
+
+
 def _family(config: JsonFile) -> Family:
     given = config.require("architectures", list)
     family = FOLDER_ARCHITECTURES.get(str(given[0])) if len(given) == 1 else None

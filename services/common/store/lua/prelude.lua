@@ -33,6 +33,7 @@ local RECOVERING = redis.error_reply('RECOVERING the server restarted, and the l
 local INTAKE, EVENTS = PREFIX .. 'intake', PREFIX .. 'events'
 local function request_key(key) return PREFIX .. 'request:' .. key end
 local function journal_key(key, choice) return PREFIX .. 'journal:' .. key .. ':' .. text(choice) end
+local function in_flight_key(key) return PREFIX .. 'in_flight:' .. string.match(key, '^[^/]*') end
 local function inbox_key(worker) return PREFIX .. 'inbox:' .. worker end
 
 -- While nobody leads, this equals no fence that a move may carry, the empty one included.
@@ -157,6 +158,7 @@ local function release(record)
 end
 
 local function retain(record)
+  redis.call('SREM', in_flight_key(record.key), record.key)
   redis.call('PEXPIRE', record.name, RETENTION_MS)
   for choice = 0, record.n - 1 do redis.call('PEXPIRE', journal_key(record.key, choice), RETENTION_MS) end
 end
@@ -210,6 +212,7 @@ local function create(record, what, fields, packed)
     'suspect_until', '0', 'accepted_at_ms', record.accepted_at_ms, 'deadline_at_ms', text(record.deadline_at_ms),
     'placed_at_ms', '0', 'ended_at_ms', '0', 'n', text(record.n), 'outcome', '', 'error', '', 'decisions', '',
     'num_decisions', '0', 'inbox_entry', '', unpack(fields))
+  redis.call('SADD', in_flight_key(record.key), record.key)
   for choice = 0, record.n - 1 do write_journal(record, choice, packed[choice + 1] or '') end
   decide(record, what, record.gateway, 'intake_entry', enter_intake(record))
 end

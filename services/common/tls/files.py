@@ -1,0 +1,81 @@
+"""What one side of a connection has for TLS: files in PEM, read and checked once, before anything starts."""
+
+import os
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PathLike = str | os.PathLike[str]
+
+
+class TlsError(ValueError):
+    """A file that cannot be used. `name`: which: `ca`, `certificate` or `key`; the text begins behind that name."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name} {text}")
+        self.name = name
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """Whom a side trusts, and what it shows.
+
+    `ca`: certificates of the authorities that may have signed the other side's; None: those that gRPC brings along.
+    `certificate` (with what leads up to the authority, if anything does) and `key`: this side's own; both or neither.
+    Raises TlsError, which is a ValueError, for a file that is missing, unreadable or no PEM, and for a key that is
+    another certificate's.
+    """
+
+    ca: PathLike | None = None
+    certificate: PathLike | None = None
+    key: PathLike | None = None
+    ca_pem: bytes | None = field(init=False, repr=False, compare=False)
+    certificate_pem: bytes | None = field(init=False, repr=False, compare=False)
+    key_pem: bytes | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("ca", "certificate", "key"):
+            path = getattr(self, name)
+            object.__setattr__(self, f"{name}_pem", None if path is None else _read(name, path))
+        if self.ca is not None:
+            _check_ca(self.ca)
+        if self.certificate is not None and self.key is not None:
+            _check_pair(self.certificate, self.key, self.certificate_pem or b"", self.key_pem or b"")
+        elif self.certificate is not None or self.key is not None:
+            missing, given = ("key", "certificate") if self.key is None else ("certificate", "key")
+            raise TlsError(missing, f"is missing, and the {given} is given: both are needed")
+
+
+def _read(name: str, path: PathLike) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TlsError(name, f"{os.fspath(path)} cannot be read: {error.strerror}") from error
+
+
+def _check_ca(path: PathLike) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise TlsError("ca", f"{os.fspath(path)} has no certificate in PEM: {_reason(error)}") from error
+
+
+def _check_pair(certificate: PathLike, key: PathLike, certificate_pem: bytes, key_pem: bytes) -> None:
+    certificate, key = os.fspath(certificate), os.fspath(key)
+    if b"-----BEGIN CERTIFICATE-----" not in certificate_pem:
+        raise TlsError("certificate", f"{certificate} has no certificate in PEM")
+    if b"PRIVATE KEY-----" not in key_pem:
+        raise TlsError("key", f"{key} has no private key in PEM")
+    if b"ENCRYPTED" in key_pem:
+        raise TlsError("key", f"{key} is encrypted: give one without a passphrase")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise TlsError("key", f"{key} does not match the certificate {certificate}") from error
+        raise TlsError("certificate", f"{certificate} or its key cannot be used: {_reason(error)}") from error
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()

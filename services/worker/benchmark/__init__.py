@@ -1,0 +1,1 @@
+"""What an engine on a device can do, without a fleet: `python -m services.worker.benchmark.engine`, or `.profile`."""

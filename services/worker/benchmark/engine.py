@@ -1,0 +1,181 @@
+"""Tokens a second of an engine alone: planner, loop and runner in this process, without a front, Redis or gRPC.
+
+    python -m services.worker.benchmark.engine --model DIR --dummy --dtype bf16 --load one.jsonl two.jsonl
+
+A load is a file of requests, a JSON object a line: `token_ids` and `max_tokens`. All of them wait from the beginning;
+answers are as long as `max_tokens` says. The first load is run once before, not counted. Prints a line when the engine
+is ready, and one for each load: `shoal bench engine` makes the files of a workload's name and seeds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gen.shoal.fleet.v1 import engine_pb2, request_pb2
+from gen.shoal.inference.v1 import inference_pb2
+from services.common.config import ConfigError
+from services.common.model.errors import ModelFileError
+from services.worker.benchmark.options import Engine, add_engine_options, engine_of, print_line
+from services.worker.engine.loop import EngineLoop
+from services.worker.engine.planner import Planner
+from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel
+
+GPU_STEP_TIME = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6)
+"""What a step's time is thought to be until steps were seen: an 8B model on one H200."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests of one file."""
+
+    name: str
+    requests: tuple[tuple[tuple[int, ...], int], ...]
+    """Each one's prompt and number of tokens to generate."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests together."""
+        return sum(len(token_ids) for token_ids, _ in self.requests)
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all requests together."""
+        return sum(max_tokens for _, max_tokens in self.requests)
+
+
+def read_load(path: Path) -> Load:
+    """Read a file of requests."""
+    with path.open(encoding="utf-8") as lines:
+        requests = [json.loads(line) for line in lines if line.strip()]
+    return Load(path.stem, tuple((tuple(one["token_ids"]), int(one["max_tokens"])) for one in requests))
+
+
+@dataclass
+class LoadFront:
+    """A front that has requests ready: as many are with the engine as it can take soon, as in a fleet."""
+
+    load: Load
+    most_in_engine: int
+    first_id: int
+    waiting: deque[engine_pb2.EngineCommand] = field(default_factory=deque)
+    in_engine: int = 0
+    num_tokens: int = 0
+    first_token_s: dict[int, float] = field(default_factory=dict)
+    began_s: float = 0.0
+    ended_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.waiting.extend(
+            engine_pb2.EngineCommand(add=_command(number, token_ids, max_tokens))
+            for number, (token_ids, max_tokens) in enumerate(self.load.requests, self.first_id)
+        )
+
+    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
+        """Give the engine what it has room for; Shutdown when all is done."""
+        self.began_s = self.began_s or time.monotonic()
+        if not self.waiting and not self.in_engine:
+            return [engine_pb2.EngineCommand(shutdown=engine_pb2.EngineCommand.Shutdown())]
+        given = []
+        while self.waiting and self.in_engine < self.most_in_engine:
+            given.append(self.waiting.popleft())
+            self.in_engine += 1
+        return given
+
+    def send(self, event: engine_pb2.EngineEvent) -> None:
+        """Count what was generated."""
+        now_s = time.monotonic()
+        for output in event.done.outputs:
+            self.num_tokens += len(output.token_ids)
+            if output.token_ids:
+                self.first_token_s.setdefault(output.sequence_id, now_s)
+            if output.end:
+                if output.error:
+                    raise RuntimeError(f"request {output.sequence_id} failed: {output.error}")
+                self.in_engine -= 1
+                self.ended_s = now_s
+
+
+class WatchedStepTime(StepTimeModel):
+    """Remembers what steps were thought to take, and what they took, in ms."""
+
+    def __init__(self) -> None:
+        super().__init__(GPU_STEP_TIME)
+        self.steps: list[tuple[float, float]] = []
+
+    def observe(self, plan: StepPlan, took_ms: float) -> None:
+        """Learn from a step; what was thought of it is what the model says just before."""
+        self.steps.append((self.predict_ms(plan), took_ms))
+        super().observe(plan, took_ms)
+
+
+def _command(number: int, token_ids: Sequence[int], max_tokens: int) -> engine_pb2.AddSequence:
+    payload = request_pb2.RequestPayload(
+        prompt_token_ids=token_ids,
+        max_tokens=max_tokens,
+        sampling=inference_pb2.Sampling(temperature=0.0),
+    )
+    return engine_pb2.AddSequence(sequence_id=number, payload=payload)
+
+
+def run_load(engine: Engine, load: Load, first_id: int, step_time: StepTimeModel) -> LoadFront:
+    """Run a load on an empty cache of prefixes."""
+    front = LoadFront(load, 2 * engine.limits.max_sequences, first_id)
+    planner = Planner(engine.limits, step_time)
+    EngineLoop(planner, step_time, engine.runner, front, lambda: time.monotonic() * 1000).run()
+    return front
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.engine", description=__doc__)
+    add_engine_options(parser)
+    parser.add_argument("--load", type=Path, nargs="+", required=True, metavar="FILE", help="requests to run")
+    parser.add_argument("--warm-up", type=Path, metavar="FILE", help="requests to run before (the first load's)")
+    given = parser.parse_args(arguments)
+    try:
+        engine = engine_of(given)
+    except (ConfigError, ModelFileError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    print_line(ready_s=round(engine.start_s, 2), num_blocks=engine.limits.num_blocks, model=str(given.model))
+    numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
+    step_time = WatchedStepTime()
+    run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
+    for path in given.load:
+        load = read_load(path)
+        step_time.steps.clear()
+        _report(engine, load, run_load(engine, load, next(numbers), step_time), step_time)
+    return 0
+
+
+def _report(engine: Engine, load: Load, front: LoadFront, step_time: WatchedStepTime) -> None:
+    seconds = front.ended_s - front.began_s
+    took = [took_ms for _, took_ms in step_time.steps]
+    errors = [abs(predicted - took_ms) / took_ms for predicted, took_ms in step_time.steps]
+    first = sorted(moment - front.began_s for moment in front.first_token_s.values())
+    print_line(
+        workload=load.name,
+        dtype=engine.options.weights,
+        kv_dtype="fp8" if engine.options.has_fp8_cache else engine.options.weights.replace("fp8", "bf16"),
+        tokens_per_s=round(front.num_tokens / seconds, 1),
+        prompt_tokens_per_s=round(load.prompt_tokens / seconds, 1),
+        seconds=round(seconds, 3),
+        requests=len(load.requests),
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=front.num_tokens,
+        steps=len(took),
+        step_ms_median=round(statistics.median(took), 3),
+        step_time_error_median=round(statistics.median(errors), 3),
+        ttft_ms_median=round(1000 * statistics.median(first), 1),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

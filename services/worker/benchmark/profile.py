@@ -1,0 +1,196 @@
+"""Where a step's time goes on a device, kernel by kernel, beside the least that it can take.
+
+    python -m services.worker.benchmark.profile --model DIR --dummy --dtype bf16 --step 32x1@768 --step 4x2048@0
+
+A step is SEQUENCESxTOKENS@CONTEXT: so many chunks of so many tokens, each behind so many cached ones. A kernel's time
+is what passes from the end of the one in front of it to its own end, so that all times add up to the step's. The least:
+the larger of bytes over the memory's read bandwidth and operations over the peak, as measured (docs/gpu.md).
+"""
+
+import argparse
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from services.common.config import ConfigError
+from services.common.model.errors import ModelFileError
+from services.worker.benchmark.options import Engine, add_engine_options, engine_of, print_line
+from services.worker.engine.block_pool import BlockId
+from services.worker.engine.sequence import SamplingParameters, SequenceId
+from services.worker.engine.step_plan import SequenceChunk, StepPlan
+
+READ_BYTES_PER_S = 4.5e12
+FLOPS_PER_S = {"float32": 5e13, "bf16": 7.8e14, "fp8": 1.31e15}
+"""Of one H200, measured: the best of copies and of a product of 8192 x 8192 x 8192."""
+TIMED_STEPS = 20
+_MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_OWN_KERNELS = {
+    "_decode_attention": "attention of decodes",
+    "_merge_pieces": "attention of decodes",
+    "_prefill_attention": "attention of chunks",
+    "_rope_and_write": "rope and KV write",
+    "_add_rms_norm": "residual and norm",
+    "_swiglu": "SwiGLU",
+    "_round_rows": "rounding to fp8",
+    "_embed": "embedding",
+    "_best_of": "choice of tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A step to look at."""
+
+    num_sequences: int
+    num_tokens: int
+    cached_tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """Read SEQUENCESxTOKENS@CONTEXT. Raises ValueError."""
+        chunks, cached = text.split("@")
+        sequences, tokens = chunks.split("x")
+        return cls(int(sequences), int(tokens), int(cached))
+
+    def plan(self, block_size_tokens: int) -> StepPlan:
+        """Make the step; every sequence has blocks of its own."""
+        num_blocks = -(-(self.cached_tokens + self.num_tokens) // block_size_tokens)
+        return StepPlan(
+            1,
+            tuple(
+                SequenceChunk(
+                    SequenceId(number + 1),
+                    tuple((number * 7 + place) % 1000 for place in range(self.num_tokens)),
+                    self.cached_tokens,
+                    tuple(BlockId(number * num_blocks + block) for block in range(num_blocks)),
+                    SamplingParameters(),
+                    0,
+                )
+                for number in range(self.num_sequences)
+            ),
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Look at steps; return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.profile", description=__doc__)
+    add_engine_options(parser)
+    parser.add_argument("--step", type=Shape.parse, action="append", required=True, metavar="NxT@C", help="a step")
+    given = parser.parse_args(arguments)
+    try:
+        engine = engine_of(given)
+    except (ConfigError, ModelFileError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    for shape in given.step:
+        _look(engine, shape)
+    return 0
+
+
+def _look(engine: Engine, shape: Shape) -> None:
+    plan = shape.plan(engine.limits.block_size_tokens)
+    step_us = _timed_us(engine, plan)
+    floors = _floors_us(engine, plan)
+    times: dict[str, list[float]] = defaultdict(list)
+    for name, took_us in _kernels(engine, plan):
+        times[name].append(took_us)
+    profiled_us = sum(map(sum, times.values()))
+    print_line(
+        step=f"{shape.num_sequences}x{shape.num_tokens}@{shape.cached_tokens}",
+        dtype=engine.options.weights,
+        step_us=round(step_us, 1),
+        profiled_us=round(profiled_us, 1),
+        floor_us=round(sum(floors.values()), 1),
+        share_of_floor=round(sum(floors.values()) / step_us, 3),
+    )
+    for name, took in sorted(times.items(), key=lambda item: -sum(item[1])):
+        print_line(
+            kernel=name,
+            calls=len(took),
+            us=round(sum(took), 1),
+            us_a_call=round(sum(took) / len(took), 2),
+            share=round(sum(took) / profiled_us, 3),
+            floor_us=round(floors.get(name, 0.0), 1),
+        )
+
+
+def _timed_us(engine: Engine, plan: StepPlan) -> float:
+    """Median time from one step's end to the next one's, launched without waiting."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
+    engine.runner.launch(plan).result()
+    for event in events:
+        engine.runner.launch(plan)
+        event.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(1000 * a.elapsed_time(b) for a, b in pairwise(events)))
+
+
+def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:
+    """One step's kernels, by what they are for, and their times in us."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.runner.launch(plan).result()
+        torch.cuda.synchronize()
+    events = sorted(
+        (e for e in profile.events() if e.device_type.name == "CUDA" and "Memset" not in e.name),
+        key=lambda e: e.time_range.end,
+    )
+    last_end_us: float | None = None
+    num_products = 0
+    num_of_layers = engine.config.num_layers * len(_MATRICES)
+    for event in events:
+        begin_us = event.time_range.start if last_end_us is None else last_end_us
+        took_us, last_end_us = event.time_range.end - begin_us, event.time_range.end
+        own = next((what for kernel, what in _OWN_KERNELS.items() if kernel in event.name), None)
+        if own:
+            yield own, took_us
+        elif "Memcpy" in event.name:
+            yield "copies", took_us
+        elif "splitK" in event.name or "reduce_kernel" in event.name:
+            yield _product_name(num_products - 1, num_of_layers), took_us
+        elif any(part in event.name.lower() for part in ("gemm", "gemv", "nvjet", "cutlass", "xmma", "_small")):
+            yield _product_name(num_products, num_of_layers), took_us
+            num_products += 1
+        else:
+            yield f"other: {event.name[:40]}", took_us
+
+
+def _product_name(index: int, num_of_layers: int) -> str:
+    return _MATRICES[index % len(_MATRICES)] if index < num_of_layers else "lm_head"
+
+
+def _floors_us(engine: Engine, plan: StepPlan) -> dict[str, float]:
+    """The least time of all of a step's operations of a kind."""
+    config, options, num_rows = engine.config, engine.options, plan.num_tokens
+    peak = FLOPS_PER_S[options.weights]
+
+    def least(num_bytes: float, flops: float = 0.0, flops_per_s: float = peak) -> float:
+        return 1e6 * max(num_bytes / READ_BYTES_PER_S, flops / flops_per_s)
+
+    floors: dict[str, float] = {}
+    layer = engine.weights.layers[0]
+    for name in _MATRICES:
+        matrix = getattr(layer, name)
+        flops = 2.0 * num_rows * matrix.values.numel()
+        floors[name] = config.num_layers * least(matrix.num_bytes, flops)
+    head = engine.weights.lm_head
+    samples = sum(chunk.sample_index is not None for chunk in plan.chunks)
+    floors["lm_head"] = least(head.num_bytes, 2.0 * samples * head.values.numel(), FLOPS_PER_S["bf16"])
+    token_bytes = 2 * config.kv_size * options.kv_dtype.itemsize
+    for name, chunks in (
+        ("attention of decodes", [chunk for chunk in plan.chunks if len(chunk.token_ids) == 1]),
+        ("attention of chunks", [chunk for chunk in plan.chunks if len(chunk.token_ids) > 1]),
+    ):
+        read = sum(chunk.context_tokens for chunk in chunks) * token_bytes
+        flops = 4.0 * config.q_size * sum(chunk.num_attended_tokens for chunk in chunks)
+        if chunks:
+            floors[name] = config.num_layers * least(read, flops, FLOPS_PER_S["bf16"])
+    return floors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

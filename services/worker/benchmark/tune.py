@@ -1,0 +1,200 @@
+"""Times the kernels' possible tunings on a device: the tables in `cuda/matrix.py` and `kernels/decode_attention.py`.
+
+    python -m services.worker.benchmark.tune --out tuning.jsonl
+
+A line for each, in us a call: calls follow each other in a graph, as in a step, with operands that no cache still
+holds. Prints the best of each shape, and cuBLAS beside it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from services.worker.cuda.step_inputs import LEAST_PIECE_TOKENS
+from services.worker.kernels.decode_attention import (
+    DecodeBatch,
+    DecodeTuning,
+    PieceResults,
+    cut_contexts,
+    decode_attention,
+)
+from services.worker.kernels.gemv import gemv
+from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.rows import FP8
+from services.worker.kernels.small_product import ProductTuning, fits, small_product
+
+MATRICES = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
+ROTATED_BYTES = 200 << 20
+"""More than three times the second-level cache."""
+Call = Callable[[int], object]
+"""Calls a kernel on the operands of a number."""
+
+
+def us_a_call(call: Call, num_operands: int) -> float:
+    """Median over replays of a graph of calls."""
+    calls = max(8, 2 * num_operands)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call(0)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for number in range(calls):
+            call(number % num_operands)
+    times = []
+    for _ in range(7):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1000 * begin.elapsed_time(end) / calls)
+    return float(statistics.median(times))
+
+
+def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Few rows times each of a layer's matrices."""
+    tunings = [
+        ProductTuning(outputs, num_bytes, stages, num_splits=splits)
+        for outputs, num_bytes, stages, splits in product((64, 128), (256, 512), (3, 4, 6, 8), (1, 2))
+    ]
+    for dtype, (name, (outputs, inputs)) in product((torch.bfloat16, FP8), MATRICES.items()):
+        if dtype == FP8 and name == "head":
+            continue
+        count = max(2, ROTATED_BYTES // (outputs * inputs * dtype.itemsize))
+        weights = [torch.randn((outputs, inputs), device="cuda").to(dtype) for _ in range(count)]
+        for num_rows in rows_of:
+            shape = {"kernel": "product", "matrix": name, "dtype": str(dtype), "rows": num_rows}
+            rows = torch.randn((num_rows, inputs), device="cuda").to(dtype)
+            yield {**shape, "how": "cuBLAS", "us": us_a_call(_cublas(rows, weights), count)}
+            if num_rows == 1:
+                plain = rows.to(torch.bfloat16)
+                yield {**shape, "how": "gemv", "us": us_a_call(_gemv(plain, weights), count)}
+            for tuning in tunings:
+                if not fits(num_rows, weights[0], tuning) or (tuning.num_splits > 1 and name not in ("o", "down")):
+                    continue
+                try:
+                    us = us_a_call(_small(rows, weights, tuning), count)
+                except OutOfResources:
+                    continue
+                yield {**shape, "how": str(tuning), "us": us}
+
+
+def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:
+    out = torch.empty((len(rows), len(weights[0])), dtype=torch.bfloat16, device="cuda")
+    one = torch.ones((), device="cuda")
+    if rows.dtype == FP8:
+        return lambda number: torch._scaled_mm(
+            rows, weights[number].T, one, one, out_dtype=out.dtype, use_fast_accum=True, out=out
+        )
+    return lambda number: torch.mm(rows, weights[number].T, out=out)
+
+
+def _gemv(row: Tensor, weights: Sequence[Tensor]) -> Call:
+    out = torch.empty((1, len(weights[0])), dtype=torch.bfloat16, device="cuda")
+    scales = torch.ones(len(weights[0]), device="cuda") if weights[0].dtype == FP8 else None
+    return lambda number: gemv(row, weights[number], scales, out, pdl=True)
+
+
+def _small(rows: Tensor, weights: Sequence[Tensor], tuning: ProductTuning) -> Call:
+    dtype = torch.bfloat16 if tuning.num_splits == 1 else torch.float32
+    out = torch.empty((tuning.num_splits, len(rows), len(weights[0])), dtype=dtype, device="cuda")
+    return lambda number: small_product(rows, weights[number], out, tuning, pdl=True)
+
+
+def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
+    """Attention of decodes, by number of sequences and context."""
+    for dtype, (num_rows, context) in product((torch.bfloat16, FP8), shapes):
+        blocks = -(-context // BLOCK)
+        one_bytes = num_rows * blocks * 2 * KV_HEADS * BLOCK * HEAD_DIM * dtype.itemsize
+        count = max(2, -(-ROTATED_BYTES // one_bytes))
+        layers = [
+            PagedLayer(torch.randn((num_rows * blocks, 2, KV_HEADS, BLOCK, HEAD_DIM), device="cuda").to(dtype))
+            for _ in range(count)
+        ]
+        tables = torch.randperm(num_rows * blocks, device="cuda").to(torch.int32).view(num_rows, blocks)
+        queries = torch.randn((num_rows, HEADS, HEAD_DIM), device="cuda").to(torch.bfloat16)
+        for most_pieces in sorted({max(num_rows, 32), 2 * num_rows, 3 * num_rows, num_rows + 64, 64}):
+            if most_pieces < num_rows:
+                continue
+            contexts = np.full(num_rows, context, dtype=np.int32)
+            pieces, splits = (
+                torch.from_numpy(x).cuda() for x in cut_contexts(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
+            )
+            batch = DecodeBatch(pieces, splits, tables)
+            room = PieceResults(
+                torch.empty((len(pieces), HEADS, HEAD_DIM), device="cuda"),
+                torch.empty((len(pieces), HEADS), device="cuda"),
+            )
+            for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):
+                tuning = DecodeTuning(tile, warps, stages)
+                us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
+                yield {
+                    "kernel": "decode_attention",
+                    "dtype": str(dtype),
+                    "rows": num_rows,
+                    "context": context,
+                    "pieces": len(pieces),
+                    "how": str(tuning),
+                    "us": us,
+                    "tb_per_s": one_bytes / us / 1e6,
+                }
+
+
+def _decode(
+    queries: Tensor, layers: Sequence[PagedLayer], batch: DecodeBatch, room: PieceResults, tuning: DecodeTuning
+) -> Call:
+    out = torch.empty_like(queries)
+    return lambda number: decode_attention(queries, layers[number], batch, room, out, pdl=True, tuning=tuning)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time all of it; return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.tune", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every tuning's time")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64], help="of products")
+    parser.add_argument("--only", choices=("products", "decodes"), help="one of the two")
+    given = parser.parse_args(arguments)
+    shapes = ((1, 512), (1, 1024), (8, 768), (32, 768), (256, 768), (256, 160))
+    lines: list[dict[str, object]] = []
+    with given.out.open("w", encoding="utf-8") as out:
+        for line in (
+            *_chosen(given.only, "products", lambda: products(given.rows)),
+            *_chosen(given.only, "decodes", lambda: decodes(shapes)),
+        ):
+            lines.append(line)
+            out.write(json.dumps(line) + "\n")
+    best: dict[tuple[object, ...], dict[str, object]] = {}
+    for line in lines:
+        key = tuple(line.get(name) for name in ("kernel", "matrix", "dtype", "rows", "context"))
+        if key not in best or line["us"] < best[key]["us"]:  # type: ignore[operator]
+            best[key] = line
+    for line in (*best.values(), *(line for line in lines if line["how"] in ("cuBLAS", "gemv"))):
+        print(json.dumps(line))
+    return 0
+
+
+def _chosen(
+    only: str | None, name: str, lines: Callable[[], Iterator[dict[str, object]]]
+) -> Iterator[dict[str, object]]:
+    return iter(()) if only not in (None, name) else lines()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

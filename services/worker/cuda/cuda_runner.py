@@ -1,0 +1,145 @@
+"""Computes steps on a GPU, one ahead of the planner: a step is launched, and nothing waits until its result is wanted.
+
+What the host does for the next step happens while the device computes this one; the sampled tokens that the next step
+begins with never leave the device before it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.worker.cuda.decoder import DeviceDecoder, MostWork
+from services.worker.cuda.graphs import DecodeGraphs
+from services.worker.cuda.kv_cache import DeviceKvCache
+from services.worker.cuda.logprobs import AskedLogprobs, Scoring
+from services.worker.cuda.places import Places
+from services.worker.cuda.sampling import Chosen, choose_others
+from services.worker.cuda.step_inputs import (
+    Numbers,
+    StepInputs,
+    StepSizes,
+    decode_sizes,
+    fill,
+    is_decode,
+    mixed_sizes,
+    views,
+)
+from services.worker.cuda.transfer import HostCopy, pinned
+from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
+
+_STEPS_IN_FLIGHT = 3
+"""Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the device computes, or has computed."""
+
+    plan: StepPlan
+    tokens: HostCopy
+    sampled: AskedLogprobs
+    scored: AskedLogprobs
+    done: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled."""
+        if self.done:
+            self.done.synchronize()
+        tokens = iter(self.tokens.get().tolist())
+        sampled, scored = self.sampled.get(), self.scored.get()
+        chunks = []
+        for index, chunk in enumerate(self.plan.chunks):
+            token_id = None if chunk.sample_index is None else next(tokens)
+            given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
+            chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
+        return StepResult(tuple(chunks))
+
+
+class CudaRunner:
+    """One rank's model and KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one, in tests."""
+
+    steps_ahead = 1
+
+    def __init__(
+        self,
+        model: DeviceDecoder,
+        cache: DeviceKvCache,
+        most: MostWork,
+        context_tokens: int,
+        graph_sizes: Sequence[int] = (),
+    ) -> None:
+        """`graph_sizes`: numbers of decodes whose steps are captured as graphs; empty on a CPU."""
+        self._model = model
+        self._cache = cache
+        self._device = model.last_tokens.device
+        self._table_blocks = -(-context_tokens // cache.block_size_tokens)
+        self._places = Places(most.num_places, self._table_blocks)
+        largest = _most_numbers(most, self._table_blocks)
+        self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
+        self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
+        self._num_steps = 0
+        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes)
+
+    def capture_graphs(self) -> None:
+        """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
+        self._graphs.capture_all()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a step."""
+        self._cache.copy(plan.block_copies)
+        chunks = plan.chunks
+        graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
+        if graph_size is not None:
+            sizes = decode_sizes(graph_size, self._table_blocks)
+            self._give_inputs(chunks, sizes, None)
+            self._graphs.replay(graph_size)
+        else:
+            sizes, tiles = mixed_sizes(chunks, self._table_blocks)
+            self._give_inputs(chunks, sizes, tiles)
+            self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=False)
+        return self._read(plan, self._inputs(sizes), sizes)
+
+    def _launch_decodes(self, num_rows: int) -> None:
+        """What a graph of decodes holds."""
+        sizes = decode_sizes(num_rows, self._table_blocks)
+        self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=True)
+
+    def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
+        return views(self._numbers, sizes)
+
+    def _give_inputs(self, chunks: Sequence[SequenceChunk], sizes: StepSizes, tiles: Numbers | None) -> None:
+        host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
+        self._num_steps += 1
+        places, tables = self._places.of(chunks)
+        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, self._cache.block_size_tokens)
+        count = sizes.num_numbers
+        self._numbers[:count].copy_(host[:count], non_blocking=True)
+
+    def _read(self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes) -> LaunchedStep:
+        """Choose what is not the likeliest token, and send results to the host."""
+        model = self._model
+        sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
+        logits = model.logits_of(sizes.num_samples)
+        chosen = Chosen(logits, model.choices, inputs.sample_places, model.tokens, model.last_tokens)
+        choose_others(chosen, sampling)
+        scoring = Scoring(self._device)
+        sampled = scoring.sampled(plan.chunks, logits, model.tokens)
+        scored = scoring.given(plan.chunks, model.normed, model.logits)
+        tokens = HostCopy(model.tokens[: len(sampling)])
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+        return LaunchedStep(plan, tokens, sampled, scored, done)
+
+
+def _most_numbers(most: MostWork, table_blocks: int) -> int:
+    """Length of the inputs of any step."""
+    sequences = most.num_sequences
+    tiles = most.num_rows // 2 + sequences
+    return StepSizes(
+        most.num_rows, sequences, sequences, sequences, 2 * sequences + 64, tiles, table_blocks
+    ).num_numbers

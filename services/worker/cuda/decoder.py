@@ -1,0 +1,193 @@
+"""A decoder's forward pass on the device, all of it in memory that is taken once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.worker.cuda.kv_cache import DeviceKvCache
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, wants_fp8
+from services.worker.cuda.shard import Shard
+from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_pieces_for
+from services.worker.cuda.weights import DeviceWeights
+from services.worker.kernels.choose_token import PartResults, choose_likeliest, part_results
+from services.worker.kernels.decode_attention import PieceResults, decode_attention
+from services.worker.kernels.embedding import embed
+from services.worker.kernels.norm import add_rms_norm
+from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.prefill_attention import prefill_attention
+from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
+from services.worker.kernels.round_rows import round_rows_into
+from services.worker.kernels.rows import FP8, Rows, Scaled
+from services.worker.kernels.swiglu import swiglu
+from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.rope import rotary_table
+
+
+@dataclass(frozen=True, slots=True)
+class MostWork:
+    """The largest step that there is room for."""
+
+    num_rows: int
+    num_sequences: int
+    num_places: int
+    """Sequences whose last tokens are kept."""
+
+
+class DeviceDecoder:
+    """A rank's part of a decoder, and the room that its steps work in. A step leaves its results there."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: DeviceWeights, shard: Shard, most: MostWork, kind: torch.dtype
+    ) -> None:
+        """`config` is the whole model's; `kind` is the activations' type."""
+        self.config = shard.config(config)
+        self._weights = weights
+        self._shard = shard
+        is_fp8 = weights.layers[0].qkv_proj.channel_scales is not None
+        self._device = weights.embedding.device
+        turns = rotary_table(config.context_tokens, weights.rotary_frequencies.cpu()).to(self._device)
+        self._heads = [
+            HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
+        ]
+        self._room = _Room(self.config, most, kind, self._device, is_fp8)
+        self._multiplier = Multiplier(config.hidden_size, self._device)
+        self.last_tokens = torch.zeros(most.num_places, dtype=torch.int32, device=self._device)
+        """The token that was sampled last at each place."""
+        self.tokens = torch.zeros(most.num_sequences, dtype=torch.int32, device=self._device)
+        """The step's sampled tokens, in the order of `sample_rows`."""
+
+    @property
+    def choices(self) -> PartResults:
+        """What choosing the likeliest tokens left for drawing others."""
+        return self._room.choices
+
+    @property
+    def normed(self) -> Tensor:
+        """Every row's last hidden state of the last step that was not of decodes alone: [most rows, hidden_size]."""
+        return self._room.normed
+
+    def logits_of(self, num_samples: int) -> Tensor:
+        """Logits of the step's samples: [num_samples, vocabulary_size]."""
+        return self._room.logits[:num_samples]
+
+    def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
+        """Compute a step: its keys and values, and the likeliest token after each row that is sampled.
+
+        Captured in a graph, this is what the graph holds. `pdl`: kernels begin before those in front have ended; it
+        helps where a kernel takes a few microseconds, and harms where it takes more.
+        """
+        room, config, num_rows = self._room, self.config, sizes.num_rows
+        residual = room.residual[:num_rows]
+        embed(step.token_ids, step.places, self.last_tokens, self._weights.embedding, residual, pdl=pdl)
+        delta: Scaled | None = None
+        for index, (layer, heads, kv) in enumerate(zip(self._weights.layers, self._heads, cache.layers, strict=True)):
+            window = config.sliding_window if index in config.sliding_layers else None
+            normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.qkv_proj, num_rows))
+            add_rms_norm(delta, residual, layer.attention_norm, config.rms_norm_eps, normed, pdl=pdl)
+            qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
+            queries = room.queries[:num_rows]
+            rope_and_write(qkv, heads, step.positions, step.slots, kv, queries, pdl=pdl)
+            attended = self._attend(queries, step, sizes, kv, window, layer.o_proj, pdl)
+            delta = self._back(attended, layer.o_proj, pdl)
+            normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.gate_up_proj, num_rows))
+            add_rms_norm(delta, residual, layer.mlp_norm, config.rms_norm_eps, normed, pdl=pdl)
+            gate_up = self._multiply(normed, layer.gate_up_proj, room.gate_up, pdl)
+            activated = room.rows(room.activated, room.activated_fp8, num_rows, wants_fp8(layer.down_proj, num_rows))
+            swiglu(gate_up, activated, pdl=pdl)
+            delta = self._back(activated, layer.down_proj, pdl)
+        final = Rows(room.normed[:num_rows])
+        add_rms_norm(delta, residual, self._weights.norm, config.rms_norm_eps, final, pdl=pdl)
+        if sizes.num_samples == 0:
+            return
+        rows = final
+        if sizes.num_samples < num_rows or sizes.num_tiles:
+            sampled = room.sampled[: sizes.num_samples]
+            torch.index_select(final.values, 0, step.sample_rows, out=sampled)
+            rows = Rows(sampled)
+        logits = self.logits_of(sizes.num_samples)
+        self._multiply(rows, self._weights.lm_head, logits, pdl)
+        choose_likeliest(logits, room.choices, step.sample_places, self.tokens, self.last_tokens, pdl=pdl)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map last hidden states, [num_rows, hidden_size], to logits in memory of their own."""
+        return hidden @ self._weights.lm_head.values.T
+
+    def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
+        """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
+        return self._shard.sum_over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=True))
+
+    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
+        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
+
+    def _attend(
+        self,
+        queries: Tensor,
+        step: StepInputs[Tensor],
+        sizes: StepSizes,
+        kv: PagedLayer,
+        window: int | None,
+        then: DeviceMatrix,
+        pdl: bool,
+    ) -> Rows:
+        room, num_decodes = self._room, sizes.num_decodes
+        attended = room.attended[: sizes.num_rows]
+        by_head = attended.view(queries.shape)
+        if num_decodes:
+            decode_attention(
+                queries[:num_decodes], kv, decode_batch(step), room.pieces, by_head[:num_decodes], window, pdl=pdl
+            )
+        if sizes.num_tiles:
+            prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
+        if not wants_fp8(then, sizes.num_rows):
+            return Rows(attended)
+        rounded = room.rows(room.attended, room.attended_fp8, sizes.num_rows, True)
+        round_rows_into(attended, rounded, pdl=pdl)
+        return rounded
+
+
+class _Room:
+    """Where a step works. Buffers are as long as the largest step; steps run one after the other."""
+
+    def __init__(
+        self, config: DecoderConfig, most: MostWork, kind: torch.dtype, device: torch.device, is_fp8: bool
+    ) -> None:
+        def rows(size: int, dtype: torch.dtype = kind) -> Tensor:
+            # Cleared: rows that are computed for nothing must not hold NaN.
+            return torch.zeros((most.num_rows, size), dtype=dtype, device=device)
+
+        def fp8_rows(size: int) -> Tensor | None:
+            return rows(size, FP8) if is_fp8 else None
+
+        num_pieces = num_pieces_for(most.num_sequences)
+        by_head = (num_pieces, config.num_heads)
+        self.residual = rows(config.hidden_size)
+        self.normed = rows(config.hidden_size)
+        self.normed_fp8 = fp8_rows(config.hidden_size)
+        self.qkv = rows(config.q_size + 2 * config.kv_size)
+        self.queries = rows(config.q_size).view(most.num_rows, config.num_heads, config.head_dim)
+        self.attended = rows(config.q_size)
+        self.attended_fp8 = fp8_rows(config.q_size)
+        self.hidden = rows(config.hidden_size)
+        self.gate_up = rows(2 * config.intermediate_size)
+        self.activated = rows(config.intermediate_size)
+        self.activated_fp8 = fp8_rows(config.intermediate_size)
+        self._scales = torch.zeros(most.num_rows, dtype=torch.float32, device=device)
+        self.pieces = PieceResults(
+            torch.zeros((*by_head, config.head_dim), dtype=torch.float32, device=device),
+            torch.zeros(by_head, dtype=torch.float32, device=device),
+        )
+        self.sampled = torch.zeros((most.num_sequences, config.hidden_size), dtype=kind, device=device)
+        self.logits = torch.zeros((most.num_sequences, config.vocabulary_size), dtype=kind, device=device)
+        self.choices = part_results(most.num_sequences, config.vocabulary_size, device)
+
+    def rows(self, plain: Tensor, fp8: Tensor | None, num_rows: int, rounds: bool) -> Rows:
+        """Rows for a product: rounded to fp8, or as they are.
+
+        The scales are the same memory for all: a product's are read by the kernel behind it, which comes before the
+        next rows are rounded, or is the one that rounds them and reads a row's before it writes it.
+        """
+        if not rounds:
+            return Rows(plain[:num_rows])
+        assert fp8 is not None
+        return Rows(fp8[:num_rows], self._scales[:num_rows])

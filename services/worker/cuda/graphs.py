@@ -1,0 +1,55 @@
+"""Steps of decodes as CUDA graphs, one for each of some batch sizes: a few hundred launches become one."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+
+_WARM_UPS = 2
+"""Before a capture: what a library allocates or compiles at its first call may not happen in one."""
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Return batch sizes up to `most`: of any other size, at most 6 % of the rows are computed for nothing."""
+    sizes = [1]
+    while sizes[-1] < most:
+        # The next one below it by a sixteenth: from a size on, as many as that.
+        sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // 16)))
+    return sizes
+
+
+class DecodeGraphs:
+    """Graphs by batch size, in one pool of memory. They read and write at the addresses that the captured calls did."""
+
+    def __init__(self, sizes: Sequence[int], launch: Callable[[int], None]) -> None:
+        """`launch` launches a step of so many decodes; it must neither allocate nor wait."""
+        self._sizes = sorted(sizes)
+        self._launch = launch
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def size_for(self, num_decodes: int) -> int | None:
+        """Return the least size that holds so many decodes; None: none does."""
+        index = bisect_left(self._sizes, num_decodes)
+        return self._sizes[index] if index < len(self._sizes) else None
+
+    @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Capture all sizes, the largest first: the others fit into its memory."""
+        if not self._sizes:
+            return
+        pool = None
+        stream = torch.cuda.Stream()
+        for size in reversed(self._sizes):
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS if size == self._sizes[-1] or size == 1 else 1):
+                    self._launch(size)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._launch(size)
+            pool = graph.pool()
+            self._graphs[size] = graph
+
+    def replay(self, size: int) -> None:
+        """Launch a step of a size in `sizes`."""
+        self._graphs[size].replay()

@@ -1,0 +1,38 @@
+"""The paged KV cache on the device: allocated once, addressed by block tables."""
+
+from collections.abc import Sequence
+
+import torch
+
+from services.worker.engine.step_plan import BlockCopy
+from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.runner.models.decoder_weights import DecoderConfig
+
+
+class DeviceKvCache:
+    """Keys and values of all layers that a rank computes: its own key heads."""
+
+    def __init__(
+        self, config: DecoderConfig, num_blocks: int, block_size_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`config` is the rank's."""
+        self.num_blocks = num_blocks
+        self.block_size_tokens = block_size_tokens
+        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size_tokens, config.head_dim)
+        # Cleared: what lies in a slot that nobody wrote must not be NaN, which no weight of 0 takes away.
+        self._kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers = tuple(PagedLayer(kv) for kv in self._kv)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks, in all layers; all sources are read before anything is written."""
+        if not copies:
+            return
+        device = self._kv.device
+        sources = torch.tensor([copy.source for copy in copies], device=device)
+        destinations = torch.tensor([copy.destination for copy in copies], device=device)
+        self._kv.index_copy_(1, destinations, self._kv.index_select(1, sources))
+
+
+def kv_block_bytes(config: DecoderConfig, block_size_tokens: int, dtype: torch.dtype) -> int:
+    """Return the memory that one block takes on a rank, over all layers."""
+    return config.num_layers * block_size_tokens * 2 * config.kv_size * dtype.itemsize

@@ -1,0 +1,104 @@
+"""A matrix on the device, and the fastest way known to multiply with it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from services.worker.kernels.gemv import gemv
+from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
+from services.worker.kernels.small_product import MOST_ROWS, ProductTuning, fits, small_product
+
+DeviceWeightFormat = Literal["float32", "bf16", "fp8"]
+"""How the device holds the matrices of the layers. fp8: rounded to e4m3 with a scale for each output; what they are
+multiplied with is rounded row by row, and all else is bf16."""
+
+ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+}
+"""The type of residuals, norms and the cache."""
+
+MOST_PARTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMatrix:
+    """y = x W^T; a bias, if there is one, is added by whoever reads y."""
+
+    values: Tensor
+    """[num_outputs, num_inputs], in the activations' type or fp8"""
+    channel_scales: Tensor | None = None
+    """[num_outputs] float32, if `values` are fp8"""
+    bias: Tensor | None = None
+    """[num_outputs] float32"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product reads of it."""
+        return self.values.numel() * self.values.element_size()
+
+
+class Multiplier:
+    """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu.md, for one H200."""
+
+    def __init__(self, largest_split: int, device: torch.device) -> None:
+        """`largest_split`: outputs of the largest matrix whose product may come in parts."""
+        # cuBLAS is to apply no scales. With some, one a row, it takes 13 us at the least and cannot split the inputs;
+        # so they are left to whoever reads the product.
+        self._one = torch.ones((), dtype=torch.float32, device=device)
+        self._parts = torch.zeros(MOST_PARTS * MOST_ROWS * largest_split, dtype=torch.float32, device=device)
+
+    def __call__(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool) -> Scaled:
+        """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts."""
+        num_rows, weight = len(rows.values), matrix.values
+        if num_rows == 1:
+            gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
+            return Scaled(out)
+        tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
+        product = out
+        if tuning:
+            if tuning.num_splits > 1:
+                size = tuning.num_splits * out.numel()
+                product = self._parts[:size].view(tuning.num_splits, *out.shape)
+            small_product(rows.values, weight, product.view(tuning.num_splits, *out.shape), tuning, pdl=pdl)
+        elif matrix.channel_scales is None:
+            torch.mm(rows.values, weight.T, out=out)
+        elif weight.is_cuda:
+            torch._scaled_mm(
+                rows.values, weight.T, self._one, self._one, out_dtype=out.dtype, use_fast_accum=True, out=out
+            )
+        else:
+            out.copy_(rows.values.float() @ weight.float().T)
+        return Scaled(product) if rows.scales is None else Scaled(product, rows.scales, matrix.channel_scales)
+
+
+def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:
+    """Return how the kernel for few rows is to multiply; None: cuBLAS is faster."""
+    is_fp8 = weight.element_size() == 1
+    if num_rows > (32 if is_fp8 else 64):
+        return None
+    num_outputs, num_inputs = weight.shape
+    if num_outputs >= 16384:
+        tuning = ProductTuning(128, 256, 4)
+    elif num_inputs > 2 * num_outputs:
+        tuning = ProductTuning(64, 256, 8) if is_fp8 or not may_split else ProductTuning(64, 256, 6, num_splits=2)
+    elif num_outputs > num_inputs:
+        tuning = ProductTuning(64, 512, 4 if num_rows <= 32 else 3)
+    else:
+        tuning = ProductTuning(64, 256, 8 if num_rows <= 16 else 6)
+    return tuning if fits(num_rows, weight, tuning) else None
+
+
+def wants_fp8(matrix: DeviceMatrix, num_rows: int) -> bool:
+    """Whether a product takes rows rounded to fp8: of one row it takes the row as it is, see `gemv`."""
+    return matrix.channel_scales is not None and num_rows > 1
+
+
+def to_fp8(weight: Tensor, bias: Tensor | None = None) -> DeviceMatrix:
+    """Round a weight: an output's largest magnitude becomes the largest fp8 value."""
+    scales = weight.abs().amax(dim=1).float().clamp_min(1e-12) / FP8_MAX
+    values = (weight / scales[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return DeviceMatrix(values, scales, bias)

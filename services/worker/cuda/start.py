@@ -1,0 +1,110 @@
+"""Starts a runner on a device: weights, room for a step, a KV cache of what is left, graphs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from services.common.config import ConfigError
+from services.worker.cuda.cuda_runner import CudaRunner
+from services.worker.cuda.decoder import DeviceDecoder, MostWork
+from services.worker.cuda.graphs import graph_sizes
+from services.worker.cuda.kv_cache import DeviceKvCache, kv_block_bytes
+from services.worker.cuda.matrix import ACTIVATIONS, DeviceWeightFormat
+from services.worker.cuda.shard import Shard
+from services.worker.cuda.weights import DeviceWeights
+from services.worker.engine.block_pool import BlockId
+from services.worker.engine.limits import EngineLimits
+from services.worker.engine.sequence import SamplingParameters, SequenceId
+from services.worker.engine.step_plan import SequenceChunk, StepPlan
+from services.worker.kernels.rows import FP8
+from services.worker.runner.models.decoder_weights import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """How a device is used."""
+
+    weights: DeviceWeightFormat = "bf16"
+    has_fp8_cache: bool = False
+    block_size_tokens: int = 64
+    max_sequences: int = 256
+    max_prefill_tokens_per_step: int = 8192
+    step_budget_ms: float = 50.0
+    context_tokens: int = 8192
+    """Most tokens of a sequence; not more than the model's."""
+    memory_share: float = 0.92
+    """Of the device's memory: what may be taken, weights and all."""
+    num_blocks: int | None = None
+    """Of the KV cache; None: what the rest of the memory holds."""
+    has_graphs: bool = True
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The type of keys and values in the cache."""
+        return FP8 if self.has_fp8_cache else ACTIVATIONS[self.weights]
+
+
+def start_cuda_runner(
+    config: DecoderConfig, load: Callable[[], DeviceWeights], shard: Shard, options: DeviceOptions, device: torch.device
+) -> tuple[EngineLimits, CudaRunner]:
+    """Make a runner of the weights that `load` gives, a rank's part of them.
+
+    The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see. Raises
+    ConfigError if that is not one, or if the model cannot be dealt out.
+    """
+    rank_config = shard.config(config)
+    context_tokens = min(options.context_tokens, config.context_tokens)
+    most = MostWork(
+        num_rows=options.max_prefill_tokens_per_step + options.max_sequences,
+        num_sequences=options.max_sequences,
+        num_places=2 * options.max_sequences,
+    )
+    model = DeviceDecoder(config, load(), shard, most, ACTIVATIONS[options.weights])
+    sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
+
+    def runner_with(num_blocks: int) -> CudaRunner:
+        cache = DeviceKvCache(rank_config, num_blocks, options.block_size_tokens, options.kv_dtype, device)
+        return CudaRunner(model, cache, most, context_tokens, sizes)
+
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        block_bytes = kv_block_bytes(rank_config, options.block_size_tokens, options.kv_dtype)
+        num_blocks = _measured_bytes_left(runner_with(1), options, device) // block_bytes
+        if num_blocks < 1:
+            raise ConfigError(f"{options.memory_share} of the device's memory leave no room for a block of KV cache")
+    limits = EngineLimits(
+        num_blocks=num_blocks,
+        block_size_tokens=options.block_size_tokens,
+        max_sequences=options.max_sequences,
+        max_prefill_tokens_per_step=options.max_prefill_tokens_per_step,
+        step_budget_ms=options.step_budget_ms,
+        context_tokens=context_tokens,
+        vocabulary_size=config.vocabulary_size,
+    )
+    runner = runner_with(num_blocks)
+    runner.capture_graphs()
+    return limits, runner
+
+
+def _measured_bytes_left(runner: CudaRunner, options: DeviceOptions, device: torch.device) -> int:
+    """Make a step of the largest size, on a cache of one block, and look what the device has left."""
+    runner.launch(_largest_step(options)).result()
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # What torch holds but does not use would be given to the cache.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + unused - (1 - options.memory_share) * total)
+
+
+def _largest_step(options: DeviceOptions) -> StepPlan:
+    """Decodes of all sequences but one, and a chunk of the largest size; all of them in block 0."""
+    num_blocks = -(-options.max_prefill_tokens_per_step // options.block_size_tokens)
+
+    def chunk(number: int, num_tokens: int) -> SequenceChunk:
+        blocks = (BlockId(0),) * (num_blocks if num_tokens > 1 else 1)
+        return SequenceChunk(SequenceId(-number), (0,) * num_tokens, 0, blocks, SamplingParameters(), 0)
+
+    decodes = (chunk(number, 1) for number in range(1, options.max_sequences))
+    longest = min(options.max_prefill_tokens_per_step, options.context_tokens)
+    return StepPlan(0, (*decodes, chunk(options.max_sequences, longest)))

@@ -1,0 +1,117 @@
+"""A decoder's weights on the device: out of files, or random ones of a shape."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix, DeviceWeightFormat, to_fp8
+from services.worker.cuda.shard import Shard
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
+from services.worker.runner.rotary_frequencies import rotary_frequencies
+from services.worker.weights.load_decoder import Progress, load_decoder
+from services.worker.weights.stored_decoder import StoredDecoder
+
+DeviceWeights = DecoderWeights[DeviceMatrix]
+
+# As transformers initializes a Llama: products of random weights stay in the range of trained ones.
+_DUMMY_DEVIATION = 0.02
+
+
+def load_weights(
+    stored: StoredDecoder, weights: DeviceWeightFormat, shard: Shard, device: torch.device, on_progress: Progress
+) -> DeviceWeights:
+    """Load a rank's part. Raises ModelFileError, and ConfigError if the matrices cannot be dealt out."""
+    shard.config(stored.config)
+    kind = ACTIVATIONS[weights]
+
+    def on_device(weight: Tensor, bias: Tensor | None) -> DeviceMatrix:
+        return DeviceMatrix(weight.to(kind).to(device), bias=None if bias is None else bias.to(device))
+
+    whole = load_decoder(stored, on_device, on_progress)
+    rank = _rank_of(whole, stored.config, shard)
+    layers = tuple(_layer_as(layer, weights, device) for layer in rank.layers)
+    return replace(
+        rank,
+        embedding=rank.embedding.to(kind).to(device),
+        layers=layers,
+        norm=rank.norm.to(kind).to(device),
+    )
+
+
+def dummy_weights(
+    config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard, device: torch.device
+) -> DeviceWeights:
+    """Make a rank's part of random weights: as fast to compute with as trained ones, zeros would be faster."""
+    config, vocabulary = shard.config(config), config.vocabulary_size
+    kind = ACTIVATIONS[weights]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(num_outputs: int, num_inputs: int) -> Tensor:
+        values = torch.empty((num_outputs, num_inputs), dtype=kind, device=device)
+        return values.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
+
+    def matrix(num_outputs: int, num_inputs: int) -> DeviceMatrix:
+        values = random(num_outputs, num_inputs)
+        return to_fp8(values) if weights == "fp8" else DeviceMatrix(values)
+
+    hidden = config.hidden_size
+    ones = torch.ones(hidden, dtype=kind, device=device)
+    layers = tuple(
+        DecoderLayerWeights(
+            attention_norm=ones,
+            qkv_proj=matrix(config.q_size + 2 * config.kv_size, hidden),
+            qk_norm=None,
+            o_proj=matrix(hidden, config.q_size),
+            mlp_norm=ones,
+            gate_up_proj=matrix(2 * config.intermediate_size, hidden),
+            down_proj=matrix(hidden, config.intermediate_size),
+        )
+        for _ in range(config.num_layers)
+    )
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return DecoderWeights(
+        random(vocabulary, hidden), layers, ones, DeviceMatrix(random(vocabulary, hidden)), frequencies
+    )
+
+
+def _rank_of(whole: DeviceWeights, config: DecoderConfig, shard: Shard) -> DeviceWeights:
+    """Take a rank's part of every matrix; embedding, head and norms are whole on each."""
+    if shard.world_size == 1:
+        return whole
+
+    def cut(matrix: DeviceMatrix, part: Callable[[Tensor], Tensor]) -> DeviceMatrix:
+        return DeviceMatrix(part(matrix.values), bias=None if matrix.bias is None else part(matrix.bias))
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv_proj=cut(layer.qkv_proj, lambda rows: shard.qkv(rows, config)),
+            qk_norm=None if layer.qk_norm is None else shard.heads(layer.qk_norm, config),
+            o_proj=cut(layer.o_proj, shard.columns),
+            gate_up_proj=cut(layer.gate_up_proj, shard.gate_up),
+            down_proj=cut(layer.down_proj, shard.columns),
+        )
+        for layer in whole.layers
+    )
+    return replace(whole, layers=layers)
+
+
+def _layer_as(
+    layer: DecoderLayerWeights[DeviceMatrix], weights: DeviceWeightFormat, device: torch.device
+) -> DecoderLayerWeights[DeviceMatrix]:
+    kind = ACTIVATIONS[weights]
+
+    def held(matrix: DeviceMatrix) -> DeviceMatrix:
+        return to_fp8(matrix.values, matrix.bias) if weights == "fp8" else matrix
+
+    return DecoderLayerWeights(
+        attention_norm=layer.attention_norm.to(kind).to(device),
+        qkv_proj=held(layer.qkv_proj),
+        qk_norm=None if layer.qk_norm is None else layer.qk_norm.to(device).contiguous(),
+        o_proj=held(layer.o_proj),
+        mlp_norm=layer.mlp_norm.to(kind).to(device),
+        gate_up_proj=held(layer.gate_up_proj),
+        down_proj=held(layer.down_proj),
+    )

@@ -1,0 +1,303 @@
+"""Attention of one token a sequence over the paged cache, split over the context (Flash-Decoding, Dao et al., 2023).
+
+The contexts of a batch are cut into pieces of about one length by `cut_contexts`, so that a launch of a fixed size
+takes any mix of lengths; a second kernel merges the pieces of those that have several. The query heads that share a key
+head are the rows of one product, so that a context is read once for them all. Bound by bytes: those of the contexts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.worker.kernels.launch import after_previous
+from services.worker.kernels.paged_kv import PagedLayer
+
+_LEAST_ROWS = 16
+"""Of an operand of the tensor cores."""
+_LOG2_E = math.log2(math.e)
+
+PIECE_COLUMNS = 4
+"""Of a piece: the sequence's row, its first and its end position, and the context's length. Row -1: there is none."""
+SPLIT_COLUMNS = 2
+"""Of a row: its first piece, and how many pieces it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """What a launch is told of its sequences; all int32."""
+
+    pieces: Tensor
+    """[num_pieces, PIECE_COLUMNS]"""
+    splits: Tensor
+    """[num_rows, SPLIT_COLUMNS]"""
+    block_tables: Tensor
+    """[num_rows, blocks of the longest context]"""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceResults:
+    """Room for what pieces have for the merge."""
+
+    sums: Tensor
+    """[num_pieces, num_heads, head_dim] float32, weighted by the softmax of the piece"""
+    log_weights: Tensor
+    """[num_pieces, num_heads] float32: log2 of the sum of the exponentials"""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTuning:
+    """How the kernel is compiled; any choice is right."""
+
+    tile_tokens: int
+    """Keys that are multiplied at once; at most a block."""
+    num_warps: int
+    num_stages: int
+    """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
+
+
+def tuning_for(num_pieces: int, is_fp8: bool) -> DecodeTuning:
+    """Return what was fastest of 36 (docs/gpu.md)."""
+    del is_fp8
+    return DecodeTuning(64, 2, 5) if num_pieces > 32 else DecodeTuning(64, 4, 5)
+
+
+def cut_contexts(
+    context_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Cut contexts into at most `most_pieces` pieces of equal length, but for the last of each context.
+
+    Lengths are multiples of `granule_tokens`, at least `least_tokens`. `most_pieces` must not be less than the number
+    of contexts. Returns pieces, longest first, and splits, as in DecodeBatch but with no piece filled up.
+    """
+    length = max(least_tokens, -(-int(context_tokens.sum()) // most_pieces))
+    length = -(-length // granule_tokens) * granule_tokens
+    while (counts := -(-context_tokens // length)).sum() > most_pieces:
+        # Rounding up costs at most a piece a context: so this ends within a few turns.
+        length = -(-(length * 9 // 8) // granule_tokens) * granule_tokens
+        length = max(length, least_tokens) + granule_tokens
+    first_piece = np.cumsum(counts) - counts
+    rows = np.repeat(np.arange(len(context_tokens), dtype=np.int32), counts)
+    begins = (np.arange(len(rows)) - first_piece[rows]) * length
+    contexts = context_tokens[rows]
+    pieces = np.stack((rows, begins, np.minimum(begins + length, contexts), contexts), axis=1)
+    return pieces.astype(np.int32), np.stack((first_piece, counts), axis=1).astype(np.int32)
+
+
+def decode_attention_reference(
+    queries: Tensor, layer: PagedLayer, context_tokens: Tensor, block_tables: Tensor, window: int | None
+) -> Tensor:
+    """Return [num_rows, num_heads, head_dim]: row i attends to its first `context_tokens[i]` tokens, of which a window
+    leaves the last."""
+    out = torch.zeros_like(queries)
+    group = queries.shape[1] // layer.kv.shape[2]
+    for row, num_tokens in enumerate(context_tokens.tolist()):
+        if num_tokens == 0:
+            continue
+        keys, values = layer.context(block_tables[row], num_tokens)
+        first = max(0, num_tokens - window) if window else 0
+        keys, values = (x[first:].repeat_interleave(group, dim=1) for x in (keys, values))
+        scores = torch.einsum("hd,thd->ht", queries[row].float(), keys) / math.sqrt(queries.shape[2])
+        out[row] = torch.einsum("ht,thd->hd", scores.softmax(dim=1), values).to(out.dtype)
+    return out
+
+
+def decode_attention(
+    queries: Tensor,
+    layer: PagedLayer,
+    batch: DecodeBatch,
+    room: PieceResults,
+    out: Tensor,
+    window: int | None = None,
+    *,
+    pdl: bool = False,
+    tuning: DecodeTuning | None = None,
+) -> None:
+    """As the reference, into `out`, [num_rows, num_heads, head_dim]; a row without pieces is left as it is."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv_heads = layer.kv.shape[2]
+    num_pieces = len(batch.pieces)
+    assert queries.is_contiguous()
+    assert out.is_contiguous()
+    assert len(room.sums) >= num_pieces
+    group = num_heads // num_kv_heads
+    tuning = tuning or tuning_for(num_pieces, layer.is_fp8)
+    tile = min(tuning.tile_tokens, layer.block_size_tokens)
+    assert tile >= _LEAST_ROWS, "the tensor cores take no block of fewer tokens"
+    block_dim = max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
+    _decode_attention[(num_kv_heads, num_pieces)](
+        queries,
+        layer.kv,
+        batch.pieces,
+        batch.splits,
+        batch.block_tables,
+        out,
+        room.sums,
+        room.log_weights,
+        batch.block_tables.stride(0),
+        layer.kv.stride(0),
+        _LOG2_E / math.sqrt(head_dim),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        GROUP=group,
+        BLOCK_GROUP=max(_LEAST_ROWS, triton.next_power_of_2(group)),
+        BLOCK_SIZE=layer.block_size_tokens,
+        TILE=tile,
+        WINDOW=window or 0,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    _merge_pieces[(num_rows, num_kv_heads)](
+        batch.splits,
+        room.sums,
+        room.log_weights,
+        out,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        GROUP=group,
+        BLOCK_GROUP=triton.next_power_of_2(group),
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _decode_attention(
+    queries,
+    kv,
+    pieces,
+    splits,
+    block_tables,
+    out,
+    sums,
+    log_weights,
+    table_stride,
+    kv_block_stride,
+    scale,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (key head, piece)."""
+    kv_head = tl.program_id(0)
+    piece = tl.program_id(1)
+    after_previous(PDL)
+    row = tl.load(pieces + 4 * piece)
+    if row < 0:
+        return
+    begin = tl.load(pieces + 4 * piece + 1)
+    end = tl.load(pieces + 4 * piece + 2)
+    context = tl.load(pieces + 4 * piece + 3)
+    group = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    tokens = tl.arange(0, TILE)
+    in_head = (dims < HEAD_DIM)[None, :]
+    inside = (group < GROUP)[:, None] & in_head
+    heads = kv_head * GROUP + group
+    places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    # fp8 keys become float16, which is as fast as they are read; bfloat16 is not.
+    KIND: tl.constexpr = tl.float16 if kv.dtype.element_ty == tl.float8e4nv else kv.dtype.element_ty
+    PRECISION: tl.constexpr = "ieee" if KIND == tl.float32 else "tf32"
+    q = tl.load(queries + places, inside, other=0.0).to(KIND)
+    table = block_tables + row.to(tl.int64) * table_stride
+    # A block's keys of this head, then its values.
+    head_kv = kv + kv_head * BLOCK_SIZE * HEAD_DIM
+    within = tokens[:, None] * HEAD_DIM + dims[None, :]
+    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+
+    best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    first_seen = 0
+    if WINDOW > 0:
+        first_seen = tl.maximum(context - WINDOW, 0)
+        begin = tl.maximum(begin, first_seen // TILE * TILE)
+    for position in range(begin, end, TILE):
+        block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
+        place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
+        is_seen = position + tokens < end
+        if WINDOW > 0:
+            is_seen = is_seen & (position + tokens >= first_seen)
+        read = is_seen[:, None] & in_head
+        k = tl.load(place + within, read, other=0.0).to(KIND)
+        v = tl.load(place + VALUES + within, read, other=0.0).to(KIND)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        # Nothing seen yet, as in a window that begins later: no difference of infinities.
+        base = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(best - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
+        best = new_best
+
+    num_splits = tl.load(splits + 2 * row + 1)
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    if num_splits == 1:
+        tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
+    else:
+        tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], mixed, inside)
+        weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(log_weights + piece * NUM_HEADS + heads, weight, group < GROUP)
+
+
+@triton.jit
+def _merge_pieces(
+    splits,
+    sums,
+    log_weights,
+    out,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (row, key head)."""
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    group = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    in_group = group < GROUP
+    inside = in_group[:, None] & (dims < HEAD_DIM)[None, :]
+    heads = kv_head * GROUP + group
+    after_previous(PDL)
+    first = tl.load(splits + 2 * row)
+    count = tl.load(splits + 2 * row + 1)
+    if count <= 1:
+        return
+    best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for piece in range(first, first + count):
+        log_weight = tl.load(log_weights + piece * NUM_HEADS + heads, in_group, other=0.0)
+        part = tl.load(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0)
+        new_best = tl.maximum(best, log_weight)
+        base = tl.where(new_best == float("-inf"), 0.0, new_best)
+        shrink = tl.exp2(best - base)
+        weight = tl.exp2(log_weight - base)
+        total = total * shrink + weight
+        mixed = mixed * shrink[:, None] + part * weight[:, None]
+        best = new_best
+    places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out + places, (mixed / total[:, None]).to(out.dtype.element_ty), inside)

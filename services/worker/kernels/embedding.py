@@ -1,0 +1,42 @@
+"""The embedding's rows of tokens, some of which only the device knows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.worker.kernels.launch import after_previous
+
+_BLOCK = 1024
+
+
+def embed_reference(token_ids: Tensor, places: Tensor, last_tokens: Tensor, embedding: Tensor) -> Tensor:
+    """Return the rows, [num_tokens, hidden_size], of tokens, [num_tokens].
+
+    A token below 0 is the one sampled last at its place, `last_tokens[places[i]]`.
+    """
+    return embedding[torch.where(token_ids < 0, last_tokens[places], token_ids)]
+
+
+def embed(
+    token_ids: Tensor, places: Tensor, last_tokens: Tensor, embedding: Tensor, out: Tensor, *, pdl: bool = False
+) -> None:
+    """As the reference, into `out`. A row that is computed for nothing holds a token of 0 or more."""
+    num_tokens, size = out.shape
+    block = min(_BLOCK, triton.next_power_of_2(size))
+    _embed[(num_tokens, triton.cdiv(size, block))](
+        token_ids, places, last_tokens, embedding, out, size, BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=4
+    )
+
+
+@triton.jit
+def _embed(token_ids, places, last_tokens, embedding, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    after_previous(PDL)
+    token = tl.load(token_ids + row)
+    if token < 0:
+        token = tl.load(last_tokens + tl.load(places + row))
+    values = tl.load(embedding + token.to(tl.int64) * size + columns, inside)
+    tl.store(out + row * size + columns, values, inside)

@@ -1,0 +1,94 @@
+"""Residual sum and RMSNorm (Zhang and Sennrich, 2019) in one pass, and the rows' rounding to fp8 where that is wanted.
+
+Bound by bytes; at few rows by the launch: 1.4 us at one row of 4,096 (docs/gpu.md).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.worker.kernels.launch import after_previous
+from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
+
+
+def add_rms_norm_reference(
+    delta: Scaled | None, residual: Tensor, weight: Tensor, epsilon: float, to_fp8: bool
+) -> tuple[Tensor, Rows]:
+    """Return the new residual, residual + delta, and its norm. [num_rows, size] both; weight: [size]."""
+    if delta is not None:
+        residual = (residual.float() + delta.dequantized()).to(residual.dtype)
+    rows = residual.float()
+    normed = rows * torch.rsqrt((rows * rows).mean(dim=1, keepdim=True) + epsilon) * weight.float()
+    return residual, round_rows(normed) if to_fp8 else Rows(normed.to(residual.dtype))
+
+
+def add_rms_norm(
+    delta: Scaled | None, residual: Tensor, weight: Tensor, epsilon: float, out: Rows, *, pdl: bool = False
+) -> None:
+    """As the reference; `residual` is changed in place, and `out` is written, with scales if it has some."""
+    num_rows, size = residual.shape
+    assert residual.is_contiguous()
+    assert out.values.is_contiguous()
+    block = triton.next_power_of_2(size)
+    _add_rms_norm[(num_rows,)](
+        delta.product if delta else None,
+        delta.row_scales if delta else None,
+        delta.channel_scales if delta else None,
+        residual,
+        weight,
+        out.values,
+        out.scales,
+        size,
+        num_rows,
+        epsilon,
+        PARTS=len(delta.product) if delta is not None and delta.product.ndim == 3 else 1,
+        BLOCK=block,
+        FP8_LIMIT=FP8_MAX,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=max(1, min(16, block // 512)),
+    )
+
+
+@triton.jit
+def _add_rms_norm(
+    delta,
+    row_scales,
+    channel_scales,
+    residual,
+    weight,
+    out,
+    out_scales,
+    size,
+    num_rows,
+    epsilon,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8_LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    # Weights do not change: they may be asked for before the kernel in front is done.
+    w = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    if channel_scales is not None:
+        channel_scale = tl.load(channel_scales + columns, inside, other=0.0)
+    after_previous(PDL)
+    x = tl.load(residual + row * size + columns, inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        d = tl.load(delta + row * size + columns, inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            d += tl.load(delta + (part * num_rows + row) * size + columns, inside, other=0.0)
+        if channel_scales is not None:
+            d = d * tl.load(row_scales + row) * channel_scale
+        rounded = (x + d).to(residual.dtype.element_ty)
+        tl.store(residual + row * size + columns, rounded, inside)
+        x = rounded.to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x) / size + epsilon) * w
+    if out_scales is not None:
+        scale = tl.maximum(tl.max(tl.abs(normed)), 1e-12) / FP8_LIMIT
+        tl.store(out_scales + row, scale)
+        normed = tl.minimum(tl.maximum(normed / scale, -FP8_LIMIT), FP8_LIMIT)
+    tl.store(out + row * size + columns, normed.to(out.dtype.element_ty), inside)

@@ -1,0 +1,107 @@
+"""Few rows times a matrix, bound by the bytes of the matrix.
+
+The weights are the tensor cores' left operand, whose least height is 64, and the rows the right one, whose least width
+is 8. Both come by bulk copies (TMA). The inputs can be dealt out to several programs; whoever reads the product adds up
+what they gave.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from services.worker.kernels.launch import after_previous
+
+MOST_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTuning:
+    """How the kernel is compiled and dealt out."""
+
+    outputs: int
+    """Of a program: 64 or 128."""
+    input_bytes: int
+    """Of a weight's row in one bulk copy."""
+    num_stages: int
+    num_warps: int = 4
+    num_splits: int = 1
+    """Programs that share the inputs of the same outputs."""
+
+
+def small_product_reference(rows: Tensor, weight: Tensor, num_splits: int = 1) -> Tensor:
+    """rows: [num_rows, num_inputs]; weight: [num_outputs, num_inputs]. Returns [num_splits, num_rows, num_outputs]
+    float32, the product of each run of inputs."""
+    parts = zip(rows.float().chunk(num_splits, dim=1), weight.float().chunk(num_splits, dim=1), strict=True)
+    return torch.stack([x @ w.T for x, w in parts])
+
+
+def fits(num_rows: int, weight: Tensor, tuning: ProductTuning) -> bool:
+    """Whether the kernel takes a product."""
+    num_outputs, num_inputs = weight.shape
+    block = tuning.input_bytes // weight.element_size()
+    return (
+        num_rows <= MOST_ROWS
+        and weight.element_size() <= 2
+        and num_outputs % tuning.outputs == 0
+        and num_inputs % (block * tuning.num_splits) == 0
+    )
+
+
+def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuning, *, pdl: bool = False) -> None:
+    """As the reference, into `out`, [num_splits, num_rows, num_outputs]. Takes what `fits`."""
+    (num_rows, num_inputs), num_outputs = rows.shape, len(weight)
+    assert fits(num_rows, weight, tuning)
+    assert out.shape == (tuning.num_splits, num_rows, num_outputs)
+    assert rows.is_contiguous()
+    assert weight.is_contiguous()
+    assert out.is_contiguous()
+    block = tuning.input_bytes // weight.element_size()
+    block_rows = max(16, triton.next_power_of_2(num_rows))
+    _small_product[(num_outputs // tuning.outputs, tuning.num_splits)](
+        TensorDescriptor.from_tensor(rows, [block_rows, block]),
+        TensorDescriptor.from_tensor(weight, [tuning.outputs, block]),
+        out,
+        num_rows,
+        num_outputs,
+        num_inputs // tuning.num_splits,
+        ROWS=block_rows,
+        OUTPUTS=tuning.outputs,
+        INPUTS=block,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+
+
+@triton.jit
+def _small_product(
+    rows,
+    weight,
+    out,
+    num_rows,
+    num_outputs,
+    inputs_a_split,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (outputs, split)."""
+    first_output = tl.program_id(0) * OUTPUTS
+    split = tl.program_id(1)
+    first_input = split * inputs_a_split
+    after_previous(PDL)
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for place in range(first_input, first_input + inputs_a_split, INPUTS):
+        w = weight.load([first_output, place])
+        x = rows.load([0, place])
+        total = tl.dot(w, tl.trans(x), total)
+    columns = first_output + tl.arange(0, OUTPUTS)
+    row = tl.arange(0, ROWS)
+    places = (split * num_rows + row)[None, :] * num_outputs + columns[:, None]
+    tl.store(out + places, total.to(out.dtype.element_ty), (row < num_rows)[None, :])

@@ -1,0 +1,90 @@
+"""What manifests and compose set is what the services know: one typed configuration, services/*/config.py."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import yaml
+
+from services.common.config import Parsed, parse
+from services.gateway.config import GatewayConfig
+from services.scheduler.config import SchedulerConfig
+from services.tokenizer.config import TokenizerConfig
+from services.worker.config import WorkerConfig
+from tests.deploy.conftest import DEPLOY, SERVICES, Manifests, image_environment, pod_of
+
+CONFIGS: Mapping[str, type[Any]] = {
+    "gateway": GatewayConfig,
+    "tokenizer": TokenizerConfig,
+    "scheduler": SchedulerConfig,
+    "worker": WorkerConfig,
+}
+CLUSTER = {"status.podIP": "10.0.0.7", "limits.cpu": "2", "shoal-redis/url": "redis://redis:6379"}
+"""What a cluster would put in: fields of a pod, and Secrets."""
+
+
+def configured(service: str, environment: Mapping[str, str]) -> Parsed[Any]:
+    """The service's configuration. Fails if a variable is not one of its fields, is missing, or cannot be used."""
+    ours = {name for name in environment if name.startswith("SHOAL_")}
+    known = {f"SHOAL_{declared.name.upper()}" for declared in fields(CONFIGS[service])}
+    assert ours <= known, f"{service} does not know {sorted(ours - known)}"
+    return parse(CONFIGS[service], service, [], environment)
+
+
+def pod_environment(manifests: Manifests, service: str) -> dict[str, str]:
+    """A container's variables, as a cluster resolves them."""
+    (container,) = pod_of(manifests.named("Deployment", service))["containers"]
+    environment = image_environment(service)
+    for source in container["envFrom"]:
+        environment |= manifests.named("ConfigMap", source["configMapRef"]["name"])["data"]
+    for variable in container.get("env", []):
+        environment[variable["name"]] = _value(variable, environment)
+    return environment
+
+
+def _value(variable: Mapping[str, Any], earlier: Mapping[str, str]) -> str:
+    source = variable.get("valueFrom", {})
+    if "fieldRef" in source:
+        return CLUSTER[source["fieldRef"]["fieldPath"]]
+    if "resourceFieldRef" in source:
+        return CLUSTER[source["resourceFieldRef"]["resource"]]
+    if "secretKeyRef" in source:
+        return CLUSTER[f"{source['secretKeyRef']['name']}/{source['secretKeyRef']['key']}"]
+    value = str(variable["value"])
+    for name, known in earlier.items():
+        value = value.replace(f"$({name})", known)
+    return value
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_pods_variables_make_a_whole_configuration(manifests: Manifests, service: str) -> None:
+    config = configured(service, pod_environment(manifests, service)).config
+    assert config.listen == "0.0.0.0:50051"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_composes_variables_make_a_whole_configuration(service: str) -> None:
+    composed = yaml.safe_load((DEPLOY / "compose" / "docker-compose.yml").read_text())["services"][service]
+    configured(service, image_environment(service) | composed.get("environment", {}))
+
+
+def test_workers_reach_the_gateways_own_pod(manifests: Manifests) -> None:
+    config: GatewayConfig = configured("gateway", pod_environment(manifests, "gateway")).config
+    assert config.advertised(config.fleet_listen) == "10.0.0.7:50052"
+
+
+def test_a_container_starts_no_more_threads_than_it_may_use(manifests: Manifests) -> None:
+    """Inside a limit a process still sees every core of its node."""
+    assert pod_environment(manifests, "worker")["SHOAL_THREADS"] == CLUSTER["limits.cpu"]
+    assert pod_environment(manifests, "tokenizer")["SHOAL_PROCESSES"] == CLUSTER["limits.cpu"]
+
+
+@pytest.mark.parametrize(("service", "drain"), [("gateway", "drain_ms"), ("tokenizer", "stop_grace_ms")])
+def test_a_pods_grace_covers_its_drain(manifests: Manifests, service: str, drain: str) -> None:
+    pod = pod_of(manifests.named("Deployment", service))
+    (container,) = pod["containers"]
+    drain_s = getattr(configured(service, pod_environment(manifests, service)).config, drain) / 1000
+    pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    last_words_s = 5
+    assert pod["terminationGracePeriodSeconds"] >= pause_s + drain_s + last_words_s

@@ -1,0 +1,75 @@
+"""deploy/compose: one command, and a gRPC client is answered."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import shoal
+from tests.docker.conftest import BUILD_LIMIT_S, run
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_LIMIT_S + 120)]
+
+PATIENT = shoal.RetryPolicy(outage_limit_s=90)
+START_LIMIT_S = 180
+
+
+class Composed:
+    """The services of docker-compose.yml, under a project name and on ports of their own."""
+
+    def __init__(self) -> None:
+        v1 = shutil.which("docker-compose")
+        self._words = ["docker-compose"] if v1 else ["docker", "compose"]
+        self._words += ["-p", f"shoal-test-{os.getpid()}", "-f", "deploy/compose/docker-compose.yml"]
+
+    def __call__(self, *words: str) -> str:
+        return run(*self._words, *words, limit_s=START_LIMIT_S, SHOAL_PORT="0", SHOAL_HTTP_PORT="0")
+
+    @property
+    def address(self) -> str:
+        return self("port", "gateway", "50051").strip()
+
+
+@pytest.fixture(scope="module")
+def compose(images: dict[str, str]) -> Iterator[Composed]:
+    compose = Composed()
+    try:
+        compose("up", "-d", "--no-build")
+        yield compose
+    finally:
+        compose("down", "--volumes", "--timeout", "2")
+
+
+@pytest.fixture(scope="module")
+def case(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(case for case in greedy_cases if case["name"] == "chat_capital")
+
+
+def ask(client: shoal.Client, case: dict[str, Any]) -> shoal.Stream:
+    stream = client.generate(messages=case["messages"], temperature=0, max_tokens=case["max_tokens"])
+    stream.read()
+    return stream
+
+
+def test_it_answers_as_the_reference(compose: Composed, case: dict[str, Any]) -> None:
+    with shoal.Client(compose.address, retries=PATIENT) as client:
+        assert list(ask(client, case).token_ids) == case["output_token_ids"]
+
+
+def test_redis_comes_back_with_what_it_knew(compose: Composed, case: dict[str, Any]) -> None:
+    with shoal.Client(compose.address, retries=PATIENT) as client:
+        asked = ask(client, case)
+        compose("restart", "redis")
+        assert client.get_request(asked.request_id).state is shoal.RequestState.FINISHED
+        assert list(ask(client, case).token_ids) == case["output_token_ids"]
+
+
+def test_nothing_in_it_ended_or_was_found_ill(compose: Composed) -> None:
+    states = run(
+        "docker", "inspect", "--format", "{{.State.Status}} {{.RestartCount}} {{.State.Health.Status}}",
+        *compose("ps", "-q").split(),
+    ).splitlines()  # fmt: skip
+    assert len(states) == 5
+    assert {state.removesuffix(" starting").removesuffix(" healthy") for state in states} == {"running 0"}, states

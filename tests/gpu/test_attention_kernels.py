@@ -1,0 +1,134 @@
+"""Attention over the paged cache gives what the plain formula gives, and reads nothing that is not its own."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from services.worker.kernels.decode_attention import (
+    DecodeBatch,
+    PieceResults,
+    cut_contexts,
+    decode_attention,
+    decode_attention_reference,
+)
+from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.prefill_attention import cut_chunks, prefill_attention, prefill_attention_reference
+from tests.gpu.devices import DEVICE, DTYPES, IS_CUDA, assert_near, random, seeded
+
+BLOCK = 64 if IS_CUDA else 16
+# Query heads, key heads, length of a head.
+HEADS = [(32, 8, 128), (9, 3, 64), (4, 4, 80)] if IS_CUDA else [(4, 2, 16), (3, 1, 24)]
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7 * BLOCK + 5]
+KV_DTYPES = [*DTYPES, torch.float8_e4m3fn]
+
+
+def a_cache(
+    lengths: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1
+) -> tuple[PagedLayer, Tensor]:
+    """A layer with contexts in blocks in random order, and NaN in every slot that is none of theirs."""
+    counts = [-(-length // BLOCK) for length in lengths]
+    num_blocks = sum(counts) + 3
+    order = torch.randperm(num_blocks, generator=seeded(seed))
+    kv = torch.full((num_blocks, 2, num_kv_heads, BLOCK, head_dim), math.nan)
+    tables = torch.full((len(lengths), max(counts)), num_blocks - 1, dtype=torch.int32)
+    taken = 0
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        blocks = order[taken : taken + count]
+        taken += count
+        tables[row, :count] = blocks.to(torch.int32)
+        own = torch.randn((2, num_kv_heads, count * BLOCK, head_dim), generator=seeded(seed + row + 1))
+        own[:, :, length:] = math.nan
+        kv[blocks] = own.view(2, num_kv_heads, count, BLOCK, head_dim).permute(2, 0, 1, 3, 4)
+    return PagedLayer(kv.to(dtype).to(DEVICE)), tables.to(DEVICE)
+
+
+def queries_of(dtype: torch.dtype) -> torch.dtype:
+    return DTYPES[1] if dtype == torch.float8_e4m3fn else dtype
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize(("most_pieces", "window"), [(6, None), (17, None), (17, BLOCK + 3)])
+def test_a_batch_of_any_lengths_attends_in_one_launch(
+    heads: tuple[int, int, int], dtype: torch.dtype, most_pieces: int, window: int | None
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    layer, tables = a_cache(LENGTHS, num_kv_heads, head_dim, dtype)
+    queries = random(seeded(7), len(LENGTHS), num_heads, head_dim, dtype=queries_of(dtype))
+    contexts = np.array(LENGTHS, dtype=np.int32)
+    pieces, splits = cut_contexts(contexts, most_pieces, BLOCK, BLOCK)
+    filled = np.full((most_pieces + 2, 4), -1, dtype=np.int32)
+    filled[: len(pieces)] = pieces
+    batch = DecodeBatch(torch.from_numpy(filled).to(DEVICE), torch.from_numpy(splits).to(DEVICE), tables)
+    room = PieceResults(
+        torch.full((len(filled), num_heads, head_dim), math.nan, device=DEVICE),
+        torch.full((len(filled), num_heads), math.nan, device=DEVICE),
+    )
+    out = torch.full_like(queries, math.nan)
+    decode_attention(queries, layer, batch, room, out, window)
+    expected = decode_attention_reference(queries, layer, torch.from_numpy(contexts), tables, window)
+    assert_near(out, expected)
+
+
+def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    layer, tables = a_cache([3, BLOCK], num_kv_heads, head_dim, torch.float32)
+    queries = random(seeded(7), 2, num_heads, head_dim)
+    pieces = torch.tensor([[0, 0, 3, 3], [-1, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
+    splits = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
+    room = PieceResults(queries.new_empty(2, num_heads, head_dim), queries.new_empty(2, num_heads))
+    out = torch.full_like(queries, 5.0)
+    decode_attention(queries, layer, DecodeBatch(pieces, splits, tables), room, out)
+    assert (out[1] == 5.0).all()
+    assert not (out[0] == 5.0).any()
+
+
+@pytest.mark.parametrize("most_pieces", [5, 6, 9, 40, 300])
+def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> None:
+    contexts = np.array([1, 700, 64, 65, 4096], dtype=np.int32)
+    pieces, splits = cut_contexts(contexts, most_pieces, 64, 128)
+    assert len(pieces) <= most_pieces
+    for row, (first, count) in enumerate(splits):
+        own = pieces[first : first + count]
+        assert (own[:, 0] == row).all()
+        assert (own[:, 3] == contexts[row]).all()
+        assert own[0, 1] == 0
+        assert own[-1, 2] == contexts[row]
+        assert (own[1:, 1] == own[:-1, 2]).all()
+        assert (own[:, 1] % 64 == 0).all()
+        assert (own[:-1, 2] - own[:-1, 1] >= 128).all()
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [None, BLOCK + 3])
+def test_chunks_attend_to_what_is_before_them_and_to_themselves(
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    # Chunks of whole prompts, behind cached tokens, and of one token.
+    first_positions = np.array([0, 2 * BLOCK, 5, 0, BLOCK - 1], dtype=np.int32)
+    num_tokens = np.array([2 * BLOCK + 3, BLOCK, 70, 1, 2], dtype=np.int32)
+    first_rows = (np.cumsum(num_tokens) - num_tokens).astype(np.int32)
+    lengths = (first_positions + num_tokens).tolist()
+    layer, tables = a_cache(lengths, num_kv_heads, head_dim, dtype)
+    tiles = torch.from_numpy(cut_chunks(first_rows, num_tokens, first_positions)).to(DEVICE)
+    nothing = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
+    queries = random(seeded(7), int(num_tokens.sum()), num_heads, head_dim, dtype=queries_of(dtype))
+    out = torch.full_like(queries, math.nan)
+    prefill_attention(queries, layer, torch.cat((tiles, nothing)), tables, out, window)
+    assert_near(out, prefill_attention_reference(queries, layer, tiles, tables, window))
+
+
+def test_both_kernels_agree_on_one_token() -> None:
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    layer, tables = a_cache(LENGTHS, num_kv_heads, head_dim, torch.float32)
+    contexts = torch.tensor(LENGTHS)
+    queries = random(seeded(7), len(LENGTHS), num_heads, head_dim)
+    rows = np.arange(len(LENGTHS), dtype=np.int32)
+    tiles = torch.from_numpy(cut_chunks(rows, np.ones_like(rows), np.array(LENGTHS, dtype=np.int32) - 1)).to(DEVICE)
+    expected = decode_attention_reference(queries, layer, contexts, tables, None)
+    assert_near(prefill_attention_reference(queries, layer, tiles, tables, None), expected)

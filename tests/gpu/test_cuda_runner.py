@@ -1,0 +1,88 @@
+"""The device's runner gives what transformers gives, whatever the batch, the chunks and the steps ahead."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.common.model.folder import read_folder
+from services.worker.cuda.cuda_runner import CudaRunner
+from services.worker.cuda.matrix import DeviceWeightFormat
+from services.worker.cuda.shard import Shard
+from services.worker.cuda.start import DeviceOptions, start_cuda_runner
+from services.worker.cuda.weights import load_weights
+from services.worker.engine.limits import EngineLimits
+from services.worker.engine.loop import EngineLoop
+from services.worker.engine.planner import Planner
+from services.worker.engine.step_time import StepTimeModel
+from services.worker.weights.folder_decoder import open_folder_decoder
+from tests.gpu.devices import DEVICE, IS_CUDA
+from tests.unit.engine_builders import PretendedFront, add, add_command, shutdown_command
+from tests.unit.tiny_models import CONFIGS, reference_greedy, save, tiny_model
+
+# The interpreter takes seconds a step: a window, a bias and heads' norms between them.
+FAMILIES = list(CONFIGS) if IS_CUDA else ["mistral-window", "qwen2-tied", "qwen3"]
+
+
+class FinishingFront(PretendedFront):
+    """Never goes, and says Shutdown when the loop has nothing left to compute."""
+
+    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
+        if self.looks:
+            return super().take(timeout_ms)
+        return [shutdown_command()] if timeout_ms is None else []
+
+
+def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: int) -> tuple[EngineLimits, CudaRunner]:
+    stored = open_folder_decoder(read_folder(folder))
+    return start_cuda_runner(
+        stored.config,
+        lambda: load_weights(stored, weights, Shard(), DEVICE, lambda share: None),
+        Shard(),
+        DeviceOptions(
+            weights=weights,
+            block_size_tokens=16,
+            max_sequences=4,
+            context_tokens=128,
+            num_blocks=40,
+            has_graphs=IS_CUDA,
+            **{"max_prefill_tokens_per_step": 16, **options},  # type: ignore[arg-type]
+        ),
+        DEVICE,
+    )
+
+
+def generate(
+    limits: EngineLimits, runner: CudaRunner, *looks: list[engine_pb2.EngineCommand]
+) -> tuple[dict[int, list[int]], FinishingFront]:
+    front = FinishingFront([*looks])
+    step_time = StepTimeModel()
+    EngineLoop(Planner(limits, step_time), step_time, runner, front, lambda: time.monotonic() * 1000).run()
+    answers: dict[int, list[int]] = {}
+    for output in front.outputs:
+        answers.setdefault(output.sequence_id, []).extend(output.token_ids)
+    return answers, front
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(3, 96, (length,), generator=generator).tolist() for length in (5, 20, 1, 40)]
+
+
+def greedy(number: int, prompt: Sequence[int], max_tokens: int) -> engine_pb2.EngineCommand:
+    return add_command(add(number, prompt, max_tokens=max_tokens, stop_token_ids=()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_references_tokens_in_float32(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family) if IS_CUDA else tiny_model(family, num_hidden_layers=2)
+    limits, runner = a_runner(save(model, tmp_path))
+    asked, num_tokens = (prompts(), 6) if IS_CUDA else (prompts()[:2], 3)
+    # The second comes while the first one decodes: a step of a decode and a chunk.
+    later = [greedy(number, prompt, num_tokens) for number, prompt in enumerate(asked[1:], 2)]
+    looks = [[greedy(1, asked[0], num_tokens)], [], later]
+    answers, _ = generate(limits, runner, *looks)
+    assert answers == {number: reference_greedy(model, prompt, num_tokens) for number, prompt in enumerate(asked, 1)}
