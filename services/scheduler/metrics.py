@@ -36,6 +36,7 @@ class SchedulerMetrics:
         metrics.gauge("shoal_leader", "1 if this process leads its pool, else 0.", lambda: self._view is not None)
         metrics.gauge("shoal_queued_requests", "Requests that wait for a worker.", self._num_queued)
         metrics.gauge("shoal_workers", "Workers that the leader knows.", self._sum(lambda _: 1))
+        metrics.gauge("shoal_workers_wanted", "Workers that the pool needs, as KEDA is told.", self._num_wanted)
         metrics.gauge(
             "shoal_placed_requests", "Requests that workers have.", self._sum(lambda account: len(account.reservations))
         )
@@ -51,6 +52,10 @@ class SchedulerMetrics:
     def _num_queued(self) -> int:
         view = self._view
         return len(view.queue) if view else 0
+
+    def _num_wanted(self) -> int:
+        view = self._view
+        return view.workers_wanted if view else 0
 
     def _accounts(self) -> list[Account]:
         # Copied in one step, for the leader's thread goes on changing it.

@@ -42,6 +42,8 @@ class View:
         self.deadlines = Deadlines()
         self.arrived: deque[Queued] = deque(maxlen=MOST_ARRIVED)
         """New requests since somebody last looked at demand, who clears it."""
+        self.workers_wanted = 0
+        """As last told."""
 
     def knows(self, worker: WorkerId) -> bool:
         """Whether this worker has an account."""
