@@ -32,11 +32,11 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     """Read, wait, read, show."""
-    addresses = _addresses(arguments)
-    before = read(addresses)
+    before = read(_addresses(arguments))
     while True:
         time.sleep(arguments.interval_s)
-        now = read(addresses)
+        # Looked up each time: with `shoal up --autoscale` workers come and go.
+        now = read(_addresses(arguments))
         shown = figures(before, now)
         if arguments.json:
             print(json.dumps(asdict(shown)), flush=True)
@@ -54,7 +54,8 @@ def lines_of(shown: FleetFigures) -> list[str]:
     return [
         f"{shown.tokens_per_s:.1f} tokens/s, {shown.requests_per_s:.1f} requests/s, "
         f"{shown.refusals_per_s:.1f} refused/s; {shown.open_streams} streams, {shown.queued} queued{leader}",
-        f"first token p50 {_number(shown.ttft_p50_ms)} ms, p99 {_number(shown.ttft_p99_ms)} ms",
+        f"first token p50 {_number(shown.ttft_p50_ms)} ms, p99 {_number(shown.ttft_p99_ms)} ms; "
+        f"{len(shown.workers)} workers, {shown.workers_wanted} wanted",
         "",
         f"{'worker':<22}{'tokens/s':>9}{'batch':>7}{'running':>9}{'waiting':>9}{'KV':>6}{'step ms':>9}{'token ms':>10}"
         f"{'preempted':>11}",

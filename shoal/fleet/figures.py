@@ -52,6 +52,8 @@ class FleetFigures:
     ttft_p99_ms: float | None
     leaders: int
     """1, unless there is no leader, or not all schedulers are read."""
+    workers_wanted: int
+    """As the leader tells."""
     workers: tuple[WorkerFigures, ...]
     away: tuple[str, ...]
     """Addresses that did not answer."""
@@ -64,7 +66,7 @@ def read(addresses: Sequence[str]) -> Reading:
 
 
 def figures(before: Reading, now: Reading) -> FleetFigures:
-    """What happened between two readings of the same addresses. A process that restarted counts from its start."""
+    """What happened between two readings. A process that was started meanwhile, or anew, counts from its start."""
     took_s = max(now.at_s - before.at_s, 1e-9)
     spans = {
         address: _Span(before.by_address.get(address) or {}, samples, took_s)
@@ -84,6 +86,7 @@ def figures(before: Reading, now: Reading) -> FleetFigures:
         ttft_p50_ms=_percentile_ms(buckets, 0.5),
         ttft_p99_ms=_percentile_ms(buckets, 0.99),
         leaders=sum(int(span.value("shoal_leader")) for span in spans.values()),
+        workers_wanted=sum(int(span.value("shoal_workers_wanted")) for span in spans.values()),
         workers=workers,
         away=tuple(address for address, samples in now.by_address.items() if samples is None),
     )

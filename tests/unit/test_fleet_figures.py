@@ -57,9 +57,17 @@ def test_without_a_first_token_there_is_no_percentile() -> None:
 
 
 def test_who_does_not_answer_is_named_and_the_rest_is_shown() -> None:
-    leader: Samples = {("shoal_leader", ""): 1, ("shoal_queued_requests", ""): 7}
+    leader: Samples = {
+        ("shoal_leader", ""): 1, ("shoal_queued_requests", ""): 7, ("shoal_workers_wanted", ""): 2,
+    }  # fmt: skip
     shown = figures(Reading(0, {}), Reading(1, {WORKER: None, SCHEDULER: leader}))
     assert (shown.away, shown.queued, shown.leaders, shown.workers) == ((WORKER,), 7, 1, ())
+    assert shown.workers_wanted == 2
+
+
+def test_a_worker_that_came_between_the_readings_counts_from_its_start() -> None:
+    shown = figures(Reading(0, {}), Reading(2, {WORKER: a_worker(20)}))
+    assert (shown.tokens_per_s, len(shown.workers)) == (10, 1)
 
 
 def test_a_record_reads_as_its_phases() -> None:
