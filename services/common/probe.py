@@ -1,6 +1,7 @@
 """Asks the service in this container whether it serves: `python -m services.common.probe`. Status 0 if it does.
 
-The image's health check. It reads where the service listens from the same variable, SHOAL_LISTEN, as the service does.
+The image's health check. It reads where and how the service listens from the same variables as the service:
+SHOAL_LISTEN, and those of TLS. The certificate must then be of `--tls-ca`, for 127.0.0.1 or `--tls-server-name`.
 """
 
 import sys
@@ -10,12 +11,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.config import option, parse
+from services.common.tls.credentials import channel_credentials
+from services.common.tls.options import TlsOptions
 
 _EVERY_ADDRESS = ("0.0.0.0", "[::]", "")
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeConfig:
+class ProbeConfig(TlsOptions):
     """Asks a service for its gRPC health."""
 
     listen: str = option(..., "host:port that the service listens on")
@@ -31,7 +34,7 @@ class ProbeConfig:
 def main() -> None:
     """Ask once; what is wrong is one line on standard error."""
     config = parse(ProbeConfig, "common.probe").config
-    with grpc.insecure_channel(config.target) as channel:
+    with _channel(config) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=config.probe_timeout_ms / 1000
@@ -40,6 +43,14 @@ def main() -> None:
             sys.exit(f"nobody serves at {config.target}: {error.code().name}, {error.details()}")
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         sys.exit(f"{config.target} is {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")
+
+
+def _channel(config: ProbeConfig) -> grpc.Channel:
+    tls = config.fleet_tls()
+    if tls is None:
+        return grpc.insecure_channel(config.target)
+    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
+    return grpc.secure_channel(config.target, channel_credentials(tls.files), name)
 
 
 if __name__ == "__main__":

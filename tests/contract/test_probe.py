@@ -3,10 +3,14 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from services.common.rpc import Server
+from services.common.tls.credentials import fleet_server_credentials
+from services.common.tls.options import FleetTls
+from shoal.fleet.certificates import make_certificates
 
 
 @pytest.fixture
@@ -50,3 +54,16 @@ async def test_where_nobody_serves_it_says_so_in_a_line(server: tuple[Server, st
     assert status == 1
     assert "nobody serves at 127.0.0.1" in said
     assert "Traceback" not in said
+
+
+async def test_a_service_that_speaks_tls_is_asked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_certificates(tmp_path)
+    server = Server([], credentials=fleet_server_credentials(FleetTls(files, True, "")))
+    address = await server.start("127.0.0.1:0")
+    try:
+        assert (await probe("--listen", address))[0] == 1
+        for variable, path in (("CERTIFICATE", files.certificate), ("KEY", files.key), ("CA", files.ca)):
+            monkeypatch.setenv(f"SHOAL_TLS_{variable}", str(path))
+        assert await probe("--listen", address) == (0, "")
+    finally:
+        await server.stop(0)

@@ -12,7 +12,7 @@ from services.gateway.config import GatewayConfig
 from services.scheduler.config import SchedulerConfig
 from services.tokenizer.config import TokenizerConfig
 from services.worker.config import WorkerConfig
-from tests.deploy.conftest import DEPLOY, SERVICES, Manifests, image_environment, pod_of
+from tests.deploy.conftest import DEPLOY, SERVICES, Manifests, image_environment, pod_of, render
 
 CONFIGS: Mapping[str, type[Any]] = {
     "gateway": GatewayConfig,
@@ -88,3 +88,10 @@ def test_a_pods_grace_covers_its_drain(manifests: Manifests, service: str, drain
     pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     last_words_s = 5
     assert pod["terminationGracePeriodSeconds"] >= pause_s + drain_s + last_words_s
+
+
+def test_keda_has_the_schedulers_limits() -> None:
+    manifests = render("gpu")
+    scaled = manifests.named("ScaledObject", "worker")["spec"]
+    scheduler: SchedulerConfig = configured("scheduler", pod_environment(manifests, "scheduler")).config
+    assert (scaled["minReplicaCount"], scaled["maxReplicaCount"]) == (scheduler.min_workers, scheduler.max_workers)

@@ -12,7 +12,7 @@ from tests.docker.conftest import BUILD_LIMIT_S, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_LIMIT_S + 120)]
 
-PATIENT = shoal.RetryPolicy(outage_limit_s=90)
+PATIENT = shoal.RetryPolicy(outage_limit_s=180)
 START_LIMIT_S = 180
 
 

@@ -11,7 +11,7 @@ from tests.docker.container_fleet import ContainerFleet, container_fleet
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_LIMIT_S + 120)]
 
-PATIENT = shoal.RetryPolicy(outage_limit_s=90)
+PATIENT = shoal.RetryPolicy(outage_limit_s=180)
 """The first call waits until the gateway is there, as any client's does."""
 STOP_LIMIT_S = 25
 
