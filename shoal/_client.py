@@ -18,6 +18,7 @@ from shoal._gateways import CallMetadata, blocking_channel, call_metadata, parse
 from shoal._prompt import Message, Options, count_tokens_request, generate_request
 from shoal._resumption import AttachCall, GenerateCall, Resumption
 from shoal._retries import Outage, RetryPolicy
+from shoal._tracing import trace_metadata
 from shoal._values import (
     Choice,
     Delta,
@@ -73,12 +74,13 @@ class Client:
     ) -> "Stream":
         """Ask, and stream the answer. Give one of `prompt` (raw text), `messages` (a chat) and `token_ids`."""
         request = generate_request(prompt, messages, token_ids, options)
-        return self._stream(GenerateCall(next(self._turns), request), drop_at_close="request_id" not in options)
+        call = GenerateCall(next(self._turns), request)
+        return self._stream(call, options.get("traceparent"), drop_at_close="request_id" not in options)
 
     def attach(self, request_id: str, from_index: int = 0, held_token_ids: Sequence[int] = ()) -> "Stream":
         """Go on with a request's stream at a token index. `held_token_ids`: the last tokens before it, if known."""
         request = pb.AttachRequest(request_id=request_id, from_index=from_index, held_token_ids=held_token_ids)
-        return self._stream(AttachCall(next(self._turns), request), drop_at_close=False)
+        return self._stream(AttachCall(next(self._turns), request), None, drop_at_close=False)
 
     def cancel(self, request_id: str) -> RequestState:
         """Ask for a request's end; returns where it then stood. A running one ends within about a step."""
@@ -114,9 +116,10 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _stream(self, call: GenerateCall | AttachCall, *, drop_at_close: bool) -> "Stream":
+    def _stream(self, call: GenerateCall | AttachCall, traceparent: str | None, *, drop_at_close: bool) -> "Stream":
         resumption = Resumption(call, len(self._stubs), self._outage())
-        return Stream(resumption, self._stubs, self._metadata, self.cancel, self._drop if drop_at_close else None)
+        metadata = (*self._metadata, *trace_metadata(traceparent))
+        return Stream(resumption, self._stubs, metadata, self.cancel, self._drop if drop_at_close else None)
 
     def _drop(self, request_id: str) -> None:
         """Cancel what nobody will read, if that is quickly done: the fleet ends requests without a reader by itself."""

@@ -60,6 +60,8 @@ class Options(TypedDict, total=False):
     request_id: str
     """Idempotency key. Left out, the library draws one, so that a retry never runs twice."""
     priority: Priority | str
+    traceparent: str
+    """W3C trace context of the call. Left out: OpenTelemetry's current span, where the program uses it."""
     response_format: ResponseFormat | Mapping[str, Any]
 
 

@@ -131,6 +131,8 @@ class RequestInfo:
     attempts: int
     timings: Timings | None
     error: str
+    trace_id: str
+    """Under which spans, where they are recorded, and log lines are found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,7 @@ def request_info_of(response: pb.GetRequestResponse) -> RequestInfo:
         attempts=response.attempts,
         timings=_timings(response.timings) if response.HasField("timings") else None,
         error=response.error,
+        trace_id=response.trace_id,
     )
 
 

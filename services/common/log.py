@@ -1,8 +1,8 @@
 """Structured logs: one JSON object a line on standard error.
 
-`logging.getLogger(name).info("placed", extra={"request": key, "worker": worker})`: fields of `extra` become fields of
-the line. Prompts and answers are never logged, unless `--log-prompts true` asks for it. An error that nobody foresaw
-may quote one in its text, so its text is left out too: its type and the lines of code that it passed are told.
+`logging.getLogger(name).info("placed", extra={**about(key, traceparent), "worker": worker})`: fields of `extra` become
+fields of the line. Prompts and answers are never logged, unless `--log-prompts true` asks for it. An error that nobody
+foresaw may quote one in its text, so its text is left out too: its type and the lines of code that it passed are told.
 """
 
 import json
@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import TracebackType
+
+from services.common.ids import RequestKey
+from services.common.telemetry.trace_context import trace_id_of
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _HIDDEN = "(its text may quote a prompt: --log-prompts true shows it)"
@@ -55,6 +58,11 @@ def _log_end(kind: type[BaseException], error: BaseException, trace: TracebackTy
         sys.__excepthook__(kind, error, trace)
     else:
         logging.getLogger(__name__).critical("the process ends by an error", exc_info=error)
+
+
+def about(key: RequestKey, traceparent: str) -> dict[str, object]:
+    """The fields of every line that is about a request: its key, and the id of its trace."""
+    return {"request": key, "trace_id": trace_id_of(traceparent)}
 
 
 class _JsonLines(logging.Formatter):

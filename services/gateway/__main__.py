@@ -41,7 +41,10 @@ async def _serve(config: GatewayConfig) -> None:
 
 def _announce(addresses: Addresses) -> None:
     collect_rarely()
-    announce("gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet)
+    announce(
+        "gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet,
+        **addresses.metrics,
+    )  # fmt: skip
 
 
 def _problems(errors: BaseExceptionGroup[Exception]) -> list[str]:

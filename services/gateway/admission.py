@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from services.common.errors import Exhausted, Unavailable
+from services.common.errors import Exhausted, ShoalError, Unavailable
 from services.common.store.connection import StoreError
 
 REFRESH_S = 0.2
@@ -23,12 +23,13 @@ RETRY_AFTER_MS = 1_000
 class OpenCalls:
     """Counts calls that stream; refuses more than `limit`, and all while the gateway stops.
 
-    `connection_limit`: most of one connection.
+    `connection_limit`: most of one connection. `on_refusal` hears of each call that is refused.
     """
 
-    def __init__(self, limit: int, connection_limit: int) -> None:
+    def __init__(self, limit: int, connection_limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
         self._limit = limit
         self._connection_limit = connection_limit
+        self._on_refusal = on_refusal
         self._by_connection: Counter[str] = Counter()
         self._num_open = 0
         self._none_open = asyncio.Event()
@@ -40,26 +41,33 @@ class OpenCalls:
 
         `connection`: by which it came; empty: by one that has no other call.
         """
-        if self.draining:
-            raise draining()
-        if self._num_open >= self._limit:
-            raise Exhausted(
-                f"this gateway has {self._num_open} open streams, the most is {self._limit}; use another, or wait",
-                reason="TOO_MANY_STREAMS",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
-        if self._by_connection[connection] >= self._connection_limit:
-            raise Exhausted(
-                f"this connection has {self._by_connection[connection]} open streams, the most is "
-                f"{self._connection_limit}; open another, or wait",
-                reason="TOO_MANY_STREAMS_OF_CONNECTION",
-                retry_after_ms=RETRY_AFTER_MS,
-            )
+        refusal = self._refusal(connection)
+        if refusal is not None:
+            self._on_refusal(refusal)
+            raise refusal
         self._num_open += 1
         self._none_open.clear()
         if connection:
             self._by_connection[connection] += 1
         context.add_done_callback(lambda _: self._leave(connection))
+
+    def _refusal(self, connection: str) -> ShoalError | None:
+        if self.draining:
+            return draining()
+        if self._num_open >= self._limit:
+            return Exhausted(
+                f"this gateway has {self._num_open} open streams, the most is {self._limit}; use another, or wait",
+                reason="TOO_MANY_STREAMS",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        if self._by_connection[connection] >= self._connection_limit:
+            return Exhausted(
+                f"this connection has {self._by_connection[connection]} open streams, the most is "
+                f"{self._connection_limit}; open another, or wait",
+                reason="TOO_MANY_STREAMS_OF_CONNECTION",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        return None
 
     async def all_done(self, within_s: float) -> bool:
         """Wait until no call is open. False: some still were after `within_s`."""
@@ -81,20 +89,24 @@ class OpenCalls:
 class ShortCalls:
     """Counts calls that do not stream; refuses more than `limit`. Not while the gateway stops: one may be a Cancel."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_refusal: Callable[[ShoalError], None]) -> None:
+        """`on_refusal` hears of each call that is refused."""
         self._limit = limit
+        self._on_refusal = on_refusal
         self._num_open = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """A call, counted until the block ends. Raises Exhausted."""
         if self._num_open >= self._limit:
-            raise Exhausted(
+            refusal = Exhausted(
                 f"this gateway has {self._num_open} calls in progress that do not stream, the most is {self._limit}; "
                 "come back later",
                 reason="TOO_MANY_CALLS",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+            self._on_refusal(refusal)
+            raise refusal
         self._num_open += 1
         try:
             yield

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from services.common.errors import PermissionDenied, Unauthenticated
+from services.common.errors import PermissionDenied, ShoalError, Unauthenticated
 from services.common.store.api_keys import KEY_PREFIX, ApiKeys
 from services.gateway.identity import DEFAULT_TENANT, TENANT_KEY, Identity, Metadata, bearer_of, stated_tenant_of
 from services.gateway.store_retry import retried
@@ -30,11 +30,15 @@ class _Known:
 
 
 class Authentication:
-    """Turns the metadata of a call into who calls. `clock`: the loop's, in s."""
+    """Turns the metadata of a call into who calls."""
 
-    def __init__(self, keys: ApiKeys, required: bool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, keys: ApiKeys, required: bool, on_refusal: Callable[[ShoalError], None], clock: Callable[[], float]
+    ) -> None:
+        """`on_refusal` hears of each call that is refused. `clock`: the loop's, in s."""
         self._keys = keys
         self._required = required
+        self._on_refusal = on_refusal
         self._clock = clock
         # By the hash of each key: what a caller showed is not kept.
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
@@ -45,6 +49,13 @@ class Authentication:
         Raises Unauthenticated without a key that counts, PermissionDenied for another tenant's name beside it,
         Unavailable if Redis is away, and InvalidRequest.
         """
+        try:
+            return await self._identify(metadata)
+        except ShoalError as error:
+            self._on_refusal(error)
+            raise
+
+    async def _identify(self, metadata: Metadata) -> Identity:
         key, stated = bearer_of(metadata), stated_tenant_of(metadata)
         if not self._required and not key.startswith(KEY_PREFIX):
             return Identity(stated or DEFAULT_TENANT)

@@ -59,6 +59,10 @@ class GatewayConfig(TlsOptions):
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1_000)
     start_limit_ms: int = option(60_000, "longest wait for Redis and a tokenizer at the start", minimum=0)
     drain_ms: int = option(10_000, "how long open streams may go on after SIGTERM", minimum=0)
+    metrics_port: int = option(
+        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
+    )
+    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_prompts: bool = option(False, "write prompts into the log, and texts of unforeseen errors, which may quote one")
 

@@ -17,6 +17,7 @@ from services.common.record.record import Attempt
 from services.gateway.departures import Departures
 from services.gateway.endings import told_by_worker
 from services.gateway.hints import Hints
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Stream
 
@@ -36,12 +37,13 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
 
     def __init__(
         self, streams: OpenStreams, departures: Departures, hints: Hints, tasks: asyncio.TaskGroup,
-        clock: Callable[[], float],
+        metrics: GatewayMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._streams = streams
         self._departures = departures
         self._hints = hints
         self._tasks = tasks
+        self._metrics = metrics
         self._clock = clock
 
     async def Deliver(  # noqa: N802
@@ -100,8 +102,12 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
             if stream is None:
                 continue
             attempt = _attempt(frame.attempt)
+            had_tokens = stream.has_tokens
             if stream.take(attempt, frame.delta, now_s) is Acceptance.GAP:
                 link.resume(attempt, stream)
+            elif stream.has_tokens and not had_tokens:
+                stream.first_token_at_s = now_s
+                self._metrics.first_token(stream)
 
     def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:
         key, attempt, reader = wish.key, _attempt(wish.attempt), wish.reader

@@ -5,6 +5,7 @@ One task writes them, so that no call waits for Redis on its way out, and none i
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from services.common.ids import RequestKey
 from services.common.record import moves
@@ -23,16 +24,16 @@ class Departures:
 
     def __init__(self, store: RequestStore) -> None:
         self._store = store
-        self._waiting: dict[tuple[RequestKey, int], bool] = {}
-        """By request and reader: whether to cancel."""
+        self._waiting: dict[tuple[RequestKey, int], Mapping[str, object] | None] = {}
+        """By request and reader: None, or what a log line says of a request that is to be cancelled."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def add(self, key: RequestKey, reader: int, *, cancel: bool = False) -> None:
+    def add(self, key: RequestKey, reader: int, *, cancel: Mapping[str, object] | None = None) -> None:
         """A reader of a request went away, or was never there. If another reads meanwhile, nothing happens.
 
-        `cancel`: nobody will come to read on, so the request ends at once.
+        `cancel`: nobody will come to read on, so the request ends at once; a log line says this of it.
         """
         if len(self._waiting) >= MAX_WAITING:
             self._waiting.pop(next(iter(self._waiting)))
@@ -58,14 +59,14 @@ class Departures:
                     self._waiting.pop(departure, None)
             self._idle.set()
 
-    async def _write(self, key: RequestKey, reader: int, *, cancel: bool) -> None:
+    async def _write(self, key: RequestKey, reader: int, *, cancel: Mapping[str, object] | None) -> None:
         answer = await self._store.leave(moves.Leave(key, reader))
-        if cancel and answer.verdict is Verdict.OK:
+        if cancel is not None and answer.verdict is Verdict.OK:
             try:
                 await self._store.cancel(moves.Cancel(key, "its client hung up"))
             except Recovering:
                 # Leaves behind this one don't wait: the leader ends it when its time without a reader is over.
-                logger.info("not cancelled, for Redis is in recovery", extra={"request": key})
+                logger.info("not cancelled, for Redis is in recovery", extra=cancel)
 
     async def flush(self, within_s: float) -> bool:
         """Wait until all are written. False: it took too long, and those that are left are lost."""

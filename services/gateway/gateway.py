@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,8 @@ from services.common.store.intake import Intake
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
 from services.gateway.admission import Backlog, OpenCalls, ShortCalls, draining
@@ -38,6 +40,7 @@ from services.gateway.http.server import HttpServer
 from services.gateway.http.spelling import Spelling
 from services.gateway.known import KnownRequests
 from services.gateway.lease import Lease
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.model import Model, Room
 from services.gateway.open_streams import OpenStreams
 from services.gateway.readiness import Readiness
@@ -65,6 +68,8 @@ class Addresses:
     """By clients, over HTTP."""
     fleet: str
     """By workers."""
+    metrics: Mapping[str, str]
+    """By Prometheus: `metrics_address`, or nothing."""
 
 
 Ready = Callable[[Addresses], None]
@@ -80,44 +85,48 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
     addresses = config.tokenizer_addresses()
     config.advertised(config.fleet_listen)  # refused before anything starts
     async with AsyncExitStack() as resources:
+        metrics = resources.enter_context(Metrics())
+        tracer = resources.enter_context(tracing(config.otlp_endpoint, "gateway"))
         redis = await _until_there(lambda: connect(config.redis_url, config.tls_files), config, stop)
         resources.push_async_callback(redis.aclose)
         channels = [await resources.enter_async_context(rpc.channel(each, config.fleet_tls())) for each in addresses]
         tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
-        await _serve(config, redis, tokenizer, model, stop, ready)
+        await _serve(config, redis, tokenizer, model, metrics, tracer, stop, ready)
 
 
 async def _serve(
-    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, stop: asyncio.Event, ready: Ready
-) -> None:
+    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics, tracer: Tracer,
+    stop: asyncio.Event, ready: Ready,
+) -> None:  # fmt: skip
     clock = asyncio.get_running_loop().time
     store = RequestStore(redis, config.pool, config.retention_ms)
     streams = OpenStreams()
+    counted = GatewayMetrics(metrics, lambda: len(streams), clock)
     departures = Departures(store)
     replay = Replay(tokenizer)
-    calls = OpenCalls(config.max_streams, config.max_connection_streams)
-    short_calls = ShortCalls(config.max_short_calls)
+    calls = OpenCalls(config.max_streams, config.max_connection_streams, counted.refused)
+    short_calls = ShortCalls(config.max_short_calls, counted.refused)
     backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
     assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
     capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
-    requests = Requests(redis, config.pool, store, streams, departures, replay, clock)
-    authentication = Authentication(ApiKeys(redis), config.require_keys, clock)
+    requests = Requests(redis, config.pool, store, streams, departures, replay, counted, tracer, clock)
+    authentication = Authentication(ApiKeys(redis), config.require_keys, counted.refused, clock)
     public = rpc.Server([server.SERVICE_NAME], config.client_options(), config.client_credentials())
     fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
     readiness = Readiness(public)
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
             servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
-        links = DeliveryService(streams, departures, hints, tasks, clock)
+        links = DeliveryService(streams, departures, hints, tasks, counted, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms, config.log_prompts)
-        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits)
+        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
         service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
         http = HttpServer(
@@ -144,9 +153,14 @@ async def _serve(
                 Watch(streams, store, requests, replay, gateway, clock),
             )
         ]
-        public_address = await public.start(config.listen)
-        http_address = await http.start(config.http_listen, config.http_context())
-        ready(Addresses(public_address, http_address, fleet_address))
+        ready(
+            Addresses(
+                public=await public.start(config.listen),
+                http=await http.start(config.http_listen, config.http_context()),
+                fleet=fleet_address,
+                metrics=metrics.serve(config.listen, config.metrics_port),
+            )
+        )
         await stop.wait()
         await _drain(config, public, readiness, calls, streams)
         await http.stop()

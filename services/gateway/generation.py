@@ -6,16 +6,20 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1 import request_pb2
+from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.errors import DeadlineExceeded, Exhausted
+from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
 from services.common.ids import GatewayId, new_nonce, new_request_id, request_key
 from services.common.record import moves
+from services.common.telemetry import conventions
+from services.common.telemetry.tracing import Side, Span, Tracer
+from services.gateway import spans
 from services.gateway.admission import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import Identity, cache_salt
 from services.gateway.known import KnownRequests
+from services.gateway.metrics import LEFT, GatewayMetrics
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
@@ -58,8 +62,9 @@ class Generation:
 
     def __init__(
         self, model: Model, tokenizer: TokenizerClient, capacity: Capacity, backlog: Backlog, known: KnownRequests,
-        requests: Requests, limits: Limits,
+        requests: Requests, limits: Limits, metrics: GatewayMetrics, tracer: Tracer, clock: Callable[[], float],
     ) -> None:  # fmt: skip
+        """`clock`: the loop's, in s."""
         self._model = model
         self._tokenizer = tokenizer
         self._capacity = capacity
@@ -67,6 +72,9 @@ class Generation:
         self._known = known
         self._requests = requests
         self._limits = limits
+        self._metrics = metrics
+        self._tracer = tracer
+        self._clock = clock
         self._formats = AcceptedFormats(tokenizer)
         self._in_work = asyncio.Semaphore(MAX_IN_WORK)
 
@@ -75,24 +83,53 @@ class Generation:
 
         Raises InvalidRequest, NotFound, Exhausted, AlreadyExists, DeadlineExceeded, Unavailable.
         """
+        called_at_s = self._clock()
+        span = spans.begin_call(self._tracer, request, self._model.name, caller.traceparent)
+        try:
+            stream = await self._admit(request, caller, span)
+        except ShoalError as error:
+            self._metrics.refused(error)
+            spans.end_refused(span, error)
+            raise
+        except BaseException:
+            # Its client hung up meanwhile, or a defect.
+            span.end(error=LEFT)
+            raise
+        stream.called_at_s = called_at_s
+        return stream
+
+    async def _admit(self, request: inference_pb2.GenerateRequest, caller: Caller, span: Span) -> Stream:
         await self._refuse_surplus(request.request_id, caller)
         valid = validate(request, self._model)
         with self._backlog.taking():
             async with self._in_work:
-                return await self._accept(valid, caller)
+                return await self._accept(valid, caller, span)
 
-    async def _accept(self, valid: ValidRequest, caller: Caller) -> Stream:
+    async def _accept(self, valid: ValidRequest, caller: Caller, span: Span) -> Stream:
         prompt = valid.token_ids
         if valid.text is not None:
-            prompt = await self._tokenizer.encode(valid.text, caller.time_left_s())
+            prompt = await self._encode(valid.text, caller, span)
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
         max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
-        move = self._move(valid, prompt, max_tokens, caller)
+        move = self._move(valid, prompt, max_tokens, caller, span.traceparent)
         if self._limits.log_prompts:
             asked = list(prompt) if valid.text is None else str(valid.text)
-            logger.info("prompt", extra={"request": move.key, "prompt": asked})
-        return await self._requests.submit(move, len(prompt))
+            logger.info("prompt", extra={**about(move.key, span.traceparent), "prompt": asked})
+        return await self._requests.submit(move, len(prompt), span)
+
+    async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:
+        asked_at_s = self._clock()
+        encode = self._tracer.begin("encode", span.traceparent, side=Side.CLIENT)
+        traceparent = encode.traceparent if self._tracer.enabled else ""
+        try:
+            prompt = await self._tokenizer.encode(text, caller.time_left_s(), traceparent)
+        except ShoalError as error:
+            spans.end_refused(encode, error)
+            raise
+        self._metrics.encode.observe(self._clock() - asked_at_s)
+        encode.end({conventions.USAGE_INPUT_TOKENS: len(prompt)})
+        return prompt
 
     async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
         # Before anything else is looked at: in a flood, this is all that most calls cost.
@@ -105,12 +142,15 @@ class Generation:
             ):
                 raise
 
-    def _move(self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller) -> moves.Submit:
+    def _move(
+        self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller, traceparent: str
+    ) -> moves.Submit:
         request_id = valid.request_id or new_request_id()
+        payload = self._payload(valid, request_id, prompt, max_tokens, caller, traceparent)
         return moves.Submit(
             key=request_key(caller.identity.tenant, request_id),
             digest=valid.digest,
-            payload=self._payload(valid, request_id, prompt, max_tokens, caller).SerializeToString(),
+            payload=payload.SerializeToString(),
             num_choices=valid.n,
             nonce=new_nonce(),
             gateway=self._limits.gateway,
@@ -121,7 +161,13 @@ class Generation:
         )
 
     def _payload(
-        self, valid: ValidRequest, request_id: str, prompt: tuple[int, ...], max_tokens: int, caller: Caller
+        self,
+        valid: ValidRequest,
+        request_id: str,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        caller: Caller,
+        traceparent: str,
     ) -> request_pb2.RequestPayload:
         payload = request_pb2.RequestPayload(
             request_id=request_id,
@@ -139,7 +185,7 @@ class Generation:
             priority=valid.priority,
             time_to_first_token_ms=valid.time_to_first_token_ms,
             cache_salt=cache_salt(caller.identity.tenant),
-            traceparent=caller.traceparent,
+            traceparent=traceparent,
         )
         if not payload.sampling.HasField("seed"):
             payload.sampling.seed = secrets.randbits(64)

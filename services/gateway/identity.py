@@ -1,18 +1,16 @@
 """Who calls, as the metadata of the call states it; `authentication` says which of it is believed."""
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.common.errors import InvalidRequest
 from services.common.ids import TenantId, is_tenant
+from services.common.telemetry.trace_context import TRACEPARENT_KEY, is_traceparent
 
 AUTHORIZATION_KEY = "authorization"
 TENANT_KEY = "x-shoal-tenant"
-TRACE_KEY = "traceparent"
 DEFAULT_TENANT = TenantId("default")
-TRACE_PATTERN = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 CACHE_SALT_BYTES = 16
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -49,8 +47,8 @@ def stated_tenant_of(metadata: Metadata) -> TenantId | None:
 
 def traceparent_of(metadata: Metadata) -> str:
     """The call's W3C trace context; empty if there is none that is well formed."""
-    value = _value(metadata, TRACE_KEY)
-    return value if value and TRACE_PATTERN.fullmatch(value) else ""
+    value = _value(metadata, TRACEPARENT_KEY)
+    return value if value and is_traceparent(value) else ""
 
 
 def cache_salt(tenant: TenantId) -> bytes:

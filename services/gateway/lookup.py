@@ -3,6 +3,7 @@
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.record.record import Record
+from services.common.telemetry.trace_context import trace_id_of
 from services.gateway.endings import STATES, timings, usage
 
 
@@ -27,4 +28,5 @@ def described(record: Record) -> inference_pb2.GetRequestResponse:
         timings=timings(record) if record.ended else None,
         error=record.error,
         priority=payload.priority,
+        trace_id=trace_id_of(payload.traceparent),
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import request_pb2
+from services.common import log
 from services.common.errors import AlreadyExists, Internal, NotFound
 from services.common.ids import GatewayId, RequestKey, new_nonce
 from services.common.record import moves
@@ -16,9 +17,12 @@ from services.common.record.record import Record
 from services.common.record.transitions import Verdict
 from services.common.store.ids import claim_id, pool_of
 from services.common.store.requests import Peek, RequestStore
+from services.common.telemetry.tracing import Side, Span, Tracer
+from services.gateway import spans
 from services.gateway.admission import backlog_full, tenant_full
 from services.gateway.departures import Departures
 from services.gateway.joining import Joining, completed
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.replay import Replay, diverged
 from services.gateway.store_retry import retried
@@ -32,7 +36,7 @@ class Requests:
 
     def __init__(
         self, redis: Redis, pool: str, store: RequestStore, streams: OpenStreams, departures: Departures,
-        replay: Replay, clock: Callable[[], float],
+        replay: Replay, metrics: GatewayMetrics, tracer: Tracer, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         """`clock`: the loop's, in s."""
         self._redis = redis
@@ -41,11 +45,13 @@ class Requests:
         self._streams = streams
         self._departures = departures
         self._replay = replay
+        self._metrics = metrics
+        self._tracer = tracer
         self._joining = Joining(store, streams, clock)
         self._clock = clock
 
-    async def submit(self, move: moves.Submit, num_prompt_tokens: int) -> Stream:
-        """Accept a request, and open its stream. A known one is read from its first token.
+    async def submit(self, move: moves.Submit, num_prompt_tokens: int, span: Span) -> Stream:
+        """Accept a request, and open its stream. A known one is read from its first token. `span`: of the call.
 
         Raises Exhausted if the backlog or the tenant is full, AlreadyExists for an id that is taken.
         """
@@ -55,25 +61,29 @@ class Requests:
             raise _taken(request_id, f"by a request of model {owner}")
         with self._streams.arriving(move.key):
             try:
+                asked_at_s, intake = self._clock(), self._tracer.begin("intake", span.traceparent)
                 # A nonce of its own for each try: Redis may run one, lose it, and run the next.
                 submitted = await retried(lambda: self._store.submit(replace(move, nonce=new_nonce())))
+                self._metrics.intake.observe(self._clock() - asked_at_s)
+                intake.end()
             except BaseException:
                 # Whether it was stored is unknown, but nobody here will read it.
+                intake.end(error="unknown")
                 self._departures.add(move.key, 1)
                 raise
             match submitted.answer.verdict:
                 case Verdict.OK:
                     accepted = Accepted(
                         move.key, move.payload, num_prompt_tokens, move.digest,
-                        submitted.accepted_at_ms, submitted.deadline_at_ms, move.resume_ms,
+                        submitted.accepted_at_ms, submitted.deadline_at_ms, move.resume_ms, span.traceparent,
                     )  # fmt: skip
-                    logger.info("accepted", extra={"request": move.key})
+                    logger.info("accepted", extra=log.about(move.key, span.traceparent))
                     return await self._open(
-                        Stream(accepted, Reader(1, move.num_choices), self._clock()), (), move.gateway
+                        Stream(accepted, Reader(1, move.num_choices), span, self._clock()), (), move.gateway
                     )
                 case Verdict.KNOWN:
                     # Also when the reply to a first try was lost: then this reads what that one stored.
-                    return await self._attach(move.key, (), move.gateway)
+                    return await self._attach(move.key, (), move.gateway, span)
                 case Verdict.QUOTA:
                     raise tenant_full(tenant, submitted.answer.index, move.tenant_limit)
                 case Verdict.FULL:
@@ -94,7 +104,7 @@ class Requests:
         with self._streams.arriving(key):
             return await self._attach(key, held, gateway)
 
-    async def _attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str) -> Stream:
+    async def _attach(self, key: RequestKey, held: tuple[Held, ...], gateway: str, span: Span | None = None) -> Stream:
         attached = await retried(lambda: self._store.attach(moves.Attach(key, gateway, held)))
         record, answer = attached.record, attached.answer
         if record is None:
@@ -103,13 +113,15 @@ class Requests:
             case Verdict.DIVERGED:
                 raise diverged(answer.choice, answer.index)
             case Verdict.ENDED:
-                stream = self._stream(record, held)
+                stream = self._stream(record, held, span)
                 stream.freeze()
                 await self._replay.end(stream, record)
                 return stream
             case Verdict.OK:
-                logger.info("attached", extra={"request": key, "reader": record.reader})
-                return await self._open(self._stream(record, held), held, gateway)
+                stream = self._stream(record, held, span)
+                logger.info("attached", extra={**stream.about(), "reader": record.reader})
+                self._metrics.attached()
+                return await self._open(stream, held, gateway)
             case verdict:
                 raise Internal(f"an attach was answered {verdict}")
 
@@ -120,7 +132,7 @@ class Requests:
         names this reader, which attaches again until its number is the highest.
         """
         if self._streams.has_higher(stream) and await self._counts(stream, gateway):
-            return await self._attach(stream.key, held, gateway)
+            return await self._attach(stream.key, held, gateway, stream.span)
         self._streams.install(stream)
         return stream
 
@@ -144,7 +156,7 @@ class Requests:
                 self._departures.add(stream.key, attached.answer.index)
             else:
                 stream.reader.number = attached.answer.index
-                logger.warning("returned to a request", extra={"request": stream.key, "reader": stream.reader.number})
+                logger.warning("returned to a request", extra={**stream.about(), "reader": stream.reader.number})
 
     async def cancel(self, key: RequestKey) -> Peek:
         """Ask for the end, and tell where the request stands just after. Raises NotFound."""
@@ -157,7 +169,7 @@ class Requests:
         if stream is not None:
             # If it ended in the queue, no worker will say so: the watch looks sooner.
             stream.doubted = True
-        logger.info("cancel asked", extra={"request": key, "state": peek.state})
+        logger.info("cancel asked", extra={**log.about(key, peek.traceparent), "state": peek.state})
         return peek
 
     async def read(self, key: RequestKey) -> Record:
@@ -173,27 +185,33 @@ class Requests:
 
         `cancel`: a client that is gone will not come back.
         """
+        if not stream.closed:
+            stream.closed = True
+            self._metrics.ended(stream)
+            spans.end_stream(stream)
         if self._streams.get(stream.key) is stream:
             self._streams.remove(stream)
             # An end that the record knows needs no word; neither does a reader that another has replaced.
             if not stream.settled:
-                self._departures.add(stream.key, stream.reader.number, cancel=cancel)
-                logger.info("left", extra={"request": stream.key, "reader": stream.reader.number})
+                self._departures.add(stream.key, stream.reader.number, cancel=stream.about() if cancel else None)
+                logger.info("left", extra={**stream.about(), "reader": stream.reader.number})
 
     async def _check_owned(self, key: RequestKey) -> None:
         tenant, _, request_id = key.partition("/")
         if await retried(lambda: pool_of(self._redis, tenant, request_id)) != self._pool:
             raise unknown(key)
 
-    def _stream(self, record: Record, held: tuple[Held, ...]) -> Stream:
+    def _stream(self, record: Record, held: tuple[Held, ...], span: Span | None) -> Stream:
         payload = request_pb2.RequestPayload.FromString(record.payload)
         accepted = Accepted(
             record.key, record.payload, len(payload.prompt_token_ids), record.digest,
-            record.accepted_at_ms, record.deadline_at_ms, record.resume_ms,
+            record.accepted_at_ms, record.deadline_at_ms, record.resume_ms, payload.traceparent,
         )  # fmt: skip
         claims = [held[choice] if choice < len(held) else NOTHING for choice in range(record.num_choices)]
         whole = [completed(claim, record.journal[choice]) for choice, claim in enumerate(claims)]
-        return Stream(accepted, Reader(record.reader, record.num_choices, whole), self._clock())
+        # An Attach goes on in the trace that the request began in.
+        span = span or self._tracer.begin("attach", payload.traceparent, side=Side.SERVER)
+        return Stream(accepted, Reader(record.reader, record.num_choices, whole), span, self._clock())
 
 
 def unknown(key: RequestKey) -> NotFound:

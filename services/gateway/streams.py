@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from gen.shoal.inference.v1 import inference_pb2
 from gen.shoal.inference.v1.inference_pb2 import TokenLogprobs
+from services.common import log
 from services.common.errors import ShoalError, Unavailable
 from services.common.ids import RequestKey
 from services.common.record.history import Held
 from services.common.record.reader import Acceptance, Reader, Refused
 from services.common.record.record import Attempt
+from services.common.telemetry.tracing import Span
 
 End = inference_pb2.Finished | ShoalError
 MAX_PIECES = 128
@@ -34,6 +36,7 @@ class Accepted:
     accepted_at_ms: int
     deadline_at_ms: int
     resume_ms: int
+    traceparent: str
 
     @property
     def request_id(self) -> str:
@@ -44,8 +47,8 @@ class Accepted:
 class Stream:
     """A stream to one client. Changed on the gateway's event loop only, by delivery, watch and its call."""
 
-    def __init__(self, accepted: Accepted, reader: Reader, now_s: float) -> None:
-        """`now_s`: the loop's clock, s."""
+    def __init__(self, accepted: Accepted, reader: Reader, span: Span, now_s: float) -> None:
+        """`span`: of its call. `now_s`: the loop's clock, s."""
         self.accepted = accepted
         self.reader = reader
         self.heard_at_s = now_s
@@ -55,6 +58,16 @@ class Stream:
         self.unknown_since_s: float | None = None
         """Since when Redis has no record of it."""
         self.failed_replays = 0
+        self.called_at_s: float | None = None
+        """When its call of Generate came, by the loop's clock. None: it was opened by an Attach."""
+        self.has_tokens = False
+        """Whether any have come."""
+        self.first_token_at_s: float | None = None
+        """When a worker sent the first of them."""
+        self.span = span
+        """Of its call; whoever closes the stream ends it."""
+        self.closed = False
+        """Its call is over."""
         self.open_number = 0
         """Of the last open that was taken; every answer to its worker names it."""
         self.end: End | None = None
@@ -66,6 +79,10 @@ class Stream:
     def key(self) -> RequestKey:
         """The request."""
         return self.accepted.key
+
+    def about(self) -> dict[str, object]:
+        """Fields of a log line about it."""
+        return log.about(self.key, self.accepted.traceparent)
 
     # Tokens from workers
 
@@ -107,6 +124,7 @@ class Stream:
     ) -> None:
         """These tokens, of which the first has this index, follow in the client's stream."""
         self.reader.deliver(choice, tokens)
+        self.has_tokens = True
         self._waiting[choice].add(index, tokens, text, logprobs)
         self._wake.set()
 

@@ -11,6 +11,7 @@ import grpc
 from gen.shoal.fleet.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Unavailable, from_rpc
+from services.common.telemetry.trace_context import TRACEPARENT_KEY
 
 MAX_ATTEMPTS = 5
 FIRST_BACKOFF_S = 0.05
@@ -33,12 +34,17 @@ class TokenizerClient:
         self._stubs = itertools.cycle(stubs)
         self._timeout_s = timeout_s
 
-    async def encode(self, request: tokenizer_pb2.EncodeRequest, within_s: float | None = None) -> tuple[int, ...]:
-        """Tokens of a prompt or chat. `within_s`: the caller's own time left.
+    async def encode(
+        self, request: tokenizer_pb2.EncodeRequest, within_s: float | None = None, traceparent: str = ""
+    ) -> tuple[int, ...]:
+        """Tokens of a prompt or chat. `within_s`: the caller's own time left. `traceparent`: of the call, if traced.
 
         Raises DeadlineExceeded if that is over first.
         """
-        response = await self._call(lambda stub, left_s: stub.Encode(request, timeout=left_s), within_s)
+        metadata = ((TRACEPARENT_KEY, traceparent),) if traceparent else None
+        response = await self._call(
+            lambda stub, left_s: stub.Encode(request, timeout=left_s, metadata=metadata), within_s
+        )
         return tuple(response.token_ids)
 
     async def decode(self, request: tokenizer_pb2.DecodeRequest) -> str:

@@ -104,13 +104,13 @@ class Watch:
                 stream.finish(error)
             except Exception:
                 # One record that cannot be read shall not end every other stream.
-                logger.exception("a replay failed by a defect", extra={"request": stream.key})
+                logger.exception("a replay failed by a defect", extra=stream.about())
                 stream.finish(Internal("the stored end of the request can't be read", reason="INTERNAL"))
         stream.thaw()
 
     def _failed(self, stream: Stream, error: Exception) -> None:
         stream.failed_replays += 1
-        logger.warning("a replay failed", extra={"request": stream.key, "error": str(error)})
+        logger.warning("a replay failed", extra={**stream.about(), "error": str(error)})
         if stream.failed_replays >= MAX_FAILED_REPLAYS:
             stream.finish(Unavailable(f"the end of the request can't be read: {error}", reason="REPLAY_FAILED"))
 

@@ -8,18 +8,22 @@ import sys
 import uvloop
 
 from services.common import log
-from services.common.config import parse
+from services.common.config import ConfigError, parse
 from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import tracing
 from services.common.tls.credentials import fleet_server_credentials
 from services.scheduler.clock import monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
 from services.scheduler.leader import Reign
 from services.scheduler.lease_keeper import Held
+from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.server import make_server
+from services.scheduler.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ def main() -> None:
     logger.info("configuration", extra={"configuration": parsed.describe()})
     try:
         uvloop.run(_serve(parsed.config))
-    except (StoreError, OSError, ValueError) as error:
+    except (ConfigError, StoreError, OSError, ValueError) as error:
         sys.exit(f"scheduler: {error}")
 
 
@@ -43,17 +47,21 @@ async def _serve(config: SchedulerConfig) -> None:
     redis = await connect(config.redis_url, config.tls_files)
     store = PoolStore.of(redis, config.pool, holder=secrets.token_hex(8), retention_ms=config.retention_ms)
 
-    async def reign(held: Held, seen_life: bool) -> None:
-        await Reign(store, held, config, monotonic_ms).run(seen_life)
-
     server = make_server(store.demand, fleet_server_credentials(config.fleet_tls()))
-    collect_rarely()
-    announce("scheduler", await server.start(config.listen))
-    async with asyncio.TaskGroup() as tasks:
-        candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
-        await stop.wait()
-        candidate.cancel()
-        await server.stop(STOP_GRACE_S)
+    with Metrics() as metrics, tracing(config.otlp_endpoint, "scheduler") as tracer:
+        told = Telemetry(SchedulerMetrics(metrics), tracer)
+
+        async def reign(held: Held, seen_life: bool) -> None:
+            await Reign(store, held, config, told, monotonic_ms).run(seen_life)
+
+        collect_rarely()
+        address = await server.start(config.listen)
+        announce("scheduler", address, **metrics.serve(config.listen, config.metrics_port))
+        async with asyncio.TaskGroup() as tasks:
+            candidate = tasks.create_task(Candidate(store.leadership, config.term, reign, monotonic_ms).run())
+            await stop.wait()
+            candidate.cancel()
+            await server.stop(STOP_GRACE_S)
     await redis.aclose()
 
 

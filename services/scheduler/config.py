@@ -18,6 +18,10 @@ class SchedulerConfig(TlsOptions):
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
     listen: str = option("127.0.0.1:0", "address of the gRPC server (health, reflection); port 0: any")
+    metrics_port: int = option(
+        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
+    )
+    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     lease_ttl_ms: int = option(2_000, "how long leadership lasts unless renewed", minimum=200, maximum=60_000)
     lease_renew_ms: int = option(500, "how often leadership is renewed, or asked for", minimum=20, maximum=20_000)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo
+from services.common import log
 from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.transitions import Verdict
@@ -28,6 +29,7 @@ from services.scheduler.pool_store import PoolStore
 from services.scheduler.recovery import recover
 from services.scheduler.scaling import keep_telling
 from services.scheduler.sweeper import Sweeper
+from services.scheduler.telemetry import Telemetry
 from services.scheduler.view import View
 
 logger = logging.getLogger(__name__)
@@ -53,11 +55,14 @@ class _Position:
 class Reign:
     """One reign. Its task alone changes the view, but for the sweeper's corrections."""
 
-    def __init__(self, store: PoolStore, held: lease_keeper.Held, config: SchedulerConfig, clock: Clock) -> None:
+    def __init__(
+        self, store: PoolStore, held: lease_keeper.Held, config: SchedulerConfig, telemetry: Telemetry, clock: Clock,
+    ) -> None:  # fmt: skip
         self._store = store
         self._held = held
         self._fence = held.lease.fence
         self._config = config
+        self._telemetry = telemetry
         self._clock = clock
         self.view = View(config.patience)
         """What this leader knows; for reading only."""
@@ -70,9 +75,12 @@ class Reign:
         """Lead until deposed. `seen_life`: this process has met a leader before. Raises Deposed, StoreError."""
         end: BaseException | None = None
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(lease_keeper.keep(self._store.leadership, self._held, self._config.term, self._clock))
-                tasks.create_task(self._lead(seen_life))
+            with self._telemetry.metrics.reign(self.view):
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(
+                        lease_keeper.keep(self._store.leadership, self._held, self._config.term, self._clock)
+                    )
+                    tasks.create_task(self._lead(seen_life))
         except* (Deposed, StoreError) as group:
             end = _first(group)
         if end is not None:
@@ -161,11 +169,15 @@ class Reign:
 
     async def _place_one(self, placement: Placement) -> None:
         queued, worker = placement.queued, placement.worker
+        asked_at_ms = self._clock()
         answer = await self._store.requests.place(moves.Place(queued.key, self._fence, queued.attempt, worker))
-        fields = {"request": queued.key, "attempt": queued.attempt.number, "worker": worker}
+        about = log.about(queued.key, queued.traceparent)
+        fields = {**about, "attempt": queued.attempt.number, "worker": worker}
         match answer.verdict:
             case Verdict.OK:
-                self.view.placed(placement, self._clock())
+                now_ms = self._clock()
+                self.view.placed(placement, now_ms)
+                self._telemetry.placed(placement, now_ms - asked_at_ms)
                 logger.info("placed", extra=fields)
             case Verdict.NOT_LEADER:
                 raise Deposed("a placement was refused")
@@ -227,14 +239,23 @@ class Reign:
         """Requeue all that a worker has, and retire it. If it lives, it comes back under a new id."""
         self.view.forget_worker(worker)
         logger.warning("lost", extra={"worker": worker, "why": why})
+        self._telemetry.metrics.workers_lost.inc()
         for start in await self._store.inbox(worker).outstanding():
             requeue = moves.Requeue(start.key, start.attempt, new_nonce(), why, self._fence)
+            asked_at_ms = self._clock()
             answer = await self._store.requests.requeue(requeue)
             if answer.verdict == Verdict.NOT_LEADER:
                 raise Deposed("a requeue was refused")
+            if answer.verdict == Verdict.OK:
+                self._telemetry.requeued(start, worker, self._clock() - asked_at_ms)
             logger.info(
                 "requeued",
-                extra={"request": start.key, "worker": worker, "attempt": answer.index, "verdict": answer.verdict},
+                extra={
+                    **log.about(start.key, start.traceparent),
+                    "worker": worker,
+                    "attempt": answer.index,
+                    "verdict": answer.verdict,
+                },
             )
         if not await self._store.workers.retire(worker, self._fence):
             raise Deposed(f"worker {worker} could not be retired")
@@ -256,6 +277,7 @@ def _reservation(start: Outstanding) -> Reservation:
         generated_tokens=start.generated_tokens,
         max_tokens=start.max_tokens,
         num_choices=start.num_choices,
+        traceparent=start.traceparent,
     )
 
 

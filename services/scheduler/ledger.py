@@ -33,6 +33,7 @@ class Reservation:
     max_tokens: int
     """Most generated tokens of a choice, earlier ones included."""
     num_choices: int
+    traceparent: str
     """Each is a sequence."""
 
     @property

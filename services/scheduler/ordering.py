@@ -49,6 +49,10 @@ class Queue:
         known = self._waiting.get(key)
         return None if known is None else known.attempt
 
+    def get(self, key: RequestKey) -> Queued | None:
+        """A request that waits. None: it does not."""
+        return self._waiting.get(key)
+
     def __len__(self) -> int:
         return len(self._waiting)
 

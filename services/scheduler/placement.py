@@ -62,4 +62,5 @@ def needed(queued: Queued) -> Reservation:
         generated_tokens=queued.generated_tokens,
         max_tokens=queued.max_tokens,
         num_choices=queued.num_choices,
+        traceparent=queued.traceparent,
     )

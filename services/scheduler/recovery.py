@@ -11,7 +11,8 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gen.shoal.fleet.v1.request_pb2 import HeldRequest, Holdings
+from gen.shoal.fleet.v1.request_pb2 import HeldRequest, Holdings, RequestPayload
+from services.common import log
 from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.record import Attempt, Record
@@ -134,7 +135,7 @@ async def _confirm_or_raise(store: PoolStore, fence: str, claims: Claims) -> set
         if not record.reader_left_at_ms and not claims.is_read(record):
             # Redis may have lost that this reader left, or that another one came; who reads attaches again.
             await store.requests.leave(moves.Leave(record.key, record.reader))
-            logger.info("left: no gateway serves it", extra={"request": record.key, "gateway": record.gateway})
+            logger.info("left: no gateway serves it", extra={**_about(record), "gateway": record.gateway})
     return found
 
 
@@ -142,7 +143,7 @@ async def _raise_attempt(store: PoolStore, fence: str, claims: Claims, record: R
     floor = claims.next_number(record.key)
     answer = await store.requests.recover(moves.Recover(record.key, fence, new_nonce(), floor))
     _check(answer.verdict)
-    logger.info("recovered", extra={"request": record.key, "attempt": answer.index, "worker": record.worker})
+    logger.info("recovered", extra={**_about(record), "attempt": answer.index, "worker": record.worker})
 
 
 async def _restore(store: PoolStore, fence: str, claims: Claims, found: set[RequestKey]) -> int:
@@ -155,7 +156,8 @@ async def _restore(store: PoolStore, fence: str, claims: Claims, found: set[Requ
             # What mapped its id to this pool was written just before it, and is lost with it.
             await claim_id(store.redis, held.payload.tenant, held.payload.request_id, store.pool)
             num_restored += 1
-            logger.info("restored", extra={"request": held.key, "attempt": floor, "gateway": held.gateway})
+            about = log.about(RequestKey(held.key), held.payload.traceparent)
+            logger.info("restored", extra={**about, "attempt": floor, "gateway": held.gateway})
     return num_restored
 
 
@@ -178,6 +180,10 @@ def restoration(held: HeldRequest, fence: str, nonce: str, floor: int) -> moves.
         journal=(*delivered, *((),) * (num_choices - len(delivered))),
         floor=floor,
     )
+
+
+def _about(record: Record) -> dict[str, object]:
+    return log.about(record.key, RequestPayload.FromString(record.payload).traceparent)
 
 
 def _check(verdict: Verdict) -> None:

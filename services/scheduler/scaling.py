@@ -105,6 +105,7 @@ async def keep_telling(
         told = scaling.look(clock())
         if not await store.demand.tell(told, fence):
             raise Deposed("its word on demand was refused")
+        view.workers_wanted = told.workers_wanted
         if told.workers_wanted != last_wanted:
             last_wanted = told.workers_wanted
             logger.info(

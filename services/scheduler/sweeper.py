@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NoReturn
 
+from services.common import log
 from services.common.record import moves
 from services.common.record.transitions import Verdict
 from services.common.store.requests import MAX_BATCH, Peek
@@ -68,15 +69,15 @@ class Sweeper:
             return
         answers = await self._store.requests.sweep([moves.Sweep(key, self._fence) for key in due])
         for key, answer in zip(due, answers, strict=True):
-            attempt = queue.attempt(key)
+            attempt, about = queue.attempt(key), log.about(key, self._view.traceparent(key))
             match answer.verdict:
                 case Verdict.NOT_LEADER:
                     raise Deposed("a sweep was refused")
                 case Verdict.ENDED | Verdict.UNKNOWN if attempt is not None:
                     queue.drop(key, attempt)
-                    logger.info("ended in the queue", extra={"request": key})
+                    logger.info("ended in the queue", extra=about)
                 case Verdict.OK:
-                    logger.info("cancelled: nobody reads it", extra={"request": key})
+                    logger.info("cancelled: nobody reads it", extra=about)
                 case Verdict.IDLE if attempt is not None:
                     self._view.deadlines.add(key, self._redis_now_ms() + RETRY_MS)
 
@@ -94,7 +95,9 @@ class Sweeper:
                 self._watch_resume_time(live, peek)
             elif peek.gateway in dead:
                 await self._store.requests.leave(moves.Leave(live.key, peek.reader))
-                logger.info("left: its gateway died", extra={"request": live.key, "gateway": peek.gateway})
+                logger.info(
+                    "left: its gateway died", extra={**log.about(live.key, peek.traceparent), "gateway": peek.gateway}
+                )
 
     async def _peek_live(self) -> dict[Live, Peek]:
         peeks: dict[Live, Peek] = {}

@@ -42,6 +42,8 @@ class View:
         self.deadlines = Deadlines()
         self.arrived: deque[Queued] = deque(maxlen=MOST_ARRIVED)
         """New requests since somebody last looked at demand, who clears it."""
+        self.workers_wanted = 0
+        """As last told."""
 
     def knows(self, worker: WorkerId) -> bool:
         """Whether this worker has an account."""
@@ -83,6 +85,14 @@ class View:
         elif self.ledger.release(event.worker, event.key):
             self._watch(event.worker, now_ms)
         return None
+
+    def traceparent(self, key: RequestKey) -> str:
+        """The trace of a request that waits, or that a worker has; empty if it is not known. O(workers)."""
+        queued = self.queue.get(key)
+        if queued is not None:
+            return queued.traceparent
+        held = (account.reservations.get(key) for account in self.ledger.accounts.values())
+        return next((reservation.traceparent for reservation in held if reservation), "")
 
     def next_placement(self) -> Placement | None:
         """What to place now. None: nobody waits, or there is no room."""

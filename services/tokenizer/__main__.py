@@ -8,14 +8,17 @@ from pathlib import Path
 import uvloop
 
 from services.common import log
-from services.common.config import parse
+from services.common.config import ConfigError, parse
 from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
 from services.common.rpc import Server, announce, termination
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.common.tls.credentials import fleet_server_credentials
 from services.tokenizer.config import TokenizerConfig
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
 
@@ -34,18 +37,24 @@ def main() -> None:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(parsed.config))
-    except* (ModelFileError, PoolStartError, OSError) as errors:
+    except* (ConfigError, ModelFileError, PoolStartError, OSError) as errors:
         problems = _problems(errors)
     if problems:
         sys.exit("\n".join(problems))
 
 
 async def _serve(config: TokenizerConfig) -> None:
+    with Metrics() as metrics, tracing(config.otlp_endpoint, "tokenizer") as tracer:
+        await _run(config, metrics, tracer)
+
+
+async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> None:
     stop = termination()
     model_path = Path(config.model_path) if config.model_path else default_model_path()
     pool = Pool(model_path, _limits(config))
     description = describe_model(read_stored_model(model_path), config.pool)
-    service = TokenizerService(pool, description, config.max_input_bytes)
+    counted = TokenizerMetrics(metrics, lambda: pool.num_queued)
+    service = TokenizerService(pool, description, config.max_input_bytes, counted, tracer)
     server = Server(
         [SERVICE_NAME],
         [("grpc.max_connection_age_ms", CONNECTION_AGE_MS)],
@@ -56,7 +65,8 @@ async def _serve(config: TokenizerConfig) -> None:
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()
         collect_rarely()
-        announce("tokenizer", await server.start(config.listen))
+        address = await server.start(config.listen)
+        announce("tokenizer", address, **metrics.serve(config.listen, config.metrics_port))
         await stop.wait()
         await server.stop(config.stop_grace_ms / 1000)
         running_pool.cancel()

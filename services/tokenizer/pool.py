@@ -67,6 +67,11 @@ class Pool:
         self.ready = asyncio.Event()
         """Set once a process can work."""
 
+    @property
+    def num_queued(self) -> int:
+        """Jobs that wait for a process."""
+        return len(self._queue)
+
     async def run(self) -> None:
         """Keep all processes alive until cancelled; then end them. Raises PoolStartError if none can start."""
         async with asyncio.TaskGroup() as seats:

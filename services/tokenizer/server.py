@@ -4,15 +4,20 @@ The front neither parses nor builds what depends on a text's length: that alone 
 at a megabyte. So its handlers are registered on bytes instead of through the generated servicer.
 """
 
+import asyncio
 from dataclasses import dataclass
 
 import grpc
 
 from gen.shoal.fleet.v1 import tokenizer_pb2
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, ShoalError
 from services.common.model.stored_model import StoredModel, context_tokens
+from services.common.telemetry.conventions import INPUT_BYTES
+from services.common.telemetry.trace_context import TRACEPARENT_KEY
+from services.common.telemetry.tracing import Side, Tracer
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.tokenizer.frames import Operation
+from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool
 
 SERVICE_NAME = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"].full_name
@@ -27,10 +32,22 @@ class TokenizerService:
     pool: Pool
     description: tokenizer_pb2.DescribeResponse
     max_input_bytes: int
+    metrics: TokenizerMetrics
+    tracer: Tracer
 
     async def encode(self, payload: bytes, context: Context) -> bytes:
         """Render and encode one input. Raises InvalidRequest, and what the pool raises."""
-        return await self._submit(Operation.ENCODE, payload)
+        if not self.tracer.enabled:
+            return await self._submit(Operation.ENCODE, payload)
+        parent = dict(context.invocation_metadata() or ()).get(TRACEPARENT_KEY, "")
+        span = self.tracer.begin("tokenize", str(parent), {INPUT_BYTES: len(payload)}, side=Side.SERVER)
+        try:
+            answer = await self._submit(Operation.ENCODE, payload)
+        except ShoalError as error:
+            span.end(error=error.reason or error.code.name)
+            raise
+        span.end()
+        return answer
 
     async def decode(self, payload: bytes, context: Context) -> bytes:
         """Return the text that a stream shows after a given token. Raises InvalidRequest, and what the pool raises."""
@@ -51,6 +68,17 @@ class TokenizerService:
         return self.description
 
     async def _submit(self, operation: Operation, payload: bytes) -> bytes:
+        clock = asyncio.get_running_loop().time
+        asked_at_s = clock()
+        try:
+            answer = await self._worked_at(operation, payload)
+        except ShoalError as error:
+            self.metrics.refused(error)
+            raise
+        self.metrics.done(operation, len(payload), clock() - asked_at_s)
+        return answer
+
+    async def _worked_at(self, operation: Operation, payload: bytes) -> bytes:
         if len(payload) > self.max_input_bytes:
             raise InvalidRequest(
                 f"the input has {len(payload)} bytes; the most is {self.max_input_bytes}",

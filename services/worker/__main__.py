@@ -9,15 +9,18 @@ import uvloop
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
-from services.common.config import Parsed, parse
+from services.common.config import ConfigError, Parsed, parse
 from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import StoreError, connect
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import Tracer, tracing
 from services.common.text.stored_vocabulary import read_vocabulary
 from services.common.tls.credentials import fleet_server_credentials
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient
+from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.worker import EngineStartError, Worker
 
 logger = logging.getLogger(__name__)
@@ -25,12 +28,18 @@ logger = logging.getLogger(__name__)
 
 async def serve(parsed: Parsed[WorkerConfig]) -> None:
     """Run until SIGTERM, or until the fleet drained this worker."""
+    with Metrics() as metrics, tracing(parsed.config.otlp_endpoint, "worker") as tracer:
+        await _serve(parsed, metrics, tracer)
+
+
+async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer) -> None:
     config = parsed.config
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
     redis = await connect(config.redis_url, config.tls_files)
     server = rpc.Server([], credentials=fleet_server_credentials(config.fleet_tls()))
     address = await server.start(config.listen)
+    served = metrics.serve(config.listen, config.metrics_port)
     tasks: set[asyncio.Task[None]] = set()
 
     def on_engine(engine: EngineClient | None) -> None:
@@ -38,11 +47,12 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if engine:
-            rpc.announce("worker", address, engine_pid=engine.pid)
+            rpc.announce("worker", address, engine_pid=engine.pid, **served)
 
     await server.set_serving(False)
     collect_rarely()
-    worker = asyncio.create_task(Worker(config, redis, vocabulary, address, on_engine, _print_loading).run())
+    running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics), tracer)
+    worker = asyncio.create_task(running.run())
     stop = asyncio.create_task(rpc.termination().wait())
     await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
     # A cancelled session hands over what it holds, and ends its engine.
@@ -64,7 +74,7 @@ def main() -> None:
     log.configure("worker", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     try:
         uvloop.run(serve(parsed))
-    except (ModelFileError, StoreError, EngineStartError, OSError) as error:
+    except (ConfigError, ModelFileError, StoreError, EngineStartError, OSError) as error:
         sys.exit(f"worker: {error}")
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from services.common.errors import ShoalError
-from shoal.cli import bench, chat, down, generate, keys, status, up
+from shoal.cli import bench, chat, down, generate, keys, status, top, trace, up
 from shoal.fleet.errors import FleetError
 
 INTERRUPTED = 130
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="shoal", description="An LLM inference fleet that loses no request.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (up, down, status, keys, chat, generate, bench):
+    for command in (up, down, status, top, keys, chat, generate, trace, bench):
         command.add_to(commands)
     parsed = parser.parse_args(given)
     try:

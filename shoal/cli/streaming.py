@@ -38,7 +38,7 @@ async def show(stream: AsyncStream, *, stats: bool) -> bool:
         rate = (num_tokens - 1) / (took_s - first_token_s) if num_tokens > 1 and took_s > first_token_s else 0.0
         print(
             f"[{num_tokens} tokens, {stream.finished.reason}; first after {first_token_s * 1000:.0f} ms, "
-            f"then {rate:.1f} tokens/s]",
+            f"then {rate:.1f} tokens/s; `shoal trace {stream.request_id}`]",
             file=sys.stderr,
         )
     return stream.finished is not None and stream.finished.reason is not FinishReason.CANCELLED

@@ -51,6 +51,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--tls", action="store_true", help="TLS for clients, mutual TLS between services, by a throw-away authority"
     )
+    parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics, each process at a free port")
     parser.add_argument("--detach", action="store_true", help="leave it in the background once it is ready")
     parser.set_defaults(run=run)
 
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         data_dir=arguments.data_dir,
         port=arguments.port,
         http_port=arguments.http_port,
+        metrics=arguments.metrics,
     )
     if options.redis_url:
         # Imported here only: the client of Redis would take a fifth of the time until anything is started.

@@ -9,4 +9,5 @@
 `spare`       workers that run while they are wanted
 `kind`        what a process can be            `errors`     why something could not be done
 `certificates` of `shoal up --tls`
+`figures`     what its metrics say
 """

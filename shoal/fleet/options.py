@@ -29,6 +29,9 @@ class FleetOptions:
 
     http_port: int = 0
     """The same of HTTP."""
+    metrics: bool = False
+    """Every service serves its figures to Prometheus."""
+
     tls: Tls | None = None
     """What every service shows and trusts; None: they speak in plain."""
 

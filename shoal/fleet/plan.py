@@ -26,6 +26,8 @@ class ProcessPlan:
     log: Path
     http_address: str = ""
     """Of a gateway."""
+    metrics_address: str = ""
+    """Where Prometheus reads; empty: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class _Planner:
         self._options = options
         self._state = state
         self._num_workers = options.workers + options.spare_workers
-        num_ports = 1 + 3 * options.gateways + options.tokenizers + options.schedulers + self._num_workers
+        num_services = options.gateways + options.tokenizers + options.schedulers + self._num_workers
+        num_ports = 1 + 2 * options.gateways + num_services
+        num_ports += num_services if options.metrics else 0
         self._ports = iter(choose_ports(num_ports, rng))
         self._tls = _tls_flags(options.tls) if options.tls else ()
 
@@ -121,7 +125,11 @@ class _Planner:
         address = f"{HOST}:{port}" if port else self._address()
         # -P: a directory named `services` in the user's current one is not ours.
         command = (sys.executable, "-P", "-m", f"services.{kind}", "--listen", address, *self._tls, *arguments)
-        return self._process(kind, f"{kind}-{number}", command, address)
+        metrics_port = next(self._ports) if self._options.metrics else 0
+        if not metrics_port:
+            return self._process(kind, f"{kind}-{number}", command, address)
+        plan = self._process(kind, f"{kind}-{number}", (*command, "--metrics-port", str(metrics_port)), address)
+        return replace(plan, metrics_address=f"{HOST}:{metrics_port}")
 
     def _redis(self) -> ProcessPlan:
         port = next(self._ports)

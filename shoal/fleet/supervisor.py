@@ -113,7 +113,8 @@ class Supervisor:
         for process in sorted(self._all(), key=lambda process: list(Kind).index(process.plan.kind)):
             plan = process.plan
             about = {"kind": str(plan.kind), "address": plan.address, "pid": process.pid, "log": str(plan.log)}
-            listed.append({**about, "http_address": plan.http_address} if plan.http_address else about)
+            more = {"http_address": plan.http_address, "metrics_address": plan.metrics_address}
+            listed.append({**about, **{name: address for name, address in more.items() if address}})
             if plan.kind is Kind.WORKER:
                 listed.append({**about, "kind": str(Kind.ENGINE), "pid": process.engine_pid})
         return listed

@@ -100,6 +100,7 @@ def _queued(record: Record) -> Queued:
         priority=int(payload.priority),
         tenant=_tenant(record.key),
         suspect_until=record.suspect_until,
+        traceparent=payload.traceparent,
     )
 
 

@@ -19,12 +19,16 @@ from services.common.store.gateways import GatewayLease
 from services.common.store.inbox import Start
 from services.common.store.leadership import Leadership
 from services.common.store.streams import FIRST
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer
 from services.scheduler.clock import Clock, monotonic_ms
 from services.scheduler.config import SchedulerConfig
 from services.scheduler.election import Candidate
 from services.scheduler.leader import Reign
 from services.scheduler.lease_keeper import Held
+from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.pool_store import PoolStore
+from services.scheduler.telemetry import Telemetry
 
 WITHIN_S = 10
 """Longest wait for anything."""
@@ -84,6 +88,11 @@ class Scheduler:
 
     task: "asyncio.Task[None]"
     reigns: list[Reign] = field(default_factory=list)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def figure(self, name: str) -> float | None:
+        """A sample of its metrics that has no labels."""
+        return self.metrics.registry.get_sample_value(name)
 
     async def leads(self) -> bool:
         """Whether it leads, and is done with rebuilding."""
@@ -202,13 +211,15 @@ class SchedulerPool:
         store = PoolStore.of(self._redis, self._pool, holder, RETENTION_MS)
         leadership = Immortal(self._redis, self._pool, holder) if immortal else store.leadership
         reigns: list[Reign] = []
+        metrics = Metrics()
+        telemetry = Telemetry(SchedulerMetrics(metrics), NoTracer())
 
         async def reign(held: Held, seen_life: bool) -> None:
-            reigns.append(Reign(store, held, config, clock))
+            reigns.append(Reign(store, held, config, telemetry, clock))
             await reigns[-1].run(seen_life)
 
         task = self._spawn(Candidate(leadership, config.term, reign, clock).run())
-        return Scheduler(task, reigns)
+        return Scheduler(task, reigns, metrics)
 
     async def a_worker(self, num_blocks: int = 100, max_sequences: int = 8, max_prefill_tokens_per_step: int = 64,
                        name: str = "") -> FakeWorker:  # fmt: skip

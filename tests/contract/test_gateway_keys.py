@@ -119,8 +119,9 @@ async def test_a_tenant_that_cannot_be_one_gets_no_key(redis: Redis) -> None:
 
 async def test_a_revoked_key_stops_within_two_seconds(redis: Redis) -> None:
     clock, keys = Clock(), ApiKeys(redis)
+    refused: list[ShoalError] = []
     key, info = await keys.create("acme")
-    authenticated = Authentication(keys, True, clock)
+    authenticated = Authentication(keys, True, refused.append, clock)
     assert await authenticated.identify(bearer(key)) == Identity(TenantId("acme"))
     await keys.revoke(info.key_id)
     clock.now_s += authentication.FRESH_S - 0.1
@@ -128,13 +129,14 @@ async def test_a_revoked_key_stops_within_two_seconds(redis: Redis) -> None:
     clock.now_s += authentication.LIFE_S - authentication.FRESH_S + 0.1
     with pytest.raises(Unauthenticated):
         await authenticated.identify(bearer(key))
+    assert [error.reason for error in refused] == ["KEY_UNKNOWN"], "its refusal is counted"
     assert authentication.LIFE_S <= 2
 
 
 async def test_what_is_remembered_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(authentication, "MAX_KNOWN", 2)
     keys = ApiKeys(redis)
-    authenticated = Authentication(keys, True, Clock())
+    authenticated = Authentication(keys, True, lambda _: None, Clock())
     for _ in range(5):
         await authenticated.identify(bearer((await keys.create("acme"))[0]))
     assert len(authenticated._known) == 2

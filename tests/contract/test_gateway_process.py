@@ -55,7 +55,12 @@ async def test_a_terminated_gateway_ends_its_streams_writes_that_they_left_and_e
     assert int(announced["pid"]) == process.pid
     async with rpc.channel(announced["address"]) as channel:
         gateway = RunningGateway(
-            Addresses(announced["address"], announced["http_address"], announced["fleet_address"]),
+            Addresses(
+                announced["address"],
+                announced["http_address"],
+                announced["fleet_address"],
+                {},
+            ),
             asyncio.Event(),
             asyncio.ensure_future(_nothing()),
             channel,

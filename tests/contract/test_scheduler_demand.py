@@ -1,13 +1,13 @@
 """A scheduler tells how many workers its pool needs; with none at all, requests wait for the first one to come."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1.demand_pb2 import PoolDemand
 from services.common.record.states import RequestState
-from tests.contract.scheduler_pool import QUICK, SchedulerPool, scheduler_pool, until
+from tests.contract.scheduler_pool import QUICK, Scheduler, SchedulerPool, scheduler_pool, until
 
 CONFIG = replace(QUICK, min_workers=0, max_workers=5, quiet_ms=1_000, demand_look_ms=30)
 
@@ -56,3 +56,23 @@ async def test_the_next_leader_goes_on_from_the_last_ones_word(redis: Redis, poo
         second = await parts.a_scheduler(patient)
         await until(second.leads)
         assert (await told(parts, lambda word: word.waiting_requests == 2)).workers_wanted == wanted
+
+
+async def test_prometheus_reads_what_the_leader_wants_and_a_follower_wants_nothing(redis: Redis, pool: str) -> None:
+    async with scheduler_pool(redis, pool) as parts:
+        leader = await parts.a_scheduler(CONFIG)
+        await parts.recovered()
+        follower = await parts.a_scheduler(CONFIG)
+        await parts.submit("r1")
+        await told(parts, lambda word: word.workers_wanted == 1)
+        await until(_is(leader, "shoal_workers_wanted", 1))
+        assert follower.figure("shoal_workers_wanted") == 0
+        await leader.die()
+        assert leader.figure("shoal_workers_wanted") == 0, "who leads no more says nothing of the pool"
+
+
+def _is(scheduler: Scheduler, name: str, value: float) -> Callable[[], Awaitable[bool]]:
+    async def shows() -> bool:
+        return scheduler.figure(name) == value
+
+    return shows

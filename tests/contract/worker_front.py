@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.streams import last_id
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer, Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineDiedError
+from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import Session
 
@@ -244,8 +248,11 @@ def _stated(held: tuple[Held, ...]) -> list[delivery_pb2.Delivered]:
 class Bench:
     """One session on a real Redis, with a leader's moves at hand."""
 
-    def __init__(self, redis: Redis, pool: str) -> None:
+    def __init__(self, redis: Redis, pool: str, tracer: Tracer | None = None) -> None:
         self.redis = redis
+        self.tracer = tracer or NoTracer()
+        self.registry = Metrics()
+        self.metrics = WorkerMetrics(self.registry)
         self.pool = pool
         self.store = RequestStore(redis, pool, retention_ms=60_000)
         self.directory = WorkerDirectory(redis, pool)
@@ -273,7 +280,7 @@ class Bench:
         def inbox(worker: WorkerId) -> Inbox:
             return Inbox(self.redis, self.pool, worker)
 
-        self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY)  # type: ignore[arg-type]
+        self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY, self.metrics, self.tracer)  # type: ignore[arg-type]
         info = request_pb2.WorkerInfo(worker_id=self.session.worker, num_blocks=64, block_size_tokens=16)
         await self.directory.register(info, 60_000)
         reporter = Reporter(self.session, self.directory, Recovery(self.redis, self.pool), config)
@@ -312,6 +319,10 @@ class Bench:
         move = moves.Requeue(key, record.attempt, new_nonce(), "test", self.fence)
         assert (await self.store.requeue(move)).verdict == Verdict.OK
 
+    def figure(self, name: str, **labels: str) -> float | None:
+        """A figure as Prometheus would read it; None: there is none."""
+        return self.registry.registry.get_sample_value(name, labels)
+
     async def record(self, key: RequestKey) -> Record:
         found = await self.store.read(key)
         assert found
@@ -340,3 +351,15 @@ async def serve_gateway(gateway: FakeGateway, listen: str = "127.0.0.1:0") -> tu
     server = rpc.Server([])
     delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(gateway, server.grpc)
     return server, await server.start(listen)
+
+
+@asynccontextmanager
+async def served(bench: Bench) -> AsyncIterator[Bench]:
+    """Lead its pool, and run its gateway and its session until the block is left."""
+    server, bench.gateway_address = await serve_gateway(bench.gateway)
+    await bench.lead()
+    await bench.start_session()
+    yield bench
+    bench.ended.cancel()
+    await asyncio.wait({bench.ended})
+    await server.stop(0)

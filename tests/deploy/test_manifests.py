@@ -12,7 +12,7 @@ import yaml
 from tests.deploy.conftest import DEPLOY, OVERLAYS, ROOT, SERVICES, Manifests, pod_of, render
 
 VERSIONS = ("1.34", "1.37")
-FOREIGN = {"ScaledObject"}
+FOREIGN = {"ScaledObject", "PodMonitor"}
 """Kinds of CustomResourceDefinitions: no schema of Kubernetes' own has them."""
 SCALED_OBJECT_SPEC = {
     "type": "object",
@@ -55,6 +55,30 @@ SCALED_OBJECT_SPEC = {
     },
 }
 """The fields of KEDA's ScaledObject (keda.sh/v1alpha1) that are used here, in our own words: strict, unlike the CRD."""
+POD_MONITOR_SPEC = {
+    "type": "object",
+    "required": ["selector", "podMetricsEndpoints"],
+    "additionalProperties": False,
+    "properties": {
+        "jobLabel": {"type": "string"},
+        "selector": {
+            "type": "object",
+            "required": ["matchLabels"],
+            "additionalProperties": False,
+            "properties": {"matchLabels": {"type": "object"}},
+        },
+        "podMetricsEndpoints": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"port": {"type": "string"}, "interval": {"type": "string", "pattern": "^[0-9]+s$"}},
+            },
+        },
+    },
+}
+"""The same of the Prometheus Operator's PodMonitor (monitoring.coreos.com/v1)."""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -84,6 +108,12 @@ def test_workers_are_scaled_by_the_schedulers_word() -> None:
     host, _, port = trigger["metadata"]["scalerAddress"].partition(":")
     service = manifests.named("Service", host.split(".")[0])
     assert int(port) in [each["port"] for each in service["spec"]["ports"]]
+
+
+def test_pods_are_scraped_as_the_prometheus_operator_is_told() -> None:
+    (monitor,) = render("gpu").of_kind("PodMonitor")
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    jsonschema.Draft202012Validator(POD_MONITOR_SPEC).validate(monitor["spec"])
 
 
 def _check_behavior(behavior: Mapping[str, Any]) -> None:
@@ -161,7 +191,7 @@ def test_every_selector_finds_pods_and_every_port_has_a_name_there(manifests: Ma
         for rule in policy["spec"].get("ingress", []):
             assert {port["port"] for port in rule["ports"]} <= own, policy["metadata"]["name"]
         for rule in policy["spec"].get("egress", []):
-            for peer in rule.get("to", []):
+            for peer in (each for each in rule.get("to", []) if "podSelector" in each):
                 theirs = ports_of(peer["podSelector"]["matchLabels"])
                 assert {port["port"] for port in rule["ports"]} <= theirs, policy["metadata"]["name"]
 

@@ -30,6 +30,7 @@ class ProcessLine:
     pid: int
     log: str
     http_address: str = ""
+    metrics_address: str = ""
 
 
 @dataclass(slots=True)

@@ -17,18 +17,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import shoal
 from tests.fleet.conftest import Fleet, start_fleet
+from tests.fleet.trace_receiver import TraceReceiver, trace_receiver
 
 QUICK = shoal.RetryPolicy(outage_limit_s=1.0)
+SERVICES = {"gateway", "tokenizer", "scheduler", "worker"}
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two gateways; all that there is to log is logged."""
+def receiver() -> Iterator[TraceReceiver]:
+    with trace_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def fleet(receiver: TraceReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two gateways, with metrics and traces; all that there is to log is logged."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOAL_REQUIRE_KEYS", "true")
         patch.setenv("SHOAL_LOG_LEVEL", "DEBUG")
-        fleet = start_fleet(tmp_path_factory.mktemp("fleet"), "--tls", "--gateways", "2")
+        patch.setenv("SHOAL_OTLP_ENDPOINT", receiver.endpoint)
+        fleet = start_fleet(tmp_path_factory.mktemp("fleet"), "--tls", "--metrics", "--gateways", "2")
     yield fleet
     fleet.stop()
 
@@ -129,6 +138,33 @@ def test_commands_find_the_authority_of_the_fleet_that_runs_here(fleet: Fleet, k
     assert wrong.returncode == 1
     assert "/nothing cannot be read" in wrong.stderr
     assert json.loads(fleet.command("status").stdout)["tls"] == {"ca": files(fleet)["ca"]}
+
+
+def test_its_figures_and_spans_tell_what_is_done_and_not_who_asked(
+    fleet: Fleet, receiver: TraceReceiver, key: str
+) -> None:
+    traceparent = f"00-{'ad' * 16}-{'1' * 16}-01"
+    with shoal.Client(fleet.gateways, tls=trusting(fleet), api_key=key) as client:
+        stream = client.generate("The sea is", max_tokens=200, ignore_eos=True, traceparent=traceparent)
+        next(stream)
+        shown = json.loads(fleet.command("top", "--once", "--json", "--interval-s", "0.5").stdout)
+        stream.cancel()
+        stream.read()
+    assert (shown["open_streams"], shown["leaders"], shown["away"], len(shown["workers"])) == (1, 1, [], 1)
+    told = fleet.command("trace", "--api-key", key, stream.request_id)
+    assert f"trace {'ad' * 16}" in told.stdout, told.stderr
+    refused = fleet.command("trace", stream.request_id)
+    assert (refused.returncode, "shoal keys create" in refused.stderr) == (1, True)
+    spans = receiver.trace("ad" * 16, lambda spans: {span.service for span in spans} >= SERVICES)
+    secrets = ("acme", key)
+    assert not [span for span in spans if any(secret in str(span) for secret in secrets)]
+    measured = [process for process in fleet.processes if process.metrics_address]
+    assert {process.kind for process in measured} == SERVICES
+    for process in measured:
+        with urllib.request.urlopen(f"http://{process.metrics_address}/metrics", timeout=5) as response:
+            exposed = str(response.read(), "utf-8")
+        assert "shoal_" in exposed
+        assert not any(secret in exposed for secret in secrets)
 
 
 def test_a_key_allows_so_many_requests_at_once_and_ends_when_it_is_revoked(fleet: Fleet) -> None:

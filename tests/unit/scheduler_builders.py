@@ -31,6 +31,7 @@ def a_queued(
         priority=0,
         tenant=TenantId("acme"),
         suspect_until=0,
+        traceparent=f"00-{name:0>32}-{1:016x}-00",
     )
 
 
@@ -44,6 +45,7 @@ def a_reservation(
         generated_tokens=generated_tokens,
         max_tokens=max_tokens,
         num_choices=num_choices,
+        traceparent="",
     )
 
 

@@ -30,7 +30,7 @@ class StoreInRecovery(RequestStore):
 async def test_a_request_that_cannot_be_cancelled_yet_holds_up_no_other_departure() -> None:
     store = StoreInRecovery()
     departures = Departures(store)
-    departures.add(RequestKey("t/a"), 1, cancel=True)
+    departures.add(RequestKey("t/a"), 1, cancel={})
     departures.add(RequestKey("t/b"), 1)
     writing = asyncio.create_task(departures.run())
     assert await departures.flush(5)

@@ -16,9 +16,12 @@ from services.common.record.reader import Acceptance, Reader
 from services.common.record.record import Attempt
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.metrics import Metrics
+from services.common.telemetry.tracing import NoTracer
 from services.gateway.delivery import DeliveryService
 from services.gateway.departures import Departures
 from services.gateway.hints import Hints
+from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Accepted, Stream
 
@@ -27,8 +30,8 @@ FIRST = Attempt(1, "n")
 
 
 def a_stream(number: int = 1, num_choices: int = 1, held: Sequence[Held] = ()) -> Stream:
-    accepted = Accepted(KEY, b"", 3, "digest", 1, 0, 30_000)
-    stream = Stream(accepted, Reader(number, num_choices, held), now_s=0)
+    accepted = Accepted(KEY, b"", 3, "digest", 1, 0, 30_000, "")
+    stream = Stream(accepted, Reader(number, num_choices, held), NoTracer().begin("call", ""), now_s=0)
     assert stream.open(FIRST, number) is None
     return stream
 
@@ -162,7 +165,8 @@ async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again
     async with asyncio.TaskGroup() as tasks:
         departures = Departures(RequestStore(Redis(), "unused", 1))
         hints = Hints(WorkerDirectory(Redis(), "unused"))
-        link = DeliveryService(streams, departures, hints, tasks, lambda: 0.0).Deliver(messages(), call)
+        metrics = GatewayMetrics(Metrics(), lambda: 0, lambda: 0.0)
+        link = DeliveryService(streams, departures, hints, tasks, metrics, lambda: 0.0).Deliver(messages(), call)
         answer = tasks.create_task(_next(link))
         with streams.arriving(KEY):
             attempt = delivery_pb2.AttemptId(number=FIRST.number, nonce=FIRST.nonce)

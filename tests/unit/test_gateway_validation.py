@@ -254,7 +254,7 @@ def test_what_is_taken_is_what_an_empty_worker_can_be_given(
     attempt = Attempt(1, "n")
 
     def could_hold(max_tokens: int) -> bool:
-        reservation = Reservation(RequestKey("t/r"), attempt, prompt_tokens, 0, max_tokens, n)
+        reservation = Reservation(RequestKey("t/r"), attempt, prompt_tokens, 0, max_tokens, n, "")
         return reservation.num_blocks(block_size_tokens) <= num_blocks
 
     try:

@@ -1,57 +1,57 @@
-"""Logs tell what went wrong, and not what was asked."""
+"""Log lines are JSON objects, and each that is about a request names it and its trace."""
 
+import ast
 import json
 import logging
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from services.common.log import _JsonLines, described
-from services.common.store.connection import StoreUnavailable
+import services
+from services.common import log
+from services.common.ids import RequestKey
+from services.common.telemetry.trace_context import is_traceparent, new_traceparent, trace_id_of
+from services.common.telemetry.tracing import NoTracer
+from services.gateway.identity import traceparent_of
 
-PROMPT = "the planted prompt"
+GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def a_defect() -> Exception:
+def test_a_line_about_a_request_names_it_and_its_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    log.configure("gateway")
     try:
-        try:
-            raise KeyError(PROMPT)
-        except KeyError as error:
-            raise RuntimeError(f"cannot do {PROMPT}") from error
-    except RuntimeError as error:
-        return ExceptionGroup(PROMPT, [error])
+        logging.getLogger("x").info("accepted", extra={**log.about(RequestKey("default/a"), GIVEN), "reader": 1})
+    finally:
+        logging.basicConfig(handlers=[], force=True)
+    line = json.loads(capsys.readouterr().err)
+    assert (line["message"], line["service"], line["request"]) == ("accepted", "gateway", "default/a")
+    assert (line["trace_id"], line["reader"]) == ("0af7651916cd43dd8448eb211c80319c", 1)
 
 
-def test_an_unforeseen_errors_text_is_left_out_and_its_place_is_told() -> None:
-    told = described(a_defect(), with_text=False)
-    assert PROMPT not in told
-    for part in ("KeyError", "RuntimeError", "ExceptionGroup", "test_log.py", "a_defect", "--log-prompts true"):
-        assert part in told
-    assert PROMPT in described(a_defect(), with_text=True)
+def test_no_line_names_a_request_without_its_trace() -> None:
+    """Every one goes through `about`: no other file of the services writes the field."""
+    sources = Path(services.__path__[0]).rglob("*.py")
+    writers = {source.name for source in sources if _writes_request_field(source)}
+    assert writers == {"log.py"}
 
 
-def test_errors_of_the_store_and_the_system_and_notes_are_told_whole() -> None:
-    error = StoreUnavailable("Redis cannot be used now")
-    error.add_note("a note of ours")
-    told = described(error, with_text=False)
-    assert "StoreUnavailable: Redis cannot be used now\na note of ours" in told
-    assert "No such file" in described(FileNotFoundError(2, "No such file"), with_text=False)
+def _writes_request_field(source: Path) -> bool:
+    dicts = (node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Dict))
+    return any(isinstance(key, ast.Constant) and key.value == "request" for each in dicts for key in each.keys)
 
 
-@pytest.mark.parametrize("log_prompts", [False, True])
-def test_a_line_has_the_text_only_if_it_was_asked_for(log_prompts: bool) -> None:
-    error = a_defect()
-    record = logging.LogRecord("x", logging.ERROR, "", 0, "it failed", (), (type(error), error, None))
-    line = json.loads(_JsonLines("gateway", log_prompts).format(record))
-    assert line["message"] == "it failed"
-    assert (PROMPT in line["exception"]) == log_prompts
+def test_a_callers_trace_is_kept_and_one_without_gets_its_own() -> None:
+    assert traceparent_of([("traceparent", GIVEN)]) == GIVEN
+    assert NoTracer().begin("call", GIVEN).traceparent == GIVEN
+    drawn = NoTracer().begin("call", traceparent_of([])).traceparent
+    assert is_traceparent(drawn)
+    assert drawn.endswith("-00"), "nobody asked for it to be recorded"
+    assert trace_id_of(drawn) != trace_id_of(new_traceparent())
 
 
-def test_what_ends_a_process_is_a_line_too() -> None:
-    code = f"from services.common import log; log.configure('worker'); raise ValueError({PROMPT!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert json.loads(line)["level"] == "critical"
-    assert PROMPT not in json.loads(line)["exception"].replace(code, "")
+@pytest.mark.parametrize(
+    "nonsense",
+    ["", "x", GIVEN[:-1], GIVEN.upper(), "01" + GIVEN[2:], f"00-{'0' * 32}-b7ad6b7169203331-01", GIVEN + "\n"],
+)
+def test_what_is_no_trace_is_not_taken_for_one(nonsense: str) -> None:
+    assert traceparent_of([("traceparent", nonsense)]) == ""

@@ -18,7 +18,7 @@ def a_view() -> View:
 
 
 def a_peek(state: RequestState, worker: WorkerId = NO_WORKER, attempt: int = 1) -> Peek:
-    return Peek(state, 1, Attempt(attempt, f"n{attempt}"), worker, "gateway:1", 0, 1000)
+    return Peek(state, 1, Attempt(attempt, f"n{attempt}"), worker, "gateway:1", 0, 1000, "")
 
 
 def test_a_request_that_a_worker_has_is_counted_once_even_without_room() -> None:

@@ -2,11 +2,13 @@
 
 from gen.shoal.fleet.v1 import engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
 from services.common.store.inbox import Start
+from services.common.telemetry.tracing import NoTracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.front.active import ActiveRequest
+from services.worker.front.spans import AttemptSpans
 
 VOCABULARY = Vocabulary(tuple(bytes([byte]) for byte in range(128)), end_token_ids=(0,))
 DIGITS = inference_pb2.ResponseFormat(regex="[0-9]{3}")
@@ -18,7 +20,7 @@ def a_request(journal: bytes, form: inference_pb2.ResponseFormat | None = DIGITS
         key=RequestKey("t/r"), attempt=Attempt(2, "nonce"), gateway="g", reader=1, reader_left=False, payload=payload,
         journal=(tuple(journal),), remaining_ms=0, suspect_until=0, accepted_at_ms=0, placed_at_ms=0,
     )  # fmt: skip
-    return ActiveRequest(start, VOCABULARY, [1], now_s=0.0)
+    return ActiveRequest(start, VOCABULARY, [1], AttemptSpans(NoTracer(), start, WorkerId("w")), now_s=0.0)
 
 
 def reasons(active: ActiveRequest) -> list[inference_pb2.FinishReason.ValueType]:

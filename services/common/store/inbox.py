@@ -77,6 +77,7 @@ class Outstanding:
     """In the journal when it was placed, over all choices."""
     max_tokens: int
     num_choices: int
+    traceparent: str
 
 
 class Inbox:
@@ -164,6 +165,7 @@ def _outstanding(fields: Mapping[bytes, bytes]) -> Outstanding:
         generated_tokens=int(fields[b"generated_tokens"]),
         max_tokens=int(fields[b"max_tokens"]),
         num_choices=int(fields[b"n"]),
+        traceparent=fields[b"traceparent"].decode(),
     )
 
 

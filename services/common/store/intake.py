@@ -38,6 +38,8 @@ class Queued:
     tenant: TenantId
     suspect_until: int
     """Not 0: it must run alone."""
+    traceparent: str
+    """As `telemetry.trace_context` has it."""
 
 
 class Intake:
@@ -78,4 +80,5 @@ def _queued(entry: Entry) -> Queued:
         priority=int(fields[b"priority"]),
         tenant=TenantId(fields[b"tenant"].decode()),
         suspect_until=int(fields[b"suspect_until"]),
+        traceparent=fields[b"traceparent"].decode(),
     )

@@ -63,6 +63,7 @@ class Peek:
     reader_left_at_ms: int
     """0: it is there."""
     resume_ms: int
+    traceparent: str
 
 
 class RequestStore:
@@ -276,10 +277,10 @@ async def _in_batches(items: Sequence[M], run: Callable[[Sequence[M]], Awaitable
 
 
 def _summary(key: RequestKey, payload: bytes) -> tuple[Argument, ...]:
-    """What an intake entry says of a payload: prompt_tokens, max_tokens, priority, tenant."""
+    """What an intake entry says of a payload: prompt_tokens, max_tokens, priority, tenant, traceparent."""
     parsed = RequestPayload.FromString(payload)
     tenant = key.split("/", 1)[0]
-    return len(parsed.prompt_token_ids), parsed.max_tokens, int(parsed.priority), tenant
+    return len(parsed.prompt_token_ids), parsed.max_tokens, int(parsed.priority), tenant, parsed.traceparent
 
 
 def _answer(reply: Sequence[Any]) -> Answer:
@@ -295,7 +296,7 @@ def _whole(key: RequestKey, reply: Sequence[Any]) -> tuple[int, Record | None]:
 def _peek(reply: Sequence[Any]) -> Peek | None:
     if not reply:
         return None
-    state, reader, attempt, nonce, worker, gateway, reader_left_at_ms, resume_ms = reply
+    state, reader, attempt, nonce, worker, gateway, reader_left_at_ms, resume_ms, traceparent = reply
     return Peek(
         state=RequestState(state.decode()),
         reader=int(reader),
@@ -304,4 +305,5 @@ def _peek(reply: Sequence[Any]) -> Peek | None:
         gateway=gateway.decode(),
         reader_left_at_ms=int(reader_left_at_ms),
         resume_ms=int(resume_ms),
+        traceparent=(traceparent or b"").decode(),
     )

@@ -198,7 +198,7 @@ class Endpoints:
             except ConnectionError:
                 raise
             except Exception as error:
-                logger.error("a stream failed by a defect", exc_info=error, extra={"request": stream.key})
+                logger.error("a stream failed by a defect", exc_info=error, extra=stream.about())
                 await outgoing.event(msgspec.json.encode(error_object(defect())))
             await outgoing.end()
         return outgoing.response

@@ -112,6 +112,9 @@ class EngineLoop:
             free_blocks=self._planner.num_free_blocks,
             waiting_prefill_tokens=self._planner.waiting_prefill_tokens,
             step_time=request_pb2.StepTime(**self._step_time.coefficients._asdict()),
+            running_sequences=self._planner.num_running,
+            waiting_sequences=self._planner.num_waiting,
+            preemptions=self._planner.num_preemptions,
         )
         self._front.send(engine_pb2.EngineEvent(done=done))
 

@@ -74,6 +74,16 @@ class Planner:
         return self._num_steps
 
     @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for blocks, or for their grammar."""
+        return len(self._waiting) + len(self._preparing)
+
+    @property
     def num_preemptions(self) -> int:
         """Times that a sequence had to give its blocks to one before it."""
         return self._num_preemptions

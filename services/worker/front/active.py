@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common import log
 from services.common.record.run import Frame, Run
 from services.common.store.inbox import Start
 from services.common.text.stop import StopText, stop_texts
 from services.common.text.text_stream import TextStream
 from services.common.text.vocabulary import Vocabulary
+from services.worker.front.spans import AttemptSpans
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,15 @@ class _Choice:
     `logprobs` are those of its first tokens, as far as the engine has told them, if they are asked for.
     """
 
-    __slots__ = ("_stream", "end", "logprobs", "pieces", "sequence_id")
+    __slots__ = ("_stream", "end", "last_token_s", "logprobs", "pieces", "sequence_id")
 
     def __init__(self, sequence_id: int, vocabulary: Vocabulary, stops: tuple[StopText, ...]) -> None:
         self.sequence_id = sequence_id
         self.pieces: list[str] = []
         self.logprobs: list[inference_pb2.TokenLogprobs] = []
         self.end: ChoiceEnd | None = None
+        self.last_token_s: float | None = None
+        """When the engine gave its last token; None: it has given none."""
         self._stream = TextStream(vocabulary, stops)
 
     def feed(self, token: int) -> bool:
@@ -55,7 +59,9 @@ class _Choice:
 class ActiveRequest:
     """A request on this worker. Changed only by the session, one call at a time."""
 
-    def __init__(self, start: Start, vocabulary: Vocabulary, sequence_ids: Sequence[int], now_s: float) -> None:
+    def __init__(
+        self, start: Start, vocabulary: Vocabulary, sequence_ids: Sequence[int], spans: AttemptSpans, now_s: float
+    ) -> None:
         """`sequence_ids`: one for each choice. `now_s`: the front's monotonic clock."""
         self.run = Run(start.key, start.attempt, start.gateway, start.reader, start.journal)
         self.payload = start.payload
@@ -69,8 +75,10 @@ class ActiveRequest:
         """Opens that were asked for; an answer to an older one is none."""
         self.announced = False
         """The record has been told that it runs here."""
+        self.spans = spans
         self._placed_ms = max(0, start.placed_at_ms - start.accepted_at_ms)
         self._started_s = now_s
+        self._num_given = sum(len(tokens) for tokens in start.journal)
         self._first_token_s: float | None = None
         self._has_form = self.payload.HasField("response_format")
         stops = stop_texts(self.payload.stop)
@@ -149,6 +157,24 @@ class ActiveRequest:
     def num_tokens(self) -> int:
         """Tokens known of the longest choice."""
         return max(len(known) for known in self.run.known)
+
+    def about(self) -> dict[str, object]:
+        """Fields of a log line about it."""
+        return log.about(self.run.key, self.payload.traceparent)
+
+    def end_spans(self, error: str = "") -> None:
+        """The attempt is over here. `error`: why it was not its end."""
+        last_s = max((choice.last_token_s for choice in self.choices if choice.last_token_s), default=None)
+        self.spans.end(self._first_token_s, last_s, self.cached_tokens, self._num_sampled, error=error)
+
+    @property
+    def _num_sampled(self) -> int:
+        return sum(len(known) for known in self.run.known) - self._num_given
+
+    @property
+    def queued_s(self) -> float | None:
+        """From acceptance to placement, if it was placed for the first time."""
+        return self._placed_ms / 1000 if self.run.attempt.number == 1 else None
 
     def token_frames(self) -> list[delivery_pb2.TokenFrame]:
         """What the reader has not been sent, as messages; tokens wait for their log-probabilities."""

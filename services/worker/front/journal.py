@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
@@ -11,6 +12,7 @@ from services.common.record.transitions import Verdict
 from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.requests import RequestStore
 from services.worker.front.active import ActiveRequest
+from services.worker.front.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,9 @@ class Journal:
     """Writes what the journals of a session's requests do not have yet, each interval and when it is `due`."""
 
     def __init__(
-        self, store: RequestStore, active: Mapping[RequestKey, ActiveRequest], interval_ms: int, on_answer: OnAnswer
-    ) -> None:
+        self, store: RequestStore, active: Mapping[RequestKey, ActiveRequest], interval_ms: int, on_answer: OnAnswer,
+        metrics: WorkerMetrics,
+    ) -> None:  # fmt: skip
         """`on_answer` is called for each request whose append was answered by anything but OK or GAP."""
         self.due = asyncio.Event()
         """Set when a request has many tokens to journal, or has just begun."""
@@ -30,6 +33,7 @@ class Journal:
         self._active = active
         self._interval_s = interval_ms / 1000
         self._on_answer = on_answer
+        self._metrics = metrics
 
     async def run(self) -> None:
         """Flush for as long as the session lives."""
@@ -52,11 +56,14 @@ class Journal:
             appends.extend((active, moves.Append(run.key, run.attempt, *frame)) for frame in frames)
         if not appends:
             return
+        began_s = time.monotonic()
         try:
             answers = await self._store.append([move for _, move in appends])
         except (StoreUnavailable, Recovering) as error:
             logger.warning("journal waits", extra={"error": str(error), "requests": len(appends)})
             return
+        self._metrics.journal_flush.observe(time.monotonic() - began_s)
+        self._metrics.journal_tokens.inc(sum(len(move.tokens) for _, move in appends))
         for (active, move), answer in zip(appends, answers, strict=True):
             if answer.verdict in (Verdict.OK, Verdict.CANCEL, Verdict.GAP):
                 active.run.journal_is(move.choice, answer.index)

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -24,12 +24,16 @@ from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.inbox import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
 from services.common.store.requests import RequestStore
 from services.common.store.streams import FIRST
+from services.common.telemetry.conventions import STATE
+from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.active import ActiveRequest, attempt_id
 from services.worker.front.engine_client import EngineClient, EngineDiedError
 from services.worker.front.gateway_links import GatewayLinks
 from services.worker.front.journal import Journal
+from services.worker.front.metrics import WorkerMetrics
+from services.worker.front.spans import AttemptSpans
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ class Session:
 
     def __init__(
         self, config: WorkerConfig, engine: EngineClient, ready: engine_pb2.EngineReady, store: RequestStore,
-        inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary,
+        inbox: Callable[[WorkerId], Inbox], vocabulary: Vocabulary, metrics: WorkerMetrics,
+        tracer: Tracer,
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
         self.ready = ready
@@ -76,12 +81,16 @@ class Session:
         self.progress = asyncio.Event()
         """Set when a report would say something new."""
         self.active: dict[RequestKey, ActiveRequest] = {}
-        self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled)
+        self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled, metrics)
         self._config = config
         self._engine = engine
         self._store = store
         self._inbox = inbox(self.worker)
         self._vocabulary = vocabulary
+        self._metrics = metrics
+        self._tracer = tracer
+        self._unbegun: set[int] = set()
+        """Sequences that no step has held yet; kept if spans are recorded."""
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
         self._in_flight: dict[int, Sequence[int]] = {}
@@ -105,26 +114,27 @@ class Session:
         `others` run beside it, and end with it. At the end `close` sees to it that nothing more is placed here; then
         what was still held, or lies unread in the inbox, is handed back.
         """
-        reason = "worker stops"
+        reason, cause = "worker stops", "stopped"
         suspects: Sequence[int] = ()
         try:
             await _alone(self._work(others))
         except* EngineDiedError as died:
             error = died.exceptions[0]
-            reason = str(error)
+            reason, cause = str(error), "engine_died"
+            self._metrics.engine_deaths.inc()
             # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
             if isinstance(error, EngineDiedError) and not error.on_request:
                 suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
         except* LostError:
-            reason = "worker was lost"
+            reason, cause = "worker was lost", "lost"
             raise
         except* DrainedError:
-            reason = "worker drains"
+            reason, cause = "worker drains", "drained"
             suspects = ()
             raise
         finally:
-            await to_the_end(self._depart(close, reason, suspects))
+            await to_the_end(self._depart(close, reason, cause, suspects))
 
     async def _work(self, others: Sequence[Callable[[], Awaitable[None]]]) -> None:
         async with asyncio.TaskGroup() as self._tasks:
@@ -163,15 +173,19 @@ class Session:
     async def _start(self, start: Start) -> None:
         older = self.active.get(start.key)
         if older:
-            await self._drop(older)
+            await self._drop(older, "stale")
         ids = [next(self._sequence_ids) for _ in range(max(1, start.payload.n))]
-        active = ActiveRequest(start, self._vocabulary, ids, time.monotonic())
+        spans = AttemptSpans(self._tracer, start, self.worker)
+        active = ActiveRequest(start, self._vocabulary, ids, spans, time.monotonic())
         self.active[start.key] = active
-        logger.info(
-            "started", extra={"request": start.key, "attempt": start.attempt.number, "known": active.num_tokens}
-        )
+        self._metrics.attempts.inc()
+        if active.queued_s is not None:
+            self._metrics.queue_time.observe(active.queued_s)
+        logger.info("started", extra={**active.about(), "attempt": start.attempt.number, "known": active.num_tokens})
         for choice, sequence_id in enumerate(ids):
             self._sequences[sequence_id] = (active, choice)
+        if self._tracer.enabled:
+            self._unbegun.update(ids)
         for add in active.sequences(start.remaining_ms):
             await self._engine.send(engine_pb2.EngineCommand(add=add))
         self.journal.due.set()
@@ -216,10 +230,10 @@ class Session:
         if not active.ending and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
             # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
             run = active.run
-            await self._drop(active)
+            await self._drop(active, "stale")
             why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
             # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
-            await self._give_back(run.key, run.attempt, why, floor=floor, tries=END_TRIES)
+            await self._give_back(run.key, run.attempt, why, "stale", floor=floor, tries=END_TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
         for number, (choice, forced) in enumerate(zip(active.choices, begin.forced, strict=True)):
@@ -231,9 +245,9 @@ class Session:
         self._end_if_complete(active)
 
     async def _rebase(self, active: ActiveRequest, histories: tuple[tuple[int, ...], ...]) -> None:
-        logger.warning("the reader holds another history", extra={"request": active.run.key})
+        logger.warning("the reader holds another history", extra=active.about())
         key, attempt = active.run.key, active.run.attempt
-        await self._drop(active)
+        await self._drop(active, "rebased")
         # A nonce of its own for each try: Redis may make one, lose it, and make the next.
         await self._until_stored(
             lambda: self._store.rebase(moves.Rebase(key, attempt, new_nonce(), histories)), END_TRIES
@@ -247,13 +261,20 @@ class Session:
                 case "begins":
                     self.predicted_step_ms = event.begins.predicted_ms
                     self._in_flight[event.begins.step] = event.begins.sequence_ids
+                    self._step_begins(event.begins.sequence_ids)
                     self.progress.set()
                 case "done":
                     await self._step_done(event.done)
 
+    def _step_begins(self, sequence_ids: Sequence[int]) -> None:
+        for sequence_id in self._unbegun.intersection(sequence_ids) if self._unbegun else ():
+            self._unbegun.discard(sequence_id)
+            if sequence_id in self._sequences:
+                self._sequences[sequence_id][0].spans.step_began(time.monotonic())
+
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
-        self._in_flight.pop(done.step, None)
+        num_sequences = len(self._in_flight.pop(done.step, ()))
         if not self._in_flight:
             self.predicted_step_ms = 0
         self.free_blocks = done.free_blocks
@@ -261,9 +282,21 @@ class Session:
         if done.HasField("step_time"):
             self.step_time = done.step_time
         now_s = time.monotonic()
+        self._metrics.step_done(done, num_sequences, self._gaps_s(done, now_s))
         for output in done.outputs:
             await self._output(output, now_s)
         self.progress.set()
+
+    def _gaps_s(self, done: engine_pb2.StepDone, now_s: float) -> Iterator[float]:
+        """Since the token before, of each sequence that has a new one; they are noted."""
+        for output in done.outputs:
+            found = self._sequences.get(output.sequence_id)
+            if found is None or not output.token_ids:
+                continue
+            choice = found[0].choices[found[1]]
+            if choice.last_token_s is not None:
+                yield now_s - choice.last_token_s
+            choice.last_token_s = now_s
 
     async def _output(self, output: engine_pb2.SequenceOutput, now_s: float) -> None:
         ended = output.end != engine_pb2.SEQUENCE_END_UNSPECIFIED
@@ -313,8 +346,10 @@ class Session:
                 return Answer(Verdict.OK)
             return answer
 
+        span = active.spans.finish()
         answer = await self._until_stored(finish, END_TRIES)
         if answer and answer.verdict == Verdict.OK:
+            self._metrics.request_ended(state, outcome.usage.prompt_tokens, outcome.usage.cached_tokens)
             if state is RequestState.FINISHED:
                 self.num_ended_choices += len(active.choices)
                 self.num_ended_choice_tokens += sum(len(known) for known in active.run.known)
@@ -323,7 +358,9 @@ class Session:
             self._links.forget(active)
         self._forget(active)
         told = answer.verdict if answer else "nobody"
-        logger.info("ended", extra={"request": active.run.key, "state": state, "answer": told})
+        span.end({STATE: state})
+        active.end_spans("" if told == Verdict.OK else "stale")
+        logger.info("ended", extra={**active.about(), "state": state, "answer": told})
 
     async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
         found = await self._store.read(active.run.key)
@@ -336,12 +373,13 @@ class Session:
         if verdict == Verdict.CANCEL:
             self._finish(active, RequestState.CANCELLED, "")
         elif verdict in GONE:
-            logger.info("attempt is over", extra={"request": active.run.key, "verdict": verdict})
-            await self._drop(active)
+            logger.info("attempt is over", extra={**active.about(), "verdict": verdict})
+            await self._drop(active, "stale")
 
-    async def _drop(self, active: ActiveRequest) -> None:
-        """Forget a request that is no longer ours."""
+    async def _drop(self, active: ActiveRequest, cause: str) -> None:
+        """Forget a request that is no longer ours. `cause`: why, in a word of few."""
         active.ending = True
+        active.end_spans(cause)
         self._links.forget(active)
         await self._abort_all(active)
         self._forget(active)
@@ -349,39 +387,45 @@ class Session:
     def _forget(self, active: ActiveRequest) -> None:
         if self.active.get(active.run.key) is active:
             del self.active[active.run.key]
+        self._unbegun.difference_update(choice.sequence_id for choice in active.choices)
         self.progress.set()
 
-    async def _depart(self, close: Callable[[], Awaitable[None]], why: str, suspects: Sequence[int]) -> None:
+    async def _depart(
+        self, close: Callable[[], Awaitable[None]], why: str, cause: str, suspects: Sequence[int]
+    ) -> None:
         self._departing = True
         try:
             async with asyncio.timeout(HAND_OVER_S):
                 await close()
-                await self._hand_back(why, suspects)
+                await self._hand_back(why, cause, suspects)
                 for unread in await self._inbox.outstanding():
-                    await self._give_back(unread.key, unread.attempt, why)
+                    await self._give_back(unread.key, unread.attempt, why, cause)
         except (StoreUnavailable, TimeoutError) as error:
             logger.warning("left requests to the leader", extra={"error": str(error)})
 
-    async def _hand_back(self, why: str, suspected: Sequence[int]) -> None:
+    async def _hand_back(self, why: str, cause: str, suspected: Sequence[int]) -> None:
         """Everything held goes back to the queue; what has a suspected sequence goes as suspect."""
         suspects = {self._sequences[number][0].run.key for number in suspected if number in self._sequences}
         await self.journal.flush()
         # Those whose end was being written too: if it was stored, giving them back changes nothing.
         for active in list(self.active.values()):
             known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
-            await self._drop(active)
-            await self._give_back(active.run.key, active.run.attempt, why, suspect_until=known)
+            await self._drop(active, cause)
+            await self._give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
 
     async def _give_back(
-        self, key: RequestKey, attempt: Attempt, why: str, floor: int = 0, suspect_until: int = 0,
+        self, key: RequestKey, attempt: Attempt, why: str, cause: str, floor: int = 0, suspect_until: int = 0,
         tries: int = HAND_BACK_TRIES,
     ) -> None:  # fmt: skip
-        await self._until_stored(
+        """`why`: for the record. `cause`: the same in a word, one of few."""
+        answer = await self._until_stored(
             lambda: self._store.requeue(
                 moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
             ),
             tries,
         )
+        if answer and answer.verdict == Verdict.OK:
+            self._metrics.requeues.labels(cause).inc()
 
     # Small parts
 

@@ -13,10 +13,12 @@ from services.common.store.inbox import Inbox
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
+from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
 from services.worker.front.holdings import HoldingsPoster
+from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import DrainedError, LostError, Session, to_the_end
 
@@ -44,7 +46,7 @@ class Worker:
 
     def __init__(
         self, config: WorkerConfig, redis: Redis, vocabulary: Vocabulary, address: str, on_engine: OnEngine,
-        on_loading: OnLoading,
+        on_loading: OnLoading, metrics: WorkerMetrics, tracer: Tracer,
     ) -> None:  # fmt: skip
         """`on_engine` hears of each engine that is ready, and of its loss (None)."""
         self._config = config
@@ -53,6 +55,8 @@ class Worker:
         self._address = address
         self._on_engine = on_engine
         self._on_loading = on_loading
+        self._metrics = metrics
+        self._tracer = tracer
         self._directory = WorkerDirectory(redis, config.pool)
 
     async def run(self) -> None:
@@ -67,6 +71,7 @@ class Worker:
                     ready = await self._loaded(engine)
                     served = True
                     self._on_engine(engine)
+                    self._metrics.engine_is(ready)
                     await self._serve(engine, ready)
             except* DrainedError:
                 drained = True
@@ -74,6 +79,7 @@ class Worker:
                 logger.warning("session over", extra={"error": str(ended.exceptions[0])})
             finally:
                 self._on_engine(None)
+                self._metrics.engine_is(None)
             if drained:
                 return
             failures = 0 if served else failures + 1
@@ -96,8 +102,9 @@ class Worker:
         config = self._config
         store = RequestStore(self._redis, config.pool, config.retention_ms)
         session = Session(
-            config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary
-        )
+            config, engine, ready, store, lambda worker: Inbox(self._redis, config.pool, worker), self._vocabulary,
+            self._metrics, self._tracer,
+        )  # fmt: skip
         info = self._info(session, ready)
         await self._register(info)
         logger.info("serving", extra={"worker": session.worker, "engine_pid": engine.pid, "blocks": ready.num_blocks})

@@ -3,7 +3,7 @@
 -- KEYS[2] its inbox
 -- Returns for each: name, value, ... of the fields below
 local SHOWN = {key = true, attempt = true, nonce = true, prompt_tokens = true, generated_tokens = true,
-  max_tokens = true, n = true}
+  max_tokens = true, n = true, traceparent = true}
 
 local shown = {}
 for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do

@@ -135,11 +135,11 @@ end
 
 -- Returns the entry's id, to be stored as intake_entry.
 local function enter_intake(record)
-  local v = redis.call('HMGET', record.name, 'prompt_tokens', 'max_tokens', 'priority', 'tenant')
+  local v = redis.call('HMGET', record.name, 'prompt_tokens', 'max_tokens', 'priority', 'tenant', 'traceparent')
   return redis.call('XADD', INTAKE, '*', 'key', record.key, 'attempt', text(record.attempt), 'nonce', record.nonce,
     'accepted_at_ms', record.accepted_at_ms, 'deadline_at_ms', text(record.deadline_at_ms), 'prompt_tokens', v[1],
     'generated_tokens', text(generated_tokens(record)), 'max_tokens', v[2], 'n', text(record.n), 'priority', v[3],
-    'tenant', v[4], 'suspect_until', text(record.suspect_until))
+    'tenant', v[4], 'suspect_until', text(record.suspect_until), 'traceparent', v[5] or '')
 end
 
 local function leave_intake(record)

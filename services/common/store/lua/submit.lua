@@ -2,7 +2,7 @@
 -- Accept a request: its record comes into being, in the intake under attempt 1. Refused when memory is full.
 -- ARGV[4] key, [5] digest, [6] payload, [7] n, [8] nonce, [9] gateway, [10] resume_ms, [11] deadline_ms from now (0: none),
 -- [12] most entries of the intake, [13] prompt_tokens, [14] max_tokens, [15] priority, [16] tenant,
--- [17] most requests of the tenant in flight (0: any number)
+-- [17] traceparent, [18] most requests of the tenant in flight (0: any number)
 -- Returns verdict, choice, index, accepted_at_ms, deadline_at_ms, now_ms
 if recovering() then return RECOVERING end
 
@@ -11,7 +11,7 @@ if known[1] then
   if known[1] ~= ARGV[5] then return {'conflict', 0, 0, 0, 0, NOW_MS} end
   return {'known', 0, 0, tonumber(known[2]), tonumber(known[3]), NOW_MS}
 end
-local in_flight, tenant_limit = redis.call('SCARD', in_flight_key(ARGV[4])), tonumber(ARGV[17])
+local in_flight, tenant_limit = redis.call('SCARD', in_flight_key(ARGV[4])), tonumber(ARGV[18])
 if tenant_limit > 0 and in_flight >= tenant_limit then return {'quota', 0, in_flight, 0, 0, NOW_MS} end
 local length = redis.call('XLEN', INTAKE)
 if length >= tonumber(ARGV[12]) then return {'full', 0, length, 0, 0, NOW_MS} end
@@ -23,6 +23,6 @@ create(
     accepted_at_ms = text(NOW_MS), deadline_at_ms = deadline_at_ms},
   'accepted',
   {'digest', ARGV[5], 'payload', ARGV[6], 'resume_ms', ARGV[10], 'prompt_tokens', ARGV[13], 'max_tokens', ARGV[14],
-    'priority', ARGV[15], 'tenant', ARGV[16]},
+    'priority', ARGV[15], 'tenant', ARGV[16], 'traceparent', ARGV[17]},
   {})
 return {'ok', 0, 0, NOW_MS, deadline_at_ms, NOW_MS}
