@@ -10,6 +10,7 @@ from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
 from services.common.ids import GatewayId, new_nonce, new_request_id, request_key
+from services.common.log import about
 from services.common.record import moves
 from services.common.telemetry import conventions
 from services.common.telemetry.tracing import Side, Span, Tracer
