@@ -26,7 +26,7 @@ def a_defect() -> Exception:
 def test_an_unforeseen_errors_text_is_left_out_and_its_place_is_told() -> None:
     told = described(a_defect(), with_text=False)
     assert PROMPT not in told
-    for part in ("KeyError", "RuntimeError", "ExceptionGroup", "test_log.py", "a_defect", "--log-prompts true"):
+    for part in ("KeyError", "RuntimeError", "ExceptionGroup", "test_log_texts.py", "a_defect", "--log-prompts true"):
         assert part in told
     assert PROMPT in described(a_defect(), with_text=True)
 
