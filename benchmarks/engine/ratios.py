@@ -43,6 +43,9 @@ COMPARISONS = (
     Comparison(DECODE, "shoal-int8", "llama.cpp-q4_1", 0.65),
     Comparison(STREAMS_8, "shoal-fleet-int8", "llama.cpp-q4_1", 3.0),
     Comparison(STREAMS_32, "shoal-fleet-int8", "llama.cpp-q4_1", 5.0),
+    Comparison(DECODE, "shoal-int8", "openvino-q4_1"),
+    Comparison(STREAMS_8, "shoal-fleet-int8", "openvino-q4_1"),
+    Comparison(STREAMS_32, "shoal-fleet-int8", "openvino-q4_1"),
     Comparison(STREAMS_32, "shoal-fleet", "shoal", 0.92),
 )
 """Bounds for SmolLM2-135M on a machine with AVX-512; what is computed by the engine alone is compared so for the peers'

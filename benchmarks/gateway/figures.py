@@ -58,10 +58,9 @@ def paced() -> list[Figure]:
 
 def behind() -> list[Figure]:
     """The gateway gets a quarter of the time, so that tokens wait for it."""
-
-    with _fleet(step_ms=20) as fleet:
+    with _fleet(step_ms=10) as fleet:
         held_back = _held_back(fleet.pids[Kind.GATEWAY], stopped_s=0.3, running_s=0.1)
-        seen = uvloop.run(stream_all(fleet, OPEN, 300, held_back))
+        seen = uvloop.run(stream_all(fleet, OPEN, 1_000, held_back))
     note = f"{seen.tokens / seen.deltas:.1f} tokens a delta"
     return [
         Figure(

@@ -1,6 +1,6 @@
 """An engine without a model: the real process, planner and loop, and a runner that only keeps time.
 
-Each step takes SHOAL_BENCH_STEP_MS; its tokens are made up. A worker starts it as it starts any engine.
+Each step takes SHOAL_BENCH_STEP_MS; its tokens say when it ended. A worker starts it as it starts any engine.
 """
 
 import os
@@ -12,13 +12,13 @@ from services.common.text.stored_vocabulary import read_vocabulary
 from services.worker import engine_process
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.runner import Runner
-from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
+from services.worker.engine.step_plan import ChunkResult, StepPlan, StepResult
 from services.worker.engine_config import EngineConfig
 from services.worker.pipe import EnginePipe
 
 STEP_MS_VARIABLE = "SHOAL_BENCH_STEP_MS"
-FIRST_TOKEN, NUM_TOKENS = 1_000, 1_000
-"""Tokens of ordinary text."""
+FIRST_TOKEN, NUM_TOKENS, TICK_US = 1_000, 40_000, 10
+"""Tokens of ordinary text: token FIRST_TOKEN + k was sampled k ticks after a multiple of NUM_TOKENS ticks."""
 NUM_BLOCKS = 64 * 1024
 
 
@@ -45,12 +45,20 @@ class PacedStep:
     def result(self) -> StepResult:
         """Wait for its end."""
         time.sleep(max(0.0, self._ends_at_s - time.perf_counter()))
-        return StepResult(tuple(_token(chunk) for chunk in self._plan.chunks))
+        token_id = token_at(time.monotonic_ns() // 1000)
+        return StepResult(
+            tuple(ChunkResult(None if chunk.sample_index is None else token_id) for chunk in self._plan.chunks)
+        )
 
 
-def _token(chunk: SequenceChunk) -> ChunkResult:
-    index = chunk.sample_index
-    return ChunkResult(None if index is None else FIRST_TOKEN + index % NUM_TOKENS)
+def token_at(now_us: int) -> int:
+    """The token that is sampled at a time of the system's monotonic clock."""
+    return FIRST_TOKEN + now_us // TICK_US % NUM_TOKENS
+
+
+def age_us(token_id: int, now_us: int) -> int:
+    """How long ago a token was sampled, if that is less than 0.4 s; to 10 us."""
+    return (now_us // TICK_US - (token_id - FIRST_TOKEN)) % NUM_TOKENS * TICK_US
 
 
 def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:

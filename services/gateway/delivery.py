@@ -20,6 +20,7 @@ from services.gateway.hints import Hints
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Stream
+from services.gateway.wakes import Wakes
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
     """The RPC of DeliveryService. `tasks` owns one reading task a link; `clock` is the loop's, in s."""
 
     def __init__(
-        self, streams: OpenStreams, departures: Departures, hints: Hints, tasks: asyncio.TaskGroup,
+        self, streams: OpenStreams, departures: Departures, hints: Hints, wakes: Wakes, tasks: asyncio.TaskGroup,
         metrics: GatewayMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._streams = streams
         self._departures = departures
         self._hints = hints
+        self._wakes = wakes
         self._tasks = tasks
         self._metrics = metrics
         self._clock = clock
@@ -103,11 +105,14 @@ class DeliveryService(delivery_pb2_grpc.DeliveryServiceServicer):
                 continue
             attempt = _attempt(frame.attempt)
             had_tokens = stream.has_tokens
-            if stream.take(attempt, frame.delta, now_s) is Acceptance.GAP:
+            acceptance = stream.take(attempt, frame.delta, now_s)
+            if acceptance is Acceptance.NEW:
+                self._wakes.add(stream)
+                if not had_tokens:
+                    stream.first_token_at_s = now_s
+                    self._metrics.first_token(stream)
+            elif acceptance is Acceptance.GAP:
                 link.resume(attempt, stream)
-            elif stream.has_tokens and not had_tokens:
-                stream.first_token_at_s = now_s
-                self._metrics.first_token(stream)
 
     def _open(self, wish: delivery_pb2.Open, link: "_Link") -> None:
         key, attempt, reader = wish.key, _attempt(wish.attempt), wish.reader

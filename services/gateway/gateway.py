@@ -48,6 +48,7 @@ from services.gateway.replay import Replay
 from services.gateway.requests import Requests
 from services.gateway.server import InferenceService
 from services.gateway.tokenizer_client import TokenizerClient
+from services.gateway.wakes import Wakes
 from services.gateway.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ async def _serve(
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
+    wakes = Wakes(clock)
     assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
     capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
     requests = Requests(redis, config.pool, store, streams, departures, replay, counted, tracer, clock)
@@ -121,7 +123,7 @@ async def _serve(
     async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
         for started in (public, fleet):
             servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
-        links = DeliveryService(streams, departures, hints, tasks, counted, clock)
+        links = DeliveryService(streams, departures, hints, wakes, tasks, counted, clock)
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
@@ -146,6 +148,7 @@ async def _serve(
             for part in (
                 departures,
                 hints,
+                wakes,
                 backlog,
                 known,
                 Lease(GatewayLease(redis), gateway, streams, readiness, clock),

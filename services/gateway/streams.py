@@ -93,7 +93,10 @@ class Stream:
         return self.reader.open(attempt, reader)
 
     def take(self, attempt: Attempt, delta: inference_pb2.Delta, now_s: float) -> Acceptance:
-        """Judge new tokens, and put them into the stream if they follow. GAP: the worker is to be told to go back."""
+        """Judge new tokens, and put them into the stream if they follow.
+
+        NEW: `wake` is to be called at once or with others. GAP: the worker is to be told to go back.
+        """
         choice = delta.choice
         if self._closed or choice >= len(self._waiting):
             return Acceptance.REFUSED
@@ -102,7 +105,7 @@ class Stream:
         if acceptance is not Acceptance.REFUSED:
             self.heard_at_s = now_s
         if acceptance is Acceptance.NEW:
-            self.deliver(choice, delta.index, tokens, delta.text, delta.logprobs)
+            self._put(choice, delta.index, tokens, delta.text, delta.logprobs)
         return acceptance
 
     def take_end(self, attempt: Attempt, end: End, completion_tokens: int | None) -> bool:
@@ -123,9 +126,11 @@ class Stream:
         self, choice: int, index: int, tokens: Sequence[int], text: str, logprobs: Sequence[TokenLogprobs] = ()
     ) -> None:
         """These tokens, of which the first has this index, follow in the client's stream."""
-        self.reader.deliver(choice, tokens)
-        self.has_tokens = True
-        self._waiting[choice].add(index, tokens, text, logprobs)
+        self._put(choice, index, tokens, text, logprobs)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Send what waits."""
         self._wake.set()
 
     def finish(self, end: End) -> None:
@@ -155,6 +160,13 @@ class Stream:
     @property
     def _closed(self) -> bool:
         return self._frozen or self.end is not None
+
+    def _put(
+        self, choice: int, index: int, tokens: Sequence[int], text: str, logprobs: Sequence[TokenLogprobs]
+    ) -> None:
+        self.reader.deliver(choice, tokens)
+        self.has_tokens = True
+        self._waiting[choice].add(index, tokens, text, logprobs)
 
     # What the client gets
 

@@ -2,13 +2,15 @@
 
     length of payload u32, little-endian | code u8 | payload
 
-The process says READY once, when its model is read; then each frame to it is answered by one frame.
+The process says READY once, when its model is read. Then each message to it is a number of frames (u8) and the frames;
+it is answered by as many, in the same order, together.
 """
 
 import struct
 from enum import IntEnum
 
 HEADER = struct.Struct("<IB")
+COUNT = struct.Struct("<B")
 
 
 class Operation(IntEnum):

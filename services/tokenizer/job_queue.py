@@ -9,6 +9,9 @@ from services.tokenizer.frames import Operation
 
 # Encoding this much takes about 15 ms. At most all processes but one work at longer inputs.
 LONG_INPUT_BYTES = 1 << 16
+MAX_TOGETHER = 16
+MAX_BYTES_TOGETHER = 1 << 15
+"""About 8 ms of work: the first of them waits for the last."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +30,11 @@ class Job:
     def is_long(self) -> bool:
         """Whether only some of the processes may work at it. How long a form takes, its size does not say."""
         return len(self.payload) > LONG_INPUT_BYTES or self.operation is Operation.CHECK_FORMAT
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether a process must not be given anything else with it."""
+        return self.is_long or self.attempts > 0
 
 
 class JobQueue:
@@ -70,6 +78,23 @@ class JobQueue:
             self._bells.append(bell)
             await asyncio.wait({bell, gone}, return_when=asyncio.FIRST_COMPLETED)
         return None
+
+    def take_along(self, first: Job, num_processes: int) -> list[Job]:
+        """Remove what goes to the process together with `first`, which is in front: a share of what waits.
+
+        Long inputs go alone, and so do those at which a process was lost: whoever is to blame is found by that.
+        """
+        together, num_bytes = [first], len(first.payload)
+        if first.goes_alone:
+            return together
+        most = min(MAX_TOGETHER, -(-(1 + len(self._jobs)) // num_processes))
+        for job in list(self._jobs):
+            num_bytes += len(job.payload)
+            if len(together) >= most or num_bytes > MAX_BYTES_TOGETHER or job.goes_alone:
+                break
+            self.forget(job)
+            together.append(job)
+        return together
 
     def forget(self, job: Job) -> None:
         """Remove a job if it still waits."""

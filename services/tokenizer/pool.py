@@ -1,21 +1,21 @@
 """A pool of processes that encode and decode, each beside the front at the end of a socket pair.
 
-One task a seat keeps one process there: it starts the process, hands it one job at a time, and starts another when it
-is lost. A job whose process was lost is done once more, by whichever process is free.
+One task a seat keeps one process there: it starts the process, hands it one job at a time, or some short ones together,
+and starts another when it is lost. A job whose process was lost is done once more, alone, by whichever process is free.
 """
 
 import asyncio
 import logging
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import services
 from services.common.errors import DeadlineExceeded, Internal, InvalidRequest, ShoalError, Unavailable
-from services.tokenizer.frames import HEADER, Answer, Operation, frame, header
+from services.tokenizer.frames import COUNT, HEADER, Answer, Operation, frame, header
 from services.tokenizer.job_queue import Job, JobQueue
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Pool:
                     num_failed_starts = 0
                     self.ready.set()
                     while (job := await self._queue.take(long_too, link.gone)) is not None:
-                        await self._run_job(job, link)
+                        await self._run(self._queue.take_along(job, self._limits.num_processes), link)
                     raise _ProcessLostError("it ended while it had nothing to do")
             except _ProcessLostError as error:
                 logger.warning("a pool process was lost; another takes its seat", extra={"cause": str(error)})
@@ -113,37 +113,44 @@ class Pool:
                 logger.exception("a pool process could not start", extra={"retry_in_s": delay_s})
                 await asyncio.sleep(delay_s)
 
-    async def _run_job(self, job: Job, link: "_Link") -> None:
-        """Have one job done and resolve it. Raises _ProcessLostError, with the job taken care of."""
-        if job.answer.done():
+    async def _run(self, jobs: Sequence[Job], link: "_Link") -> None:
+        """Have jobs done and resolve them. Raises _ProcessLostError, with the jobs taken care of."""
+        jobs = [job for job in jobs if not job.answer.done()]
+        if not jobs:
             return
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        is_form = job.operation is Operation.CHECK_FORMAT
+        is_form = jobs[0].operation is Operation.CHECK_FORMAT
         limit_s = self._limits.format_limit_s if is_form else self._limits.job_limit_s
         try:
             async with asyncio.timeout(limit_s):
-                answer, payload = await link.ask(job.operation, job.payload)
+                answers = await link.ask(jobs)
         except TimeoutError as error:
             limit_ms = round(limit_s * 1000)
-            _fail(job, _form_too_complex(limit_ms) if is_form else _input_too_long(limit_ms))
+            if len(jobs) == 1:
+                _fail(jobs[0], _form_too_complex(limit_ms) if is_form else _input_too_long(limit_ms))
+            else:
+                self._give_another_chance(jobs)
             raise _ProcessLostError(f"no answer within {limit_ms} ms") from error
         except _NotBegunError:
-            self._queue.put_back(job)
+            for job in reversed(jobs):
+                self._queue.put_back(job)
             raise
         except _ProcessLostError:
-            self._give_another_chance(job)
+            self._give_another_chance(jobs)
             raise
-        self._mean_job_s += 0.1 * (loop.time() - started_s - self._mean_job_s)
-        _resolve(job, answer, payload)
+        self._mean_job_s += 0.1 * ((loop.time() - started_s) / len(jobs) - self._mean_job_s)
+        for job, (answer, payload) in zip(jobs, answers, strict=True):
+            _resolve(job, answer, payload)
 
-    def _give_another_chance(self, job: Job) -> None:
-        job.attempts += 1
-        if job.attempts < MAX_ATTEMPTS:
-            self._queue.put_back(job)
-            return
-        message = f"{job.attempts} processes were lost while they worked at this input; try again later"
-        _fail(job, Unavailable(message, reason="TOKENIZER_PROCESS_LOST", retry_after_ms=MAX_RETRY_MS))
+    def _give_another_chance(self, jobs: Sequence[Job]) -> None:
+        for job in reversed(jobs):
+            job.attempts += 1
+            if job.attempts < MAX_ATTEMPTS:
+                self._queue.put_back(job)
+                continue
+            message = f"{job.attempts} processes were lost while they worked at this input; try again later"
+            _fail(job, Unavailable(message, reason="TOKENIZER_PROCESS_LOST", retry_after_ms=MAX_RETRY_MS))
 
     def _retry_after_ms(self) -> int:
         """When about the queue of now will have been worked off."""
@@ -160,8 +167,8 @@ class _Link:
     gone: asyncio.Future[int]
     """Done once the process has ended."""
 
-    async def ask(self, operation: Operation, payload: bytes) -> tuple[Answer, bytes]:
-        """Send a frame and wait for the one that answers it. Raises _ProcessLostError, or _NotBegunError.
+    async def ask(self, jobs: Sequence[Job]) -> list[tuple[Answer, bytes]]:
+        """Send jobs and wait for the frames that answer them. Raises _ProcessLostError, or _NotBegunError.
 
         A Unix socket whose other end is closed says whether everything sent was read there: if so, it ends; if not, it
         reports an error, on reading (ECONNRESET) as on writing (EPIPE).
@@ -169,20 +176,19 @@ class _Link:
         if self.reader.at_eof():
             raise _NotBegunError("it had hung up")
         try:
-            await self._send(operation, payload)
-            return await self.receive()
+            await self._send(jobs)
+            return [await self.receive() for _ in jobs]
         except ConnectionError as error:
             raise _NotBegunError("it hung up without reading") from error
 
-    async def _send(self, operation: Operation, payload: bytes) -> None:
-        if len(payload) <= CHUNK_BYTES:
-            self.writer.write(frame(operation, payload))
-            await self.writer.drain()
-            return
-        self.writer.write(header(operation, payload))
-        for start in range(0, len(payload), CHUNK_BYTES):
-            self.writer.write(payload[start : start + CHUNK_BYTES])
-            await self.writer.drain()
+    async def _send(self, jobs: Sequence[Job]) -> None:
+        self.writer.write(COUNT.pack(len(jobs)) + b"".join(_frame_or_header(job) for job in jobs))
+        for job in jobs:
+            if len(job.payload) > CHUNK_BYTES:  # It is alone.
+                for start in range(0, len(job.payload), CHUNK_BYTES):
+                    self.writer.write(job.payload[start : start + CHUNK_BYTES])
+                    await self.writer.drain()
+        await self.writer.drain()
 
     async def receive(self) -> tuple[Answer, bytes]:
         """Wait for a frame. Raises _ProcessLostError if the process is gone, or ConnectionError."""
@@ -224,6 +230,13 @@ async def _started_process(model_path: Path) -> AsyncIterator[_Link]:
         if not gone.done():
             process.kill()
         await gone
+
+
+def _frame_or_header(job: Job) -> bytes:
+    """A frame; of one that is sent in chunks, what comes before them."""
+    if len(job.payload) > CHUNK_BYTES:
+        return header(job.operation, job.payload)
+    return frame(job.operation, job.payload)
 
 
 def _resolve(job: Job, answer: Answer, payload: bytes) -> None:

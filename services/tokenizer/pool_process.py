@@ -1,4 +1,4 @@
-"""One process of the pool: reads the model's files, then answers one frame at a time until the front is gone.
+"""One process of the pool: reads the model's files, then answers one message at a time until the front is gone.
 
 Started by the pool as `python -m services.tokenizer.pool_process <socket's file descriptor> <model's path>`.
 """
@@ -13,7 +13,7 @@ from services.common.log import described
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.tokenizer.encoding import InputError, TextCodec
-from services.tokenizer.frames import HEADER, Answer, Operation, frame
+from services.tokenizer.frames import COUNT, HEADER, Answer, Operation, frame
 
 
 def main(arguments: list[str]) -> None:
@@ -33,15 +33,27 @@ def main(arguments: list[str]) -> None:
 
 
 def _serve(link: socket.socket, requests: BinaryIO, codec: TextCodec) -> None:
-    while len(header := requests.read(HEADER.size)) == HEADER.size:
-        num_bytes, code = HEADER.unpack(header)
-        payload = requests.read(num_bytes)
-        if len(payload) < num_bytes:
-            return
+    while len(count := requests.read(COUNT.size)) == COUNT.size:
+        answers = []
+        for _ in range(*COUNT.unpack(count)):
+            asked = _read_frame(requests)
+            if asked is None:
+                return
+            answers.append(_answer(codec, *asked))
         try:
-            link.sendall(_answer(codec, Operation(code), payload))
+            link.sendall(b"".join(answers))
         except (BrokenPipeError, ConnectionResetError):
             return
+
+
+def _read_frame(requests: BinaryIO) -> tuple[Operation, bytes] | None:
+    """Wait for a frame; None: the front is gone."""
+    header = requests.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    num_bytes, code = HEADER.unpack(header)
+    payload = requests.read(num_bytes)
+    return (Operation(code), payload) if len(payload) == num_bytes else None
 
 
 def _answer(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.gateway.figures import Figure
-from benchmarks.gateway.paced_engine import FIRST_TOKEN, PacedRunner
+from benchmarks.gateway.paced_engine import PacedRunner, age_us, token_at
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 
@@ -14,7 +14,14 @@ def a_chunk(sample_index: int | None) -> SequenceChunk:
 
 def test_a_paced_step_samples_where_a_token_is_wanted_and_only_there() -> None:
     result = PacedRunner(0.0).launch(StepPlan(1, (a_chunk(0), a_chunk(None), a_chunk(7)))).result()
-    assert [chunk.token_id for chunk in result.chunks] == [FIRST_TOKEN, None, FIRST_TOKEN + 7]
+    first, nothing, last = (chunk.token_id for chunk in result.chunks)
+    assert first == last is not None
+    assert nothing is None
+
+
+@pytest.mark.parametrize("now_us", [0, 399_990, 400_000, 123_456_789])
+def test_a_token_says_how_long_ago_it_was_sampled(now_us: int) -> None:
+    assert age_us(token_at(now_us), now_us + 25_000) == 25_000
 
 
 @pytest.mark.parametrize(

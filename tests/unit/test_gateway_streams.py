@@ -24,6 +24,8 @@ from services.gateway.hints import Hints
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.open_streams import OpenStreams
 from services.gateway.streams import Accepted, Stream
+from services.gateway.wakes import FEW, Wakes
+from tests.unit.eventually import eventually
 
 KEY = RequestKey("default/a")
 FIRST = Attempt(1, "n")
@@ -90,6 +92,7 @@ def test_log_probabilities_that_wait_are_counted_until_they_are_sent() -> None:
 async def test_tokens_that_come_while_the_client_is_sent_others_go_in_front_of_the_end() -> None:
     stream = a_stream()
     stream.take(FIRST, a_delta(0, [1]), 1)
+    stream.wake()
     seen = []
     async for response in stream.responses():
         seen.append(response.WhichOneof("event"))
@@ -166,7 +169,8 @@ async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again
         departures = Departures(RequestStore(Redis(), "unused", 1))
         hints = Hints(WorkerDirectory(Redis(), "unused"))
         metrics = GatewayMetrics(Metrics(), lambda: 0, lambda: 0.0)
-        link = DeliveryService(streams, departures, hints, tasks, metrics, lambda: 0.0).Deliver(messages(), call)
+        service = DeliveryService(streams, departures, hints, Wakes(lambda: 0.0), tasks, metrics, lambda: 0.0)
+        link = service.Deliver(messages(), call)
         answer = tasks.create_task(_next(link))
         with streams.arriving(KEY):
             attempt = delivery_pb2.AttemptId(number=FIRST.number, nonce=FIRST.nonce)
@@ -178,3 +182,40 @@ async def test_a_worker_that_asks_too_early_under_a_number_that_redis_gave_again
         assert [resume.key for resume in (await answer).resumes] == [KEY]
         for callback in call.when_done:
             callback(call)
+
+
+NUM_STEPS = 20
+
+
+async def deltas_of_steps(num_streams: int) -> list[int]:
+    """Give each stream a token a step, one step right after the other; how many deltas each was sent them in."""
+    streams, wakes = [a_stream() for _ in range(num_streams)], Wakes(lambda: 0.0)
+
+    async def read(stream: Stream) -> list[list[int]]:
+        return [list(response.delta.token_ids) async for response in stream.responses() if response.HasField("delta")]
+
+    async with asyncio.TaskGroup() as tasks:
+        reading = [tasks.create_task(read(stream)) for stream in streams]
+        waking = tasks.create_task(wakes.run())
+        for index in range(NUM_STEPS):
+            for stream in streams:
+                assert stream.take(FIRST, a_delta(index, [7]), 1) is Acceptance.NEW
+                wakes.add(stream)
+            for _ in range(4):  # The streams that are woken at once have sent by then.
+                await asyncio.sleep(0)
+        await eventually(lambda: not any(stream.num_waiting_bytes for stream in streams))
+        for stream in streams:
+            stream.finish(pb.Finished())
+        waking.cancel()
+    for task in reading:
+        assert [token for delta in task.result() for token in delta] == [7] * NUM_STEPS
+    return [len(task.result()) for task in reading]
+
+
+async def test_while_tokens_come_in_for_many_streams_they_are_kept_and_go_out_together() -> None:
+    # One delta, unless this process was held up in between.
+    assert max(await deltas_of_steps(FEW + 1)) <= NUM_STEPS // 2
+
+
+async def test_a_few_streams_wait_for_nothing() -> None:
+    assert await deltas_of_steps(FEW) == [NUM_STEPS] * FEW

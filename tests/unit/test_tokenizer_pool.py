@@ -18,6 +18,7 @@ from gen.shoal.inference.v1.inference_pb2 import ResponseFormat
 from services.common.errors import DeadlineExceeded, Exhausted, InvalidRequest, Unavailable
 from services.common.model.location import default_model_path
 from services.tokenizer.frames import Operation
+from services.tokenizer.job_queue import LONG_INPUT_BYTES, MAX_BYTES_TOGETHER, MAX_TOGETHER, Job, JobQueue
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from tests.unit.eventually import eventually
 
@@ -199,3 +200,44 @@ async def test_a_pool_whose_model_cannot_be_read_does_not_start(
     with pytest.RaisesGroup(PoolStartError):
         await Pool(path, PoolLimits(1, 1, 1, 1.0, 1.0)).run()
     assert "not a GGUF file" in capfd.readouterr().err
+
+
+async def test_an_input_that_is_refused_harms_none_that_went_with_it() -> None:
+    async with a_pool(num_processes=1) as pool:
+        answers = await asyncio.gather(
+            *(encode(pool, EncodeRequest().SerializeToString() if number % 3 == 0 else SHORT) for number in range(30)),
+            return_exceptions=True,
+        )
+    for number, answer in enumerate(answers):
+        if number % 3 == 0:
+            assert isinstance(answer, InvalidRequest)
+        else:
+            assert answer == SHORT_TOKENS
+
+
+def a_job(num_bytes: int = 10, attempts: int = 0) -> Job:
+    return Job(Operation.ENCODE, b"x" * num_bytes, asyncio.get_running_loop().create_future(), attempts)
+
+
+async def taken_together(first: Job, waiting: list[Job], num_processes: int = 1) -> list[Job]:
+    queue = JobQueue(max_jobs=1_000, max_bytes=1 << 30)
+    for job in waiting:
+        queue.put(job, 0)
+    together = queue.take_along(first, num_processes)
+    assert together[0] is first
+    assert len(queue) == len(waiting) - len(together) + 1
+    return together
+
+
+async def test_a_process_is_given_its_share_of_short_inputs_and_not_more_than_a_few() -> None:
+    assert len(await taken_together(a_job(), [a_job() for _ in range(9)], num_processes=2)) == 5
+    assert len(await taken_together(a_job(), [a_job() for _ in range(100)])) == MAX_TOGETHER
+    assert len(await taken_together(a_job(), [a_job(MAX_BYTES_TOGETHER // 3) for _ in range(9)])) == 3
+    assert len(await taken_together(a_job(), [])) == 1
+
+
+async def test_what_is_long_or_was_at_work_in_a_lost_process_goes_alone() -> None:
+    for lonely in (a_job(LONG_INPUT_BYTES + 1), a_job(attempts=1)):
+        assert await taken_together(lonely, [a_job() for _ in range(9)]) == [lonely]
+        first, second = a_job(), a_job()
+        assert await taken_together(first, [second, lonely, a_job()]) == [first, second]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.engine.peers.gguf_model import load_model
 from benchmarks.engine.protocol import Answer, serve
+from benchmarks.peers.gguf_model import load_model
 
 
 class FirstToken:

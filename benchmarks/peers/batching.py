@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks.engine.peers.gguf_model import load_model
 from benchmarks.engine.protocol import Answer, serve
+from benchmarks.peers.gguf_model import load_model
 
 # What it makes of a CPU's memory by itself is far more than these workloads need: 32 streams of 192 tokens. Pages have
 # the default size, 256 tokens; 32 were not faster.
