@@ -93,19 +93,24 @@ class CudaRunner:
         chunks = plan.chunks
         graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
         if graph_size is not None:
-            sizes = decode_sizes(graph_size, self._table_blocks)
+            sizes = self._decode_sizes(graph_size)
             self._give_inputs(chunks, sizes, None)
             self._graphs.replay(graph_size)
         else:
-            sizes, tiles = mixed_sizes(chunks, self._table_blocks)
+            sizes, tiles = mixed_sizes(
+                chunks, self._table_blocks, has_fp8_cache=self._cache.is_fp8, may_be_dense=self._model.may_be_dense
+            )
             self._give_inputs(chunks, sizes, tiles)
             self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=False)
         return self._read(plan, self._inputs(sizes), sizes)
 
     def _launch_decodes(self, num_rows: int) -> None:
         """What a graph of decodes holds."""
-        sizes = decode_sizes(num_rows, self._table_blocks)
+        sizes = self._decode_sizes(num_rows)
         self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=True)
+
+    def _decode_sizes(self, num_rows: int) -> StepSizes:
+        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self._cache.is_fp8)
 
     def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
         return views(self._numbers, sizes)

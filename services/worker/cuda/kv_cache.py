@@ -6,6 +6,7 @@ import torch
 
 from services.worker.engine.step_plan import BlockCopy
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.rows import FP8
 from services.worker.runner.models.decoder_weights import DecoderConfig
 
 
@@ -21,6 +22,7 @@ class DeviceKvCache:
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size_tokens, config.head_dim)
         # Cleared: what lies in a slot that nobody wrote must not be NaN, which no weight of 0 takes away.
         self._kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_fp8 = dtype == FP8
         self.layers = tuple(PagedLayer(kv) for kv in self._kv)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:

@@ -72,7 +72,7 @@ def _swiglu(
         up = up * row_scale * up_scale
     activated = gate / (1.0 + tl.exp(-gate)) * up
     if out_scales is not None:
-        scale = tl.maximum(tl.max(tl.abs(activated)), 1e-12) / FP8_LIMIT
-        tl.store(out_scales + row, scale)
-        activated = tl.minimum(tl.maximum(activated / scale, -FP8_LIMIT), FP8_LIMIT)
+        largest = tl.maximum(tl.max(tl.abs(activated)), 1e-12)
+        tl.store(out_scales + row, largest / FP8_LIMIT)
+        activated = tl.minimum(tl.maximum(activated * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
     tl.store(out + row * size + columns, activated.to(out.dtype.element_ty), inside)
