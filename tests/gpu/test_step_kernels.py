@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import services.worker.kernels.swiglu as swiglu_module
 from services.worker.kernels.choose_token import (
     Draws,
     choose_likeliest,
@@ -84,6 +85,19 @@ def test_a_gate_opens(num_rows: int, size: int, dtype: torch.dtype, has_scales: 
     out = rows_like(num_rows, size, dtype, to_fp8=to_fp8)
     swiglu(gate_up, out)
     assert_rows_near(out, swiglu_reference(gate_up, to_fp8), dtype)
+
+
+def test_a_gate_opens_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not IS_CUDA:
+        monkeypatch.setattr(swiglu_module, "_MANY_ROWS", 3)
+        monkeypatch.setattr(swiglu_module, "_PIECE", 128)
+    num_rows, size = (513, 14336) if IS_CUDA else (3, 300)
+    gate_up = a_product(num_rows, 2 * size, DTYPES[1], has_scales=True)
+    expected = swiglu_reference(gate_up, True)
+    # As in a layer: the scales that are written are those that were read.
+    out = Rows(rows_like(num_rows, size, DTYPES[1], to_fp8=True).values, gate_up.row_scales)
+    swiglu(gate_up, out)
+    assert_rows_near(out, expected, DTYPES[1])
 
 
 @pytest.mark.parametrize(("num_rows", "size"), SHAPES)
