@@ -3,7 +3,6 @@
 The engine is a process of its own, as a worker's is: the requests go to it as files, one for each seed.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -67,23 +66,3 @@ def _vocabulary_tokens(model: Path) -> int:
         return int(json.loads(path.read_bytes()[:MAX_CONFIG_BYTES])["vocab_size"])
     except (OSError, ValueError, KeyError) as error:
         raise LoadError(f"{path} does not say the model's vocab_size: {error!r}") from error
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m shoal.bench.engine`, as `shoal bench engine`. Other options are the engine's."""
-    parser = argparse.ArgumentParser(prog="shoal bench engine", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model's folder")
-    parser.add_argument(
-        "--workload", required=True, metavar="NAME|FILE", help="a name of docs/benchmarks.md, or a file"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of a name: a run each (0 1 2)")
-    given, options = parser.parse_known_args(arguments)
-    try:
-        return run_engine(given.workload, given.seeds, given.model, options)
-    except LoadError as error:
-        print(f"shoal: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
