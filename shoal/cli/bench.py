@@ -1,4 +1,4 @@
-"""`shoal bench serve`: load on a server, and what its users would see."""
+"""`shoal bench`: `serve` is load on a server, and what its users would see; the others are in `bench_engine`."""
 
 import argparse
 import asyncio
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal._gateways import call_metadata
+from shoal.cli import bench_engine
 from shoal.cli.access import add_access_flags
 from shoal.cli.asking import gateways_of
 from shoal.fleet.errors import FleetError
@@ -49,6 +50,7 @@ def add_to(commands: Any) -> None:
     serve.add_argument("--json", type=Path, metavar="FILE", help="write figures and every request there")
     serve.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the latencies' distributions there")
     serve.set_defaults(run=run)
+    bench_engine.add_to(kinds)
 
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:

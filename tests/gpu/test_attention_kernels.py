@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from services.worker.cuda.dense_attention import DenseRun, dense_attention
 from services.worker.kernels.decode_attention import (
     DecodeBatch,
-    PieceResults,
     cut_contexts,
     decode_attention,
     decode_attention_reference,
+    piece_results,
 )
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.prefill_attention import cut_chunks, prefill_attention, prefill_attention_reference
@@ -63,14 +64,15 @@ def test_a_batch_of_any_lengths_attends_in_one_launch(
     filled = np.full((most_pieces + 2, 4), -1, dtype=np.int32)
     filled[: len(pieces)] = pieces
     batch = DecodeBatch(torch.from_numpy(filled).to(DEVICE), torch.from_numpy(splits).to(DEVICE), tables)
-    room = PieceResults(
-        torch.full((len(filled), num_heads, head_dim), math.nan, device=DEVICE),
-        torch.full((len(filled), num_heads), math.nan, device=DEVICE),
-    )
-    out = torch.full_like(queries, math.nan)
-    decode_attention(queries, layer, batch, room, out, window)
+    room = piece_results(len(filled), len(LENGTHS), num_heads, num_kv_heads, head_dim, DEVICE)
+    room.sums.fill_(math.nan)
+    room.log_weights.fill_(math.nan)
     expected = decode_attention_reference(queries, layer, torch.from_numpy(contexts), tables, window)
-    assert_near(out, expected)
+    for _ in range(2):
+        out = torch.full_like(queries, math.nan)
+        decode_attention(queries, layer, batch, room, out, window)
+        assert_near(out, expected)
+        assert not room.num_done.any(), "it is left as the next launch needs it"
 
 
 def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
@@ -79,7 +81,7 @@ def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
     queries = random(seeded(7), 2, num_heads, head_dim)
     pieces = torch.tensor([[0, 0, 3, 3], [-1, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
     splits = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
-    room = PieceResults(queries.new_empty(2, num_heads, head_dim), queries.new_empty(2, num_heads))
+    room = piece_results(2, 2, num_heads, num_kv_heads, head_dim, DEVICE)
     out = torch.full_like(queries, 5.0)
     decode_attention(queries, layer, DecodeBatch(pieces, splits, tables), room, out)
     assert (out[1] == 5.0).all()
@@ -132,3 +134,22 @@ def test_both_kernels_agree_on_one_token() -> None:
     tiles = torch.from_numpy(cut_chunks(rows, np.ones_like(rows), np.array(LENGTHS, dtype=np.int32) - 1)).to(DEVICE)
     expected = decode_attention_reference(queries, layer, contexts, tables, None)
     assert_near(prefill_attention_reference(queries, layer, tiles, tables, None), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_CUDA, reason="cuDNN is the device's")
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_whole_prompts_are_attended_by_cudnn(num_sequences: int) -> None:
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    num_rows = 5 + num_sequences * 512
+    qkv = random(seeded(3), num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16)
+    queries, keys, values = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    out = torch.full((num_rows, num_heads, head_dim), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    dense_attention(queries.contiguous(), keys, values, out, DenseRun(5, num_sequences, 512))
+    assert (out[:5] == 7.0).all()
+    by_sequence = (num_sequences, 512)
+    group = num_heads // num_kv_heads
+    q, k, v = (x[5:].float().unflatten(0, by_sequence).transpose(1, 2) for x in (queries, keys, values))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_near(out[5:], expected.transpose(1, 2).flatten(0, 1), torch.bfloat16)

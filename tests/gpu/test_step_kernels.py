@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import services.worker.kernels.swiglu as swiglu_module
 from services.worker.kernels.choose_token import (
     Draws,
     choose_likeliest,
@@ -15,7 +16,7 @@ from services.worker.kernels.choose_token import (
     part_results,
 )
 from services.worker.kernels.embedding import embed, embed_reference
-from services.worker.kernels.gemv import gemv, gemv_reference
+from services.worker.kernels.gemv import gemv, gemv_reference, gemv_swiglu, gemv_swiglu_reference
 from services.worker.kernels.norm import add_rms_norm, add_rms_norm_reference
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write, rope_and_write_reference
@@ -84,6 +85,19 @@ def test_a_gate_opens(num_rows: int, size: int, dtype: torch.dtype, has_scales: 
     out = rows_like(num_rows, size, dtype, to_fp8=to_fp8)
     swiglu(gate_up, out)
     assert_rows_near(out, swiglu_reference(gate_up, to_fp8), dtype)
+
+
+def test_a_gate_opens_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not IS_CUDA:
+        monkeypatch.setattr(swiglu_module, "_MANY_ROWS", 3)
+        monkeypatch.setattr(swiglu_module, "_PIECE", 128)
+    num_rows, size = (513, 14336) if IS_CUDA else (3, 300)
+    gate_up = a_product(num_rows, 2 * size, DTYPES[1], has_scales=True)
+    expected = swiglu_reference(gate_up, True)
+    # As in a layer: the scales that are written are those that were read.
+    out = Rows(rows_like(num_rows, size, DTYPES[1], to_fp8=True).values, gate_up.row_scales)
+    swiglu(gate_up, out)
+    assert_rows_near(out, expected, DTYPES[1])
 
 
 @pytest.mark.parametrize(("num_rows", "size"), SHAPES)
@@ -155,6 +169,11 @@ def test_queries_are_turned_and_keys_and_values_written(
 
     assert torch.equal(by_slot(kv)[untouched], by_slot(expected_kv)[untouched])
 
+    rope_and_write(qkv, weights, positions, slots, PagedLayer(kv), queries, keeps_dense=True)
+    dense = qkv.product.view(num_tokens, -1, head_dim)[slots >= 0, num_heads:].float()
+    cached = by_slot(expected_kv).view(num_blocks * block_size, -1, head_dim)[slots[slots >= 0].long()]
+    assert float((dense - cached).norm() / cached.norm()) < (0.04 if kv_dtype else 2e-3)
+
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(130, 4096), (64, 14336)] if IS_CUDA else [(7, 48), (3, 130)])
 @pytest.mark.parametrize("weight_dtype", [*DTYPES, FP8])
@@ -167,6 +186,11 @@ def test_one_row_is_multiplied(num_outputs: int, num_inputs: int, weight_dtype: 
     out = torch.full((1, num_outputs), math.nan, device=DEVICE).to(dtype)
     gemv(row, weight, scales, out)
     assert_near(out, gemv_reference(row, weight, scales))
+    halves = weight[: num_outputs // 2 * 2]
+    out = torch.full((1, num_outputs // 2), math.nan, device=DEVICE).to(dtype)
+    scales = None if scales is None else scales[: len(halves)]
+    gemv_swiglu(row, halves, scales, out)
+    assert_near(out, gemv_swiglu_reference(row, halves, scales))
 
 
 @pytest.mark.parametrize("num_rows", [2, 16, 33, 64] if IS_CUDA else [2, 17])
@@ -181,7 +205,7 @@ def test_few_rows_are_multiplied_and_their_parts_added_by_the_norm(
     rows = random(generator, num_rows, num_inputs, dtype=dtype)
     weight = random(generator, num_outputs, num_inputs, dtype=dtype)
     out = torch.full((num_splits, num_rows, num_outputs), math.nan, device=DEVICE)
-    small_product(rows, weight, out, tuning)
+    small_product(rows, weight, out, tuning, pdl=IS_CUDA)
     expected = small_product_reference(rows, weight, num_splits)
     assert_near(out, expected, DTYPES[1] if dtype != FP8 else torch.bfloat16)
 

@@ -26,6 +26,7 @@ from services.worker.kernels.decode_attention import (
     PieceResults,
     cut_contexts,
     decode_attention,
+    piece_results,
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
@@ -130,7 +131,7 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
         ]
         tables = torch.randperm(num_rows * blocks, device="cuda").to(torch.int32).view(num_rows, blocks)
         queries = torch.randn((num_rows, HEADS, HEAD_DIM), device="cuda").to(torch.bfloat16)
-        for most_pieces in sorted({max(num_rows, 32), 2 * num_rows, 3 * num_rows, num_rows + 64, 64}):
+        for most_pieces in sorted({num_rows, 16, 32, 48, 64, 2 * num_rows}):
             if most_pieces < num_rows:
                 continue
             contexts = np.full(num_rows, context, dtype=np.int32)
@@ -138,10 +139,7 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
                 torch.from_numpy(x).cuda() for x in cut_contexts(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
             )
             batch = DecodeBatch(pieces, splits, tables)
-            room = PieceResults(
-                torch.empty((len(pieces), HEADS, HEAD_DIM), device="cuda"),
-                torch.empty((len(pieces), HEADS), device="cuda"),
-            )
+            room = piece_results(len(pieces), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
             for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):
                 tuning = DecodeTuning(tile, warps, stages)
                 us = us_a_call(_decode(queries, layers, batch, room, tuning), count)

@@ -72,7 +72,7 @@ class CudaRunner:
     ) -> None:
         """`graph_sizes`: numbers of decodes whose steps are captured as graphs; empty on a CPU."""
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._device = model.last_tokens.device
         self._table_blocks = -(-context_tokens // cache.block_size_tokens)
         self._places = Places(most.num_places, self._table_blocks)
@@ -89,23 +89,28 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step."""
-        self._cache.copy(plan.block_copies)
+        self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
         if graph_size is not None:
-            sizes = decode_sizes(graph_size, self._table_blocks)
+            sizes = self._decode_sizes(graph_size)
             self._give_inputs(chunks, sizes, None)
             self._graphs.replay(graph_size)
         else:
-            sizes, tiles = mixed_sizes(chunks, self._table_blocks)
+            sizes, tiles = mixed_sizes(
+                chunks, self._table_blocks, has_fp8_cache=self.cache.is_fp8, may_be_dense=self._model.may_be_dense
+            )
             self._give_inputs(chunks, sizes, tiles)
-            self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=False)
+            self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
         return self._read(plan, self._inputs(sizes), sizes)
 
     def _launch_decodes(self, num_rows: int) -> None:
         """What a graph of decodes holds."""
-        sizes = decode_sizes(num_rows, self._table_blocks)
-        self._model.forward(self._inputs(sizes), sizes, self._cache, pdl=True)
+        sizes = self._decode_sizes(num_rows)
+        self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=True)
+
+    def _decode_sizes(self, num_rows: int) -> StepSizes:
+        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self.cache.is_fp8)
 
     def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
         return views(self._numbers, sizes)
@@ -114,7 +119,7 @@ class CudaRunner:
         host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
         self._num_steps += 1
         places, tables = self._places.of(chunks)
-        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, self._cache.block_size_tokens)
+        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, self.cache.block_size_tokens)
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.worker.cuda.dense_attention import dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.matrix import DeviceMatrix, Multiplier, wants_fp8
 from services.worker.cuda.shard import Shard
-from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_pieces_for
+from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.kernels.choose_token import PartResults, choose_likeliest, part_results
-from services.worker.kernels.decode_attention import PieceResults, decode_attention
+from services.worker.kernels.decode_attention import decode_attention, num_pieces_for, piece_results
 from services.worker.kernels.embedding import embed
+from services.worker.kernels.gemv import gemv_swiglu
 from services.worker.kernels.norm import add_rms_norm
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.prefill_attention import prefill_attention
@@ -20,7 +22,7 @@ from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.swiglu import swiglu
-from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights
 from services.worker.runner.rope import rotary_table
 
 
@@ -52,6 +54,8 @@ class DeviceDecoder:
         ]
         self._room = _Room(self.config, most, kind, self._device, is_fp8)
         self._multiplier = Multiplier(config.hidden_size, self._device)
+        self.may_be_dense = self._device.type == "cuda" and kind != torch.float32 and config.sliding_window is None
+        """Whether whole prompts may be attended by cuDNN."""
         self.last_tokens = torch.zeros(most.num_places, dtype=torch.int32, device=self._device)
         """The token that was sampled last at each place."""
         self.tokens = torch.zeros(most.num_sequences, dtype=torch.int32, device=self._device)
@@ -87,14 +91,14 @@ class DeviceDecoder:
             add_rms_norm(delta, residual, layer.attention_norm, config.rms_norm_eps, normed, pdl=pdl)
             qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
             queries = room.queries[:num_rows]
-            rope_and_write(qkv, heads, step.positions, step.slots, kv, queries, pdl=pdl)
-            attended = self._attend(queries, step, sizes, kv, window, layer.o_proj, pdl)
+            rope_and_write(
+                qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
+            )
+            attended = self._attend(queries, qkv.product, step, sizes, kv, window, layer.o_proj, pdl)
             delta = self._back(attended, layer.o_proj, pdl)
             normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.gate_up_proj, num_rows))
             add_rms_norm(delta, residual, layer.mlp_norm, config.rms_norm_eps, normed, pdl=pdl)
-            gate_up = self._multiply(normed, layer.gate_up_proj, room.gate_up, pdl)
-            activated = room.rows(room.activated, room.activated_fp8, num_rows, wants_fp8(layer.down_proj, num_rows))
-            swiglu(gate_up, activated, pdl=pdl)
+            activated = self._activate(normed, layer, pdl)
             delta = self._back(activated, layer.down_proj, pdl)
         final = Rows(room.normed[:num_rows])
         add_rms_norm(delta, residual, self._weights.norm, config.rms_norm_eps, final, pdl=pdl)
@@ -113,6 +117,17 @@ class DeviceDecoder:
         """Map last hidden states, [num_rows, hidden_size], to logits in memory of their own."""
         return hidden @ self._weights.lm_head.values.T
 
+    def _activate(self, normed: Rows, layer: DecoderLayerWeights[DeviceMatrix], pdl: bool) -> Rows:
+        """The first product of the MLP, and SwiGLU."""
+        room, num_rows = self._room, len(normed.values)
+        activated = room.rows(room.activated, room.activated_fp8, num_rows, wants_fp8(layer.down_proj, num_rows))
+        matrix = layer.gate_up_proj
+        if num_rows == 1 and normed.scales is None and activated.scales is None:
+            gemv_swiglu(normed.values, matrix.values, matrix.channel_scales, activated.values, pdl=pdl)
+        else:
+            swiglu(self._multiply(normed, matrix, room.gate_up, pdl), activated, pdl=pdl)
+        return activated
+
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
         """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
         return self._shard.sum_over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=True))
@@ -123,6 +138,7 @@ class DeviceDecoder:
     def _attend(
         self,
         queries: Tensor,
+        qkv: Tensor,
         step: StepInputs[Tensor],
         sizes: StepSizes,
         kv: PagedLayer,
@@ -139,6 +155,11 @@ class DeviceDecoder:
             )
         if sizes.num_tiles:
             prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
+        if sizes.dense_runs:
+            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+            _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
+            for run in sizes.dense_runs:
+                dense_attention(queries, keys, values, by_head, run)
         if not wants_fp8(then, sizes.num_rows):
             return Rows(attended)
         rounded = room.rows(room.attended, room.attended_fp8, sizes.num_rows, True)
@@ -159,8 +180,7 @@ class _Room:
         def fp8_rows(size: int) -> Tensor | None:
             return rows(size, FP8) if is_fp8 else None
 
-        num_pieces = num_pieces_for(most.num_sequences)
-        by_head = (num_pieces, config.num_heads)
+        num_pieces = max(num_pieces_for(most.num_sequences, is_fp8) for is_fp8 in (False, True))
         self.residual = rows(config.hidden_size)
         self.normed = rows(config.hidden_size)
         self.normed_fp8 = fp8_rows(config.hidden_size)
@@ -173,9 +193,8 @@ class _Room:
         self.activated = rows(config.intermediate_size)
         self.activated_fp8 = fp8_rows(config.intermediate_size)
         self._scales = torch.zeros(most.num_rows, dtype=torch.float32, device=device)
-        self.pieces = PieceResults(
-            torch.zeros((*by_head, config.head_dim), dtype=torch.float32, device=device),
-            torch.zeros(by_head, dtype=torch.float32, device=device),
+        self.pieces = piece_results(
+            num_pieces, most.num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, device
         )
         self.sampled = torch.zeros((most.num_sequences, config.hidden_size), dtype=kind, device=device)
         self.logits = torch.zeros((most.num_sequences, config.vocabulary_size), dtype=kind, device=device)

@@ -6,6 +6,7 @@ import torch
 
 from services.worker.engine.step_plan import BlockCopy
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.rows import FP8
 from services.worker.runner.models.decoder_weights import DecoderConfig
 
 
@@ -21,7 +22,13 @@ class DeviceKvCache:
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size_tokens, config.head_dim)
         # Cleared: what lies in a slot that nobody wrote must not be NaN, which no weight of 0 takes away.
         self._kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_fp8 = dtype == FP8
         self.layers = tuple(PagedLayer(kv) for kv in self._kv)
+
+    def fill_randomly(self) -> None:
+        """Write noise everywhere: a device reads and multiplies zeros with less power, and so faster, than data."""
+        noise = torch.randn(self._kv.shape[2:], dtype=torch.float32, device=self._kv.device).to(self._kv.dtype)
+        self._kv.copy_(noise.expand(self._kv.shape))
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy whole blocks, in all layers; all sources are read before anything is written."""

@@ -22,6 +22,9 @@ ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
 """The type of residuals, norms and the cache."""
 
 MOST_PARTS = 2
+_MANY_OUTPUTS = 16384
+_GEMV_MOST_FP8 = 8192
+"""Longest side of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Multiplier:
     def __call__(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool) -> Scaled:
         """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts."""
         num_rows, weight = len(rows.values), matrix.values
-        if num_rows == 1:
+        if num_rows == 1 and rows.scales is None:
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
             return Scaled(out)
         tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
@@ -76,25 +79,36 @@ class Multiplier:
 
 
 def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:
-    """Return how the kernel for few rows is to multiply; None: cuBLAS is faster."""
-    is_fp8 = weight.element_size() == 1
-    if num_rows > (32 if is_fp8 else 64):
+    """Return how the kernel for few rows is to multiply; None: cuBLAS is faster.
+
+    By `python -m services.worker.benchmark.tune`; within 2 % of the best of each shape.
+    """
+    if num_rows > MOST_ROWS:
         return None
+    is_fp8 = weight.element_size() == 1
     num_outputs, num_inputs = weight.shape
-    if num_outputs >= 16384:
+    if num_outputs >= _MANY_OUTPUTS:
         tuning = ProductTuning(128, 256, 4)
-    elif num_inputs > 2 * num_outputs:
-        tuning = ProductTuning(64, 256, 8) if is_fp8 or not may_split else ProductTuning(64, 256, 6, num_splits=2)
     elif num_outputs > num_inputs:
-        tuning = ProductTuning(64, 512, 4 if num_rows <= 32 else 3)
+        tuning = ProductTuning(64, 256, 4)
+    elif not may_split:
+        tuning = ProductTuning(64, 256, 6)
+    elif num_rows > 32:
+        tuning = ProductTuning(64, 256, 6, num_splits=2)
     else:
-        tuning = ProductTuning(64, 256, 8 if num_rows <= 16 else 6)
+        tuning = ProductTuning(64, 512, 4 if is_fp8 or num_rows <= 16 else 3, num_splits=2)
     return tuning if fits(num_rows, weight, tuning) else None
 
 
 def wants_fp8(matrix: DeviceMatrix, num_rows: int) -> bool:
-    """Whether a product takes rows rounded to fp8: of one row it takes the row as it is, see `gemv`."""
-    return matrix.channel_scales is not None and num_rows > 1
+    """Whether a product takes rows rounded to fp8.
+
+    Of one row and a small matrix it takes the row as it is: rounding it would cost more than the tensor cores save. Of
+    a large one the conversion of the weights, which `gemv` does one by one, takes longer than reading them.
+    """
+    if matrix.channel_scales is None:
+        return False
+    return num_rows > 1 or max(matrix.values.shape) > _GEMV_MOST_FP8
 
 
 def to_fp8(weight: Tensor, bias: Tensor | None = None) -> DeviceMatrix:

@@ -12,8 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.worker.cuda.dense_attention import DenseRun, dense_runs, is_dense
 from services.worker.engine.step_plan import SequenceChunk
-from services.worker.kernels.decode_attention import PIECE_COLUMNS, SPLIT_COLUMNS, DecodeBatch, cut_contexts
+from services.worker.kernels.decode_attention import (
+    PIECE_COLUMNS,
+    SPLIT_COLUMNS,
+    DecodeBatch,
+    cut_contexts,
+    num_pieces_for,
+)
 from services.worker.kernels.prefill_attention import TILE_COLUMNS, cut_chunks
 
 Numbers = NDArray[np.int32]
@@ -35,6 +42,8 @@ class StepSizes:
     num_tiles: int
     table_blocks: int
     """Width of a block table."""
+    dense_runs: tuple[DenseRun, ...] = ()
+    """Whole prompts, which are in no tile."""
 
     @property
     def num_numbers(self) -> int:
@@ -93,16 +102,10 @@ def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     return StepInputs(*parts)
 
 
-def decode_sizes(num_rows: int, table_blocks: int) -> StepSizes:
+def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool) -> StepSizes:
     """Sizes of a step of decodes alone, one row each."""
-    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces_for(num_rows), 0, table_blocks)
-
-
-def num_pieces_for(num_decodes: int) -> int:
-    """Return into how many pieces contexts are cut at most: enough to keep the device busy (docs/gpu.md)."""
-    if num_decodes == 0:
-        return 0
-    return max(32, 2 * num_decodes) if num_decodes <= 64 else num_decodes + 64
+    num_pieces = num_pieces_for(num_rows, has_fp8_cache)
+    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces, 0, table_blocks)
 
 
 def is_decode(chunk: SequenceChunk) -> bool:
@@ -110,18 +113,30 @@ def is_decode(chunk: SequenceChunk) -> bool:
     return len(chunk.token_ids) == 1 and chunk.sample_index is not None and not chunk.scored_token_ids
 
 
-def mixed_sizes(chunks: Sequence[SequenceChunk], table_blocks: int) -> tuple[StepSizes, Numbers]:
+def mixed_sizes(
+    chunks: Sequence[SequenceChunk], table_blocks: int, *, has_fp8_cache: bool, may_be_dense: bool
+) -> tuple[StepSizes, Numbers]:
     """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token."""
     counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
     is_longer = counts > 1
     num_decodes = int(is_longer.argmax()) if is_longer.any() else len(chunks)
     first_rows = np.cumsum(counts) - counts
+    runs = dense_runs(chunks) if may_be_dense else ()
+    tiled = np.array(
+        [i for i in range(num_decodes, len(chunks)) if not (may_be_dense and is_dense(chunks[i]))], dtype=np.int64
+    )
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
-    tiles = cut_chunks(first_rows[num_decodes:].astype(np.int32), counts[num_decodes:], first_positions[num_decodes:])
-    tiles[:, 3] += num_decodes
-    num_samples = sum(chunk.sample_index is not None for chunk in chunks)
+    tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
+    tiles[:, 3] = tiled[tiles[:, 3]]
     sizes = StepSizes(
-        int(counts.sum()), num_decodes, len(chunks), num_samples, num_pieces_for(num_decodes), len(tiles), table_blocks
+        num_rows=int(counts.sum()),
+        num_decodes=num_decodes,
+        num_chunks=len(chunks),
+        num_samples=sum(chunk.sample_index is not None for chunk in chunks),
+        num_pieces=num_pieces_for(num_decodes, has_fp8_cache),
+        num_tiles=len(tiles),
+        table_blocks=table_blocks,
+        dense_runs=runs,
     )
     return sizes, tiles
 

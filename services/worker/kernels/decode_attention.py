@@ -1,8 +1,8 @@
 """Attention of one token a sequence over the paged cache, split over the context (Flash-Decoding, Dao et al., 2023).
 
 The contexts of a batch are cut into pieces of about one length by `cut_contexts`, so that a launch of a fixed size
-takes any mix of lengths; a second kernel merges the pieces of those that have several. The query heads that share a key
-head are the rows of one product, so that a context is read once for them all. Bound by bytes: those of the contexts.
+takes any mix of lengths; of a context's pieces the one that is done last merges them all. The query heads that share a
+key head are the rows of one product, so that a context is read once for them all. Bound by bytes: the contexts'.
 """
 
 import math
@@ -48,6 +48,19 @@ class PieceResults:
     """[num_pieces, num_heads, head_dim] float32, weighted by the softmax of the piece"""
     log_weights: Tensor
     """[num_pieces, num_heads] float32: log2 of the sum of the exponentials"""
+    num_done: Tensor
+    """[num_rows, num_kv_heads] int32: zeros, before a launch and after it"""
+
+
+def piece_results(
+    num_pieces: int, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> PieceResults:
+    """Make room for the launches of up to so many pieces and rows."""
+    return PieceResults(
+        torch.zeros((num_pieces, num_heads, head_dim), dtype=torch.float32, device=device),
+        torch.zeros((num_pieces, num_heads), dtype=torch.float32, device=device),
+        torch.zeros((num_rows, num_kv_heads), dtype=torch.int32, device=device),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +74,23 @@ class DecodeTuning:
     """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
 
 
-def tuning_for(num_pieces: int, is_fp8: bool) -> DecodeTuning:
-    """Return what was fastest of 36 (docs/gpu.md)."""
-    del is_fp8
-    return DecodeTuning(64, 2, 5) if num_pieces > 32 else DecodeTuning(64, 4, 5)
+def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
+    """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
+    if num_rows < 16:
+        return DecodeTuning(64, 4, 5)
+    return DecodeTuning(64, 2, 5 if is_fp8 else 7 if num_rows <= 64 else 3)
+
+
+def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
+    """Return into how many pieces the contexts of so many rows are cut at most, by the same.
+
+    One more for every four, so that a context much longer than the others is not the last one alone. fp8 costs a
+    conversion a value, which a few more programs share.
+    """
+    if num_rows == 0:
+        return 0
+    least = min(2 * num_rows, 64) if is_fp8 else 0
+    return max(16 if not is_fp8 else 48, least, num_rows + num_rows // 4)
 
 
 def cut_contexts(
@@ -126,7 +152,7 @@ def decode_attention(
     assert out.is_contiguous()
     assert len(room.sums) >= num_pieces
     group = num_heads // num_kv_heads
-    tuning = tuning or tuning_for(num_pieces, layer.is_fp8)
+    tuning = tuning or tuning_for(num_rows, layer.is_fp8)
     tile = min(tuning.tile_tokens, layer.block_size_tokens)
     assert tile >= _LEAST_ROWS, "the tensor cores take no block of fewer tokens"
     block_dim = max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
@@ -139,6 +165,7 @@ def decode_attention(
         out,
         room.sums,
         room.log_weights,
+        room.num_done,
         batch.block_tables.stride(0),
         layer.kv.stride(0),
         _LOG2_E / math.sqrt(head_dim),
@@ -156,20 +183,6 @@ def decode_attention(
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
-    _merge_pieces[(num_rows, num_kv_heads)](
-        batch.splits,
-        room.sums,
-        room.log_weights,
-        out,
-        NUM_HEADS=num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        GROUP=group,
-        BLOCK_GROUP=triton.next_power_of_2(group),
-        PDL=pdl,
-        launch_pdl=pdl,
-        num_warps=4,
-    )
 
 
 @triton.jit
@@ -182,6 +195,7 @@ def _decode_attention(
     out,
     sums,
     log_weights,
+    num_done,
     table_stride,
     kv_block_stride,
     scale,
@@ -254,44 +268,46 @@ def _decode_attention(
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     if num_splits == 1:
         tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
-    else:
-        tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], mixed, inside)
-        weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-        tl.store(log_weights + piece * NUM_HEADS + heads, weight, group < GROUP)
+        return
+    tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], mixed, inside)
+    weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    tl.store(log_weights + piece * NUM_HEADS + heads, weight, group < GROUP)
+    # All of the program's threads have stored before one of them says so, to the whole device.
+    tl.debug_barrier()
+    counter = num_done + row * NUM_KV_HEADS + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+        merged = _merged(
+            sums, log_weights, tl.load(splits + 2 * row), num_splits, heads, group < GROUP, NUM_HEADS, HEAD_DIM,
+            BLOCK_DIM, BLOCK_GROUP,
+        )  # fmt: skip
+        tl.store(out + places, merged.to(out.dtype.element_ty), inside)
+        tl.store(counter, 0)
 
 
 @triton.jit
-def _merge_pieces(
-    splits,
+def _merged(
     sums,
     log_weights,
-    out,
+    first,
+    count,
+    heads,
+    in_group,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Program (row, key head)."""
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    group = tl.arange(0, BLOCK_GROUP)
+    """Pieces put together, each weighted by its share of the exponentials: [BLOCK_GROUP, BLOCK_DIM]."""
     dims = tl.arange(0, BLOCK_DIM)
-    in_group = group < GROUP
     inside = in_group[:, None] & (dims < HEAD_DIM)[None, :]
-    heads = kv_head * GROUP + group
-    after_previous(PDL)
-    first = tl.load(splits + 2 * row)
-    count = tl.load(splits + 2 * row + 1)
-    if count <= 1:
-        return
     best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
     for piece in range(first, first + count):
-        log_weight = tl.load(log_weights + piece * NUM_HEADS + heads, in_group, other=0.0)
-        part = tl.load(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0)
+        # Past the first-level cache, which other processors' stores do not reach.
+        place = piece * NUM_HEADS + heads
+        log_weight = tl.load(log_weights + place, in_group, other=0.0, cache_modifier=".cg")
+        part = tl.load(sums + place[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0, cache_modifier=".cg")
         new_best = tl.maximum(best, log_weight)
         base = tl.where(new_best == float("-inf"), 0.0, new_best)
         shrink = tl.exp2(best - base)
@@ -299,5 +315,4 @@ def _merge_pieces(
         total = total * shrink + weight
         mixed = mixed * shrink[:, None] + part * weight[:, None]
         best = new_best
-    places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out + places, (mixed / total[:, None]).to(out.dtype.element_ty), inside)
+    return mixed / total[:, None]

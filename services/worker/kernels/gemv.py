@@ -7,6 +7,7 @@ Weights of fp8 are multiplied with the row as it is: at one row rounding it woul
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import silu
 
 from services.worker.kernels.launch import after_previous
 
@@ -28,6 +29,52 @@ def gemv(row: Tensor, weight: Tensor, channel_scales: Tensor | None, out: Tensor
     _gemv[(num_outputs,)](
         row, weight, channel_scales, out, num_inputs, BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=num_warps
     )
+
+
+def gemv_swiglu_reference(row: Tensor, weight: Tensor, channel_scales: Tensor | None) -> Tensor:
+    """row: [1, num_inputs]; weight: [2 * size, num_inputs], the gate's first. Returns silu(gate) * up: [1, size]."""
+    gate, up = gemv_reference(row.float(), weight, channel_scales).chunk(2, dim=1)
+    return (silu(gate) * up).to(row.dtype)
+
+
+def gemv_swiglu(row: Tensor, weight: Tensor, channel_scales: Tensor | None, out: Tensor, *, pdl: bool = False) -> None:
+    """As the reference, into `out`: a program has a gate and what it opens for."""
+    num_outputs, num_inputs = weight.shape
+    assert row.shape == (1, num_inputs)
+    assert out.shape == (1, num_outputs // 2)
+    assert weight.is_contiguous()
+    block = triton.next_power_of_2(num_inputs)
+    _gemv_swiglu[(num_outputs // 2,)](
+        row,
+        weight,
+        channel_scales,
+        out,
+        num_inputs,
+        num_outputs // 2,
+        BLOCK=block,
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=2 if block <= 4096 else 4,
+    )
+
+
+@triton.jit
+def _gemv_swiglu(row, weight, channel_scales, out, num_inputs, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    output = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_inputs
+    gate_weights = tl.load(weight + output.to(tl.int64) * num_inputs + columns, inside, other=0.0)
+    up_weights = tl.load(weight + (output + size).to(tl.int64) * num_inputs + columns, inside, other=0.0)
+    gate_scale = 1.0
+    up_scale = 1.0
+    if channel_scales is not None:
+        gate_scale = tl.load(channel_scales + output)
+        up_scale = tl.load(channel_scales + size + output)
+    after_previous(PDL)
+    x = tl.load(row + columns, inside, other=0.0).to(tl.float32)
+    gate = tl.sum(gate_weights.to(tl.float32) * x) * gate_scale
+    up = tl.sum(up_weights.to(tl.float32) * x) * up_scale
+    tl.store(out + output, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty))
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def _add_rms_norm(
         x = rounded.to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x) / size + epsilon) * w
     if out_scales is not None:
-        scale = tl.maximum(tl.max(tl.abs(normed)), 1e-12) / FP8_LIMIT
-        tl.store(out_scales + row, scale)
-        normed = tl.minimum(tl.maximum(normed / scale, -FP8_LIMIT), FP8_LIMIT)
+        largest = tl.maximum(tl.max(tl.abs(normed)), 1e-12)
+        tl.store(out_scales + row, largest / FP8_LIMIT)
+        normed = tl.minimum(tl.maximum(normed * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
     tl.store(out + row * size + columns, normed.to(out.dtype.element_ty), inside)

@@ -65,9 +65,13 @@ def rope_and_write(
     layer: PagedLayer,
     queries: Tensor,
     *,
+    keeps_dense: bool = False,
     pdl: bool = False,
 ) -> None:
-    """As the reference; the queries go into `queries`, [num_tokens, num_heads, head_dim]."""
+    """As the reference; the queries go into `queries`, [num_tokens, num_heads, head_dim].
+
+    `keeps_dense`: the product's keys and values are overwritten by what goes into the cache, in the product's type.
+    """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
     assert qkv.product.shape == (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
@@ -94,6 +98,7 @@ def rope_and_write(
         BLOCK_PAIRS=triton.next_power_of_2(head_dim) // 2,
         BLOCK_SIZE=layer.block_size_tokens,
         FP8_LIMIT=FP8_MAX if layer.is_fp8 else 0.0,
+        KEEPS_DENSE=keeps_dense,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=1,
@@ -157,6 +162,7 @@ def _rope_and_write(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
+    KEEPS_DENSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (token, key head): the queries that share the head, its key and its value."""
@@ -195,9 +201,15 @@ def _rope_and_write(
         key_even, key_odd = _normed(key_even, key_odd, qk_norm, key, one, one == 0, epsilon, HEAD_DIM, BLOCK_PAIRS)
         k = _rounded(key_even * cosine - key_odd * sine, key_odd * cosine + key_even * sine, kv, FP8_LIMIT)
         tl.store(place + dims[None, :], k, in_head)
+        if KEEPS_DENSE:
+            dense_k = _rounded(key_even * cosine - key_odd * sine, key_odd * cosine + key_even * sine, qkv, 0.0)
+            tl.store(qkv + row * columns + key * HEAD_DIM + dims[None, :], dense_k, in_head)
         value = NUM_HEADS + NUM_KV_HEADS + kv_head
         value_even, value_odd = _heads(
             qkv, bias, row_scale, channel_scales, row, value, one, one == 0, columns, HEAD_DIM, BLOCK_PAIRS
         )
         v = _rounded(value_even, value_odd, kv, FP8_LIMIT)
         tl.store(place + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM + dims[None, :], v, in_head)
+        if KEEPS_DENSE:
+            dense_v = _rounded(value_even, value_odd, qkv, 0.0)
+            tl.store(qkv + row * columns + value * HEAD_DIM + dims[None, :], dense_v, in_head)

@@ -34,7 +34,7 @@ def _round_rows(values, out, out_scales, size, BLOCK: tl.constexpr, FP8_LIMIT: t
     inside = columns < size
     after_previous(PDL)
     x = tl.load(values + row * size + columns, inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-12) / FP8_LIMIT
-    tl.store(out_scales + row, scale)
-    x = tl.minimum(tl.maximum(x / scale, -FP8_LIMIT), FP8_LIMIT)
+    largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
+    tl.store(out_scales + row, largest / FP8_LIMIT)
+    x = tl.minimum(tl.maximum(x * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
     tl.store(out + row * size + columns, x.to(out.dtype.element_ty), inside)

@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.worker.kernels.launch import after_previous
+from services.worker.kernels.launch import after_previous, prefetch
+
+_LINE_BYTES = 128
 
 MOST_ROWS = 64
 
@@ -64,10 +66,14 @@ def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuni
     _small_product[(num_outputs // tuning.outputs, tuning.num_splits)](
         TensorDescriptor.from_tensor(rows, [block_rows, block]),
         TensorDescriptor.from_tensor(weight, [tuning.outputs, block]),
+        weight,
         out,
         num_rows,
         num_outputs,
+        num_inputs,
         num_inputs // tuning.num_splits,
+        LINE=_LINE_BYTES // weight.element_size(),
+        LINES_AHEAD=_lines_ahead(tuning, num_inputs * weight.element_size()),
         ROWS=block_rows,
         OUTPUTS=tuning.outputs,
         INPUTS=block,
@@ -78,14 +84,24 @@ def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuni
     )
 
 
+def _lines_ahead(tuning: ProductTuning, row_bytes: int) -> int:
+    """Cache lines of each weight's row that are asked for ahead: about what the pipeline holds, a power of two."""
+    wanted = min(tuning.num_stages * tuning.input_bytes, row_bytes // tuning.num_splits) // _LINE_BYTES
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
 @triton.jit
 def _small_product(
     rows,
     weight,
+    weights,
     out,
     num_rows,
     num_outputs,
+    num_inputs,
     inputs_a_split,
+    LINE: tl.constexpr,
+    LINES_AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -95,6 +111,12 @@ def _small_product(
     first_output = tl.program_id(0) * OUTPUTS
     split = tl.program_id(1)
     first_input = split * inputs_a_split
+    if PDL:
+        # Weights do not change. While the kernel in front works on a few rows the memory is idle: the first tiles of
+        # all programs, some MB, come into the cache meanwhile.
+        outputs_ahead = (first_output + tl.arange(0, OUTPUTS)).to(tl.int64)[:, None] * num_inputs
+        lines_ahead = first_input + tl.arange(0, LINES_AHEAD)[None, :] * LINE
+        prefetch(weights + outputs_ahead + lines_ahead)
     after_previous(PDL)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for place in range(first_input, first_input + inputs_a_split, INPUTS):

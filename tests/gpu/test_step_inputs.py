@@ -1,0 +1,41 @@
+"""How a step's chunks are dealt out to the kernels of attention."""
+
+from itertools import pairwise
+
+from services.worker.cuda.dense_attention import DenseRun, dense_runs
+from services.worker.cuda.graphs import graph_sizes
+from services.worker.cuda.step_inputs import mixed_sizes
+from services.worker.engine.block_pool import BlockId
+from services.worker.engine.sequence import SamplingParameters, SequenceId
+from services.worker.engine.step_plan import SequenceChunk
+
+
+def a_chunk(number: int, first_position: int, num_tokens: int) -> SequenceChunk:
+    blocks = tuple(BlockId(block) for block in range(-(-(first_position + num_tokens) // 64)))
+    return SequenceChunk(SequenceId(number), (1,) * num_tokens, first_position, blocks, SamplingParameters(), 0)
+
+
+def test_whole_prompts_of_one_length_are_taken_together_in_powers_of_two() -> None:
+    chunks = [a_chunk(1, 9, 1), *(a_chunk(number, 0, 512) for number in range(2, 5)), a_chunk(5, 0, 1024)]
+    assert dense_runs(chunks) == (DenseRun(1, 2, 512), DenseRun(1025, 1, 512), DenseRun(1537, 1, 1024))
+
+
+def test_every_row_is_attended_once() -> None:
+    chunks = [a_chunk(1, 700, 1), a_chunk(2, 0, 512), a_chunk(3, 512, 512), a_chunk(4, 0, 70), a_chunk(5, 8, 1)]
+    sizes, tiles = mixed_sizes(chunks, 32, has_fp8_cache=False, may_be_dense=True)
+    assert (sizes.num_rows, sizes.num_decodes, sizes.num_samples) == (1096, 1, 5)
+    rows = [0]
+    for run in sizes.dense_runs:
+        rows += range(run.rows.start, run.rows.stop)
+    for first_row, num_rows, first_position, chunk in tiles.tolist():
+        rows += range(first_row, first_row + num_rows)
+        begin = {2: 513, 3: 1025, 4: 1095}[chunk]
+        assert first_position == chunks[chunk].first_position + first_row - begin
+    assert sorted(rows) == list(range(1096))
+
+
+def test_no_graph_is_filled_up_by_more_than_6_percent() -> None:
+    sizes = graph_sizes(512)
+    assert sizes[0] == 1
+    assert sizes[-1] == 512
+    assert all((after - before - 1) / (before + 1) <= 0.06 for before, after in pairwise(sizes))
