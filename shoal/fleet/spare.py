@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import grpc
-from gen.keda import externalscaler_pb2, externalscaler_pb2_grpc
 
+from gen.keda import externalscaler_pb2, externalscaler_pb2_grpc
 from services.common.rpc import channel
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kept import KeptProcess

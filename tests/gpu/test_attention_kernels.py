@@ -88,6 +88,21 @@ def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
     assert not (out[0] == 5.0).any()
 
 
+def test_a_launch_without_any_context_leaves_the_counts_as_the_next_one_needs_them() -> None:
+    # As before a graph's capture, when nothing was said of a step yet: all numbers are 0.
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    layer, tables = a_cache([3 * BLOCK], num_kv_heads, head_dim, torch.float32)
+    queries = random(seeded(7), 1, num_heads, head_dim)
+    room = piece_results(4, 1, num_heads, num_kv_heads, head_dim, DEVICE)
+    nothing = DecodeBatch(
+        torch.zeros((4, 4), dtype=torch.int32, device=DEVICE),
+        torch.zeros((1, 2), dtype=torch.int32, device=DEVICE),
+        tables,
+    )
+    decode_attention(queries, layer, nothing, room, torch.empty_like(queries))
+    assert not room.num_done.any()
+
+
 @pytest.mark.parametrize("most_pieces", [5, 6, 9, 40, 300])
 def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> None:
     contexts = np.array([1, 700, 64, 65, 4096], dtype=np.int32)

@@ -9,6 +9,7 @@ is ready, and one for each load: `shoal bench engine` makes the files of a workl
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -144,15 +145,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ModelFileError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
-    print_line(ready_s=round(engine.start_s, 2), num_blocks=engine.limits.num_blocks, model=str(given.model))
     numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
     step_time = WatchedStepTime()
-    run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
+    warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
+    since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
+    print_line(
+        ready_s=round(engine.start_s, 2),
+        process_start_to_first_token_s=round(_process_age_s() - since_first_token_s, 2),
+        num_blocks=engine.limits.num_blocks,
+        model=str(given.model),
+    )
     for path in given.load:
         load = read_load(path)
         step_time.steps.clear()
         _report(engine, load, run_load(engine, load, next(numbers), step_time), step_time)
     return 0
+
+
+def _process_age_s() -> float:
+    """How long ago this process was started, imports and all (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _report(engine: Engine, load: Load, front: LoadFront, step_time: WatchedStepTime) -> None:

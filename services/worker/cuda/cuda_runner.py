@@ -84,6 +84,8 @@ class CudaRunner:
 
     def capture_graphs(self) -> None:
         """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
+        # No piece of a context, in any size: what is launched before the capture has nothing to attend to.
+        self._numbers.zero_()
         self._graphs.capture_all()
 
     @torch.inference_mode()

@@ -215,10 +215,11 @@ def _decode_attention(
     piece = tl.program_id(1)
     after_previous(PDL)
     row = tl.load(pieces + 4 * piece)
-    if row < 0:
-        return
     begin = tl.load(pieces + 4 * piece + 1)
     end = tl.load(pieces + 4 * piece + 2)
+    # An empty one must not count as done.
+    if (row < 0) | (begin >= end):
+        return
     context = tl.load(pieces + 4 * piece + 3)
     group = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)

@@ -9,10 +9,6 @@ from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
 
 _BLOCK = 1024
 """Columns of a program, where a row needs no scale."""
-_MANY_ROWS = 512
-"""From so many on a row's program computes it twice, piece by piece, and leaves room for others beside it: 8,192 rows
-of 14,336 took 326 us as one piece each."""
-_PIECE = 2048
 
 
 def swiglu_reference(gate_up: Scaled, to_fp8: bool) -> Rows:
@@ -34,21 +30,6 @@ def swiglu(gate_up: Scaled, out: Rows, *, pdl: bool = False) -> None:
     else:
         block = triton.next_power_of_2(size)
         grid, num_warps = (num_rows, 1), max(1, min(16, block // 512))
-    if out.scales is not None and num_rows >= _MANY_ROWS:
-        _swiglu_in_pieces[(num_rows,)](
-            gate_up.product,
-            gate_up.row_scales,
-            gate_up.channel_scales,
-            out.values,
-            out.scales,
-            size,
-            BLOCK=min(_PIECE, block),
-            FP8_LIMIT=FP8_MAX,
-            PDL=pdl,
-            launch_pdl=pdl,
-            num_warps=4,
-        )
-        return
     _swiglu[grid](
         gate_up.product,
         gate_up.row_scales,
@@ -62,14 +43,6 @@ def swiglu(gate_up: Scaled, out: Rows, *, pdl: bool = False) -> None:
         launch_pdl=pdl,
         num_warps=num_warps,
     )
-
-
-@triton.jit
-def _scales(channel_scales, columns, inside, size):
-    if channel_scales is None:
-        return 1.0, 1.0
-    gate_scale = tl.load(channel_scales + columns, inside, other=0.0)
-    return gate_scale, tl.load(channel_scales + size + columns, inside, other=0.0)
 
 
 @triton.jit
@@ -98,7 +71,11 @@ def _swiglu(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
-    gate_scale, up_scale = _scales(channel_scales, columns, inside, size)
+    gate_scale = 1.0
+    up_scale = 1.0
+    if channel_scales is not None:
+        gate_scale = tl.load(channel_scales + columns, inside, other=0.0)
+        up_scale = tl.load(channel_scales + size + columns, inside, other=0.0)
     after_previous(PDL)
     activated = _activated(gate_up, row_scales, row, columns, inside, size, gate_scale, up_scale)
     if out_scales is not None:
@@ -106,38 +83,3 @@ def _swiglu(
         tl.store(out_scales + row, largest / FP8_LIMIT)
         activated = tl.minimum(tl.maximum(activated * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
     tl.store(out + row * size + columns, activated.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def _swiglu_in_pieces(
-    gate_up,
-    row_scales,
-    channel_scales,
-    out,
-    out_scales,
-    size,
-    BLOCK: tl.constexpr,
-    FP8_LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """As `_swiglu` with scales, of a row; what it reads the second time is still in the cache."""
-    row = tl.program_id(0).to(tl.int64)
-    after_previous(PDL)
-    largest = 1e-12
-    for first in range(0, size, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        inside = columns < size
-        gate_scale, up_scale = _scales(channel_scales, columns, inside, size)
-        activated = _activated(gate_up, row_scales, row, columns, inside, size, gate_scale, up_scale)
-        largest = tl.maximum(largest, tl.max(tl.abs(activated)))
-    factor = FP8_LIMIT / largest
-    for first in range(0, size, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        inside = columns < size
-        gate_scale, up_scale = _scales(channel_scales, columns, inside, size)
-        activated = _activated(gate_up, row_scales, row, columns, inside, size, gate_scale, up_scale)
-        activated = tl.minimum(tl.maximum(activated * factor, -FP8_LIMIT), FP8_LIMIT)
-        tl.store(out + row * size + columns, activated.to(out.dtype.element_ty), inside)
-    # The scales of the product may be the same memory: no thread may still have to read them.
-    tl.debug_barrier()
-    tl.store(out_scales + row, largest / FP8_LIMIT)
