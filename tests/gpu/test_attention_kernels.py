@@ -158,7 +158,7 @@ def test_whole_prompts_are_attended_by_cudnn(num_sequences: int) -> None:
     num_heads, num_kv_heads, head_dim = HEADS[0]
     num_rows = 5 + num_sequences * 512
     qkv = random(seeded(3), num_rows, num_heads + 2 * num_kv_heads, head_dim, dtype=torch.bfloat16)
-    queries, keys, values = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    queries, keys, values = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     out = torch.full((num_rows, num_heads, head_dim), 7.0, device=DEVICE, dtype=torch.bfloat16)
     dense_attention(queries.contiguous(), keys, values, out, DenseRun(5, num_sequences, 512))
     assert (out[:5] == 7.0).all()
