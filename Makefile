@@ -12,7 +12,7 @@ ROUNDS ?= 3
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-13s %s\n", $$1, $$2}'
 
 run: setup ## start a fleet, ask one question, then chat if this is a terminal; stop
 	@export SHOAL_STATE_DIR=.shoal/run; \
@@ -47,6 +47,9 @@ bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.c
 	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
 	@echo
 	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS) --avx2
+
+bench-gateway: setup ## measure gateway, front, scheduler and Redis behind an engine that only keeps time
+	@$(BIN)/python -m benchmarks.gateway
 
 protos: gen/.done ## generate code from protos/
 
@@ -90,4 +93,4 @@ $(KERNELS)/lib/.done: $(wildcard $(KERNELS)/*.[ch]) $(KERNELS)/build.py .venv/.d
 	@$(BIN)/python -m services.worker.cpu_kernels.build
 	@touch $@
 
-.PHONY: help run test lint types simulate chaos bench-engine protos setup clean
+.PHONY: help run test lint types simulate chaos bench-engine bench-gateway protos setup clean

@@ -1,12 +1,14 @@
 """How soon a full gateway refuses: `python -m benchmarks.flood --clients 2000`.
 
-A fleet with one of each service and a backlog limit of 500 is asked by 2,000 clients at once, from four processes that
-are connected beforehand. The same clients then ask a bare grpc.aio server that refuses every call at once with the same
-details: the least that gRPC for Python takes. A refusal's time is the client's, from its own call to its error.
+A fleet with a backlog limit of 500 is asked by 2,000 clients at once, from processes that are connected beforehand. The
+same clients then ask as many bare grpc.aio servers that refuse every call at once with the same details: the least that
+gRPC for Python takes. A refusal's time is the client's, from its own call to its error. A process refuses few thousand
+calls a second: on a machine of many cores, give it gateways and client processes (`--gateways 6 --processes 6`).
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any, NamedTuple
@@ -30,10 +32,16 @@ from services.common import rpc
 from services.common.errors import Exhausted, to_status
 from services.gateway.config import GatewayConfig
 
-NUM_PROCESSES = 4
 ANSWER_LIMIT_S = 300.0
 # spawn: gRPC does not survive a fork.
 SPAWN = multiprocessing.get_context("spawn")
+
+
+class Listening(NamedTuple):
+    """A server's process."""
+
+    address: str
+    pid: int
 
 
 class Flood(NamedTuple):
@@ -50,12 +58,16 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=2000)
+    parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=4, help="of clients")
+    parser.add_argument("--model", default="", help="instead of the default model: a GGUF file or a folder")
     parser.add_argument("--over-s", type=float, default=0.0, help="seconds over which they come, instead of at once")
     options = parser.parse_args()
-    with bare_server() as (address, pid):
-        report("bare grpc.aio", flood(address, pid, options.clients, options.over_s))
-    with fleet() as (address, pid):
-        report("gateway", flood(address, pid, options.clients, options.over_s))
+    with ExitStack() as stack:
+        bare = [stack.enter_context(bare_server()) for _ in range(options.gateways)]
+        report("bare grpc.aio", flood(bare, options.processes, options.clients, options.over_s))
+    with fleet(options.gateways, options.model) as gateways:
+        report("gateways", flood(gateways, options.processes, options.clients, options.over_s))
 
 
 def report(name: str, seen: Flood) -> None:
@@ -72,30 +84,36 @@ def report(name: str, seen: Flood) -> None:
     )
 
 
-def flood(address: str, pid: int, num_clients: int, over_s: float) -> Flood:
-    """Ask at once, or evenly over a time; wait for every answer."""
-    start = SPAWN.Barrier(NUM_PROCESSES + 1)
-    pipes = [SPAWN.Pipe() for _ in range(NUM_PROCESSES)]
-    share = num_clients // NUM_PROCESSES
+def flood(servers: Sequence[Listening], num_processes: int, num_clients: int, over_s: float) -> Flood:
+    """Ask at once, or evenly over a time; wait for every answer. Each process of clients asks one of the servers."""
+    start = SPAWN.Barrier(num_processes + 1)
+    pipes = [SPAWN.Pipe() for _ in range(num_processes)]
+    share = num_clients // num_processes
     clients = [
-        SPAWN.Process(target=ask_all, args=(address, share, over_s, start, theirs), daemon=True) for _, theirs in pipes
+        SPAWN.Process(target=ask_all, args=(server.address, share, over_s, start, theirs), daemon=True)
+        for server, (_, theirs) in zip(itertools.cycle(servers), pipes)
     ]
     for client in clients:
         client.start()
-    server = psutil.Process(pid)
     start.wait()
-    cpu_before = server.cpu_times()
+    before_s = processor_s(servers)
     for ours, _ in pipes:
         ours.recv()
-    cpu_after = server.cpu_times()
+    after_s = processor_s(servers)
     seen: list[tuple[list[float], int, float, float]] = [ours.recv() for ours, _ in pipes]
     return Flood(
         refused_ms=[took_ms for refused_ms, *_ in seen for took_ms in refused_ms],
         num_served=sum(num_served for _, num_served, *_ in seen),
         first_sent_s=min(first for *_, first, _ in seen),
         last_sent_s=max(last for *_, last in seen),
-        server_cpu_s=cpu_after.user + cpu_after.system - cpu_before.user - cpu_before.system,
+        server_cpu_s=after_s - before_s,
     )
+
+
+def processor_s(servers: Sequence[Listening]) -> float:
+    """Processor time of all of them so far."""
+    times = [psutil.Process(server.pid).cpu_times() for server in servers]
+    return sum(time.user + time.system for time in times)
 
 
 def ask_all(address: str, number: int, over_s: float, start: Barrier, results: Connection) -> None:
@@ -141,27 +159,28 @@ async def _ask_all(address: str, number: int, over_s: float, start: Barrier, res
 
 
 @contextmanager
-def fleet() -> Iterator[tuple[str, int]]:
-    """Address and process of the gateway of a fleet."""
+def fleet(num_gateways: int, model: str) -> Iterator[list[Listening]]:
+    """The gateways of a fleet."""
     with tempfile.TemporaryDirectory() as state_dir:
         environment = {**os.environ, "SHOAL_STATE_DIR": state_dir}
         command = [sys.executable, "-m", "shoal.cli"]
-        line = subprocess.run([*command, "up", "--detach"], env=environment, capture_output=True, check=True).stdout
+        up = [*command, "up", "--detach", "--gateways", str(num_gateways), *(["--model", model] if model else [])]
+        line = subprocess.run(up, env=environment, capture_output=True, check=True).stdout
         try:
             processes = json.loads(line)["processes"]
-            yield next((process["address"], process["pid"]) for process in processes if process["kind"] == "gateway")
+            yield [Listening(each["address"], each["pid"]) for each in processes if each["kind"] == "gateway"]
         finally:
             subprocess.run([*command, "down"], env=environment, check=True, capture_output=True)
 
 
 @contextmanager
-def bare_server() -> Iterator[tuple[str, int]]:
+def bare_server() -> Iterator[Listening]:
     """A server that does nothing but refuse."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=serve_bare, args=(theirs,), daemon=True)
     process.start()
     try:
-        yield ours.recv(), process.pid or 0
+        yield Listening(ours.recv(), process.pid or 0)
     finally:
         process.terminate()
         process.join()

@@ -25,6 +25,8 @@ T = TypeVar("T")
 class ConfigError(Exception):
     """A value that cannot be used. The text names the flag, the value and the limit."""
 
+    shown_in_logs = True
+
 
 def option(
     default: Any, help_text: str, *, minimum: float | None = None, maximum: float | None = None, secret: bool = False

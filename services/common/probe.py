@@ -1,7 +1,7 @@
 """Asks the service in this container whether it serves: `python -m services.common.probe`. Status 0 if it does.
 
-The image's health check. It reads where and how the service listens from the same variables as the service:
-SHOAL_LISTEN, and those of TLS. The certificate must then be of `--tls-ca`, for 127.0.0.1 or `--tls-server-name`.
+The image's health check. It reads where the service listens, and its TLS files, from the same variables as the service
+does: SHOAL_LISTEN, SHOAL_TLS_CA, ... So it shows the service's own certificate.
 """
 
 import sys
@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.config import option, parse
 from services.common.tls.credentials import channel_credentials
-from services.common.tls.options import TlsOptions
+from services.common.tls.files import Tls
+from services.common.tls.options import TlsOptions, flagged
 
 _EVERY_ADDRESS = ("0.0.0.0", "[::]", "")
 
@@ -23,6 +24,19 @@ class ProbeConfig(TlsOptions):
 
     listen: str = option(..., "host:port that the service listens on")
     probe_timeout_ms: int = option(3_000, "longest wait for its answer", minimum=1)
+
+    public_tls_certificate: str = option("", "a gateway's certificate for clients, if it has one of its own")
+    public_tls_ca: str = option("", "PEM file: who signed --public-tls-certificate; empty: well-known authorities")
+
+    def __post_init__(self) -> None:
+        TlsOptions.__post_init__(self)
+        self.asking_tls()
+
+    def asking_tls(self) -> Tls | None:
+        """How the port that clients call is asked; None: in plain."""
+        if self.public_tls_certificate:
+            return flagged("--public-tls", ca=self.public_tls_ca, certificate="", key="")
+        return self.tls_files
 
     @property
     def target(self) -> str:
@@ -46,11 +60,12 @@ def main() -> None:
 
 
 def _channel(config: ProbeConfig) -> grpc.Channel:
-    tls = config.fleet_tls()
+    tls = config.asking_tls()
     if tls is None:
         return grpc.insecure_channel(config.target)
-    name = [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name else []
-    return grpc.secure_channel(config.target, channel_credentials(tls.files), name)
+    name = config.tls_server_name
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.secure_channel(config.target, channel_credentials(tls), options=options)
 
 
 if __name__ == "__main__":

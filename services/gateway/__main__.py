@@ -9,6 +9,7 @@ import uvloop
 from services.common import log
 from services.common.config import ConfigError, parse
 from services.common.errors import ShoalError
+from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError
 from services.gateway.config import GatewayConfig
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Parse the configuration, print it, and serve until SIGTERM."""
     parsed = parse(GatewayConfig, "gateway")
-    log.configure("gateway", parsed.config.log_level)
+    log.configure("gateway", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
     problems: list[str] = []
     try:
@@ -39,6 +40,7 @@ async def _serve(config: GatewayConfig) -> None:
 
 
 def _announce(addresses: Addresses) -> None:
+    collect_rarely()
     announce(
         "gateway", addresses.public, http_address=addresses.http, fleet_address=addresses.fleet,
         **addresses.metrics,

@@ -64,6 +64,7 @@ class GatewayConfig(TlsOptions):
     )
     otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_prompts: bool = option(False, "write prompts into the log, and texts of unforeseen errors, which may quote one")
 
     def __post_init__(self) -> None:
         TlsOptions.__post_init__(self)

@@ -125,7 +125,7 @@ async def _serve(
         delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
-        limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms)
+        limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms, config.log_prompts)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
         service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)

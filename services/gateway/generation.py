@@ -1,6 +1,7 @@
 """The way of a new request through the gateway: checked, admitted, encoded, fitted, accepted."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Exhausted, ShoalError
 from services.common.ids import GatewayId, new_nonce, new_request_id, request_key
+from services.common.log import about
 from services.common.record import moves
 from services.common.telemetry import conventions
 from services.common.telemetry.tracing import Side, Span, Tracer
@@ -24,6 +26,8 @@ from services.gateway.requests import Requests
 from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
 from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
+
+logger = logging.getLogger(__name__)
 
 MAX_IN_WORK = 16
 """Calls that are encoded and stored at once: enough for tokenizers and Redis, and so few that a flood's refusals, which
@@ -50,6 +54,8 @@ class Limits:
     backlog_limit: int
     resume_ms: int
     anonymous_resume_ms: int
+    log_prompts: bool = False
+    """Whether the log gets them: nothing else may write them there."""
 
 
 class Generation:
@@ -108,6 +114,9 @@ class Generation:
             await self._formats.check(valid.response_format, caller.time_left_s())
         max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
         move = self._move(valid, prompt, max_tokens, caller, span.traceparent)
+        if self._limits.log_prompts:
+            asked = list(prompt) if valid.text is None else str(valid.text)
+            logger.info("prompt", extra={**about(move.key, span.traceparent), "prompt": asked})
         return await self._requests.submit(move, len(prompt), span)
 
     async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:

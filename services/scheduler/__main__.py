@@ -9,6 +9,7 @@ import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
+from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
 from services.common.telemetry.metrics import Metrics
@@ -53,6 +54,7 @@ async def _serve(config: SchedulerConfig) -> None:
         async def reign(held: Held, seen_life: bool) -> None:
             await Reign(store, held, config, told, monotonic_ms).run(seen_life)
 
+        collect_rarely()
         address = await server.start(config.listen)
         announce("scheduler", address, **metrics.serve(config.listen, config.metrics_port))
         async with asyncio.TaskGroup() as tasks:

@@ -5,8 +5,11 @@ import logging
 import sys
 from pathlib import Path
 
+import uvloop
+
 from services.common import log
 from services.common.config import ConfigError, parse
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
 from services.common.model.stored_model import read_stored_model
@@ -28,11 +31,12 @@ CONNECTION_AGE_MS = 30_000
 def main() -> None:
     """Parse the configuration, print it, and serve until SIGTERM."""
     parsed = parse(TokenizerConfig, "tokenizer")
-    log.configure("tokenizer", parsed.config.log_level)
+    log.configure("tokenizer", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
     problems: list[str] = []
     try:
-        asyncio.run(_serve(parsed.config))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(parsed.config))
     except* (ConfigError, ModelFileError, PoolStartError, OSError) as errors:
         problems = _problems(errors)
     if problems:
@@ -60,6 +64,7 @@ async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> Non
     async with asyncio.TaskGroup() as tasks:
         running_pool = tasks.create_task(pool.run())
         await pool.ready.wait()
+        collect_rarely()
         address = await server.start(config.listen)
         announce("tokenizer", address, **metrics.serve(config.listen, config.metrics_port))
         await stop.wait()

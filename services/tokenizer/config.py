@@ -32,6 +32,7 @@ class TokenizerConfig(TlsOptions):
     )
     otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
     log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")
 
     @property
     def num_processes(self) -> int:

@@ -30,7 +30,7 @@ class Answer(IntEnum):
     REFUSED = 3
     """The input cannot be taken. The payload is the request's field, a line feed, and what is wrong. UTF-8."""
     FAILED = 4
-    """A defect. The payload is a traceback. UTF-8."""
+    """A defect. The payload says where, without the error's text, which may quote the input. UTF-8."""
 
 
 def header(code: Operation | Answer, payload: bytes) -> bytes:

@@ -33,6 +33,8 @@ MIN_RETRY_MS, MAX_RETRY_MS = 50, 5_000
 class PoolStartError(Exception):
     """The first process ended before it was ready; its own words are on standard error."""
 
+    shown_in_logs = True
+
 
 class _ProcessLostError(Exception):
     """A process ended, or did not answer in time and has to be ended."""

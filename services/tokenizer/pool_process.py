@@ -6,10 +6,10 @@ Started by the pool as `python -m services.tokenizer.pool_process <socket's file
 import signal
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import BinaryIO
 
+from services.common.log import described
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.tokenizer.encoding import InputError, TextCodec
@@ -49,8 +49,8 @@ def _answer(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:
         return frame(Answer.DONE, _compute(codec, operation, payload))
     except InputError as error:
         return frame(Answer.REFUSED, f"{error.field}\n{error.problem}".encode(errors="replace"))
-    except Exception:  # noqa: BLE001 - the boundary: the front answers INTERNAL and logs it
-        return frame(Answer.FAILED, traceback.format_exc().encode(errors="replace"))
+    except Exception as error:  # noqa: BLE001 - the boundary: the front answers INTERNAL and logs it
+        return frame(Answer.FAILED, described(error, with_text=False).encode(errors="replace"))
 
 
 def _compute(codec: TextCodec, operation: Operation, payload: bytes) -> bytes:

@@ -10,6 +10,7 @@ import uvloop
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import ConfigError, Parsed, parse
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import StoreError, connect
@@ -49,6 +50,7 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer)
             rpc.announce("worker", address, engine_pid=engine.pid, **served)
 
     await server.set_serving(False)
+    collect_rarely()
     running = Worker(config, redis, vocabulary, address, on_engine, _print_loading, WorkerMetrics(metrics), tracer)
     worker = asyncio.create_task(running.run())
     stop = asyncio.create_task(rpc.termination().wait())
@@ -69,7 +71,7 @@ def _print_loading(loading: engine_pb2.EngineLoading) -> None:
 def main() -> None:
     """Read the configuration and run."""
     parsed = parse(WorkerConfig, "worker")
-    log.configure("worker", parsed.config.log_level)
+    log.configure("worker", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     try:
         uvloop.run(serve(parsed))
     except (ConfigError, ModelFileError, StoreError, EngineStartError, OSError) as error:

@@ -540,3 +540,22 @@ async def _posted(fleet: Fleet) -> request_pb2.Holdings:
 async def test_the_lease_beats(fleet: Fleet) -> None:
     gateway = await fleet.gateway()
     assert len(await command(fleet.redis, "KEYS", f"gateway:{gateway.fleet_address}#*")) == 1
+
+
+# What the log gets
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+async def test_prompts_are_logged_only_where_that_is_asked_for(
+    fleet: Fleet, log_prompts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    gateway = await fleet.gateway(log_prompts=log_prompts)
+    await gateway.generate(prompt="planted in a prompt").accepted()
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="planted in a chat")])
+    await gateway.generate(chat=chat).accepted()
+    await gateway.generate(prompt="planted in a refusal", max_tokens=10_000).error()
+    logged = "\n".join(str(vars(record)) for record in caplog.records)
+    assert "accepted" in logged
+    assert ("planted in a prompt" in logged, "planted in a chat" in logged) == (log_prompts, log_prompts)
+    assert "planted in a refusal" not in logged

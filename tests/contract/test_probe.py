@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.common.rpc import Server
-from services.common.tls.credentials import fleet_server_credentials
+from services.common.tls.credentials import fleet_server_credentials, server_credentials
 from services.common.tls.options import FleetTls
 from shoal.fleet.certificates import make_certificates
 
@@ -56,14 +56,30 @@ async def test_where_nobody_serves_it_says_so_in_a_line(server: tuple[Server, st
     assert "Traceback" not in said
 
 
-async def test_a_service_that_speaks_tls_is_asked_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_service_that_speaks_tls_is_asked_with_its_own_files(tmp_path: Path) -> None:
     files = make_certificates(tmp_path)
+    own = ("--tls-ca", f"{files.ca}", "--tls-certificate", f"{files.certificate}", "--tls-key", f"{files.key}")
     server = Server([], credentials=fleet_server_credentials(FleetTls(files, True, "")))
     address = await server.start("127.0.0.1:0")
     try:
-        assert (await probe("--listen", address))[0] == 1
-        for variable, path in (("CERTIFICATE", files.certificate), ("KEY", files.key), ("CA", files.ca)):
-            monkeypatch.setenv(f"SHOAL_TLS_{variable}", str(path))
-        assert await probe("--listen", address) == (0, "")
+        assert await probe("--listen", address, *own) == (0, "")
+        assert await probe("--listen", address, *own, "--tls-server-name", "localhost") == (0, "")
+        for strange in ((), (*own, "--tls-server-name", "example.com")):
+            status, said = await probe("--listen", address, *strange, "--probe-timeout-ms", "2000")
+            assert status == 1
+            assert "UNAVAILABLE" in said
+    finally:
+        await server.stop(0)
+
+
+async def test_a_gateway_with_a_certificate_for_clients_is_asked_as_they_ask(tmp_path: Path) -> None:
+    public, fleet = make_certificates(tmp_path / "public"), make_certificates(tmp_path / "fleet")
+    own = ("--tls-ca", f"{fleet.ca}", "--tls-certificate", f"{fleet.certificate}", "--tls-key", f"{fleet.key}")
+    server = Server([], credentials=server_credentials(public, None))
+    address = await server.start("127.0.0.1:0")
+    try:
+        seen = ("--public-tls-certificate", f"{public.certificate}", "--public-tls-ca", f"{public.ca}")
+        assert await probe("--listen", address, *own, *seen) == (0, "")
+        assert (await probe("--listen", address, *own, "--probe-timeout-ms", "2000"))[0] == 1
     finally:
         await server.stop(0)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import ssl
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +182,59 @@ def test_a_key_allows_so_many_requests_at_once_and_ends_when_it_is_revoked(fleet
 def _call_until_refused(client: shoal.Client) -> None:
     for _ in range(10_000):
         client.list_models()
+
+
+# The last, for it reads what all the others left behind.
+
+
+PLANTED = "Zanzibar quokka"
+"""Words that no other text has."""
+
+
+def test_no_log_has_a_prompt_an_answer_or_a_key_whatever_failed(fleet: Fleet, key: str) -> None:
+    answers = []
+    with shoal.Client(fleet.gateways, tls=trusting(fleet), api_key=key) as client:
+        answers.append(client.generate(f"{PLANTED} one, two, three,", temperature=0, max_tokens=24).read())
+        for fails in (
+            {"prompt": PLANTED, "max_tokens": 100_000},
+            {"prompt": PLANTED, "temperature": -1},
+            {"prompt": f"{PLANTED} " * 5_000},
+            {"prompt": PLANTED, "model": PLANTED},
+            {"prompt": PLANTED, "stop": [f"{PLANTED} " * 50]},
+            {"prompt": PLANTED, "response_format": {"regex": f"[{PLANTED}"}},
+            {"messages": [{"role": PLANTED, "content": PLANTED}]},
+        ):
+            with pytest.raises(shoal.ShoalError):
+                client.generate(**fails).read()
+        lines = len(fleet.lines)
+        stream = client.generate(PLANTED, temperature=0, max_tokens=60, ignore_eos=True)
+        next(stream)
+        os.kill(fleet.of_kind("engine")[0].pid, signal.SIGKILL)
+        answers.append(stream.read())
+        fleet.await_lines(lines + 1)
+        lines = len(fleet.lines)
+        os.kill(fleet.of_kind("tokenizer")[0].pid, signal.SIGKILL)
+        fleet.await_lines(lines + 1)
+        assert client.count_tokens(PLANTED)
+    _fail_over_http(fleet, key)
+    logs = {path.name: path.read_text(errors="replace") for path in (fleet.state_dir / "log").glob("*.log")}
+    assert {"gateway-0.log", "gateway-1.log", "tokenizer-0.log", "scheduler-0.log", "worker-0.log"} <= set(logs)
+    assert '"level": "debug"' in "".join(logs.values()), "all that can be logged was"
+    assert "accepted" in logs["gateway-0.log"] + logs["gateway-1.log"]
+    secrets = [PLANTED.split()[1], key.split("_")[2], Path(files(fleet)["key"]).read_text().splitlines()[1]]
+    secrets += [answer.strip()[:30] for answer in answers]
+    for name, text in logs.items():
+        for secret in secrets:
+            assert secret not in text, f"{name} has {secret!r}"
+    assert PLANTED not in (fleet.state_dir / "fleet.json").read_text()
+
+
+def _fail_over_http(fleet: Fleet, key: str) -> None:
+    context = ssl.create_default_context(cafile=files(fleet)["ca"])
+    url = fleet.http_gateways[0].replace("http://", "https://") + "/completions"
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    for body in (f'{{"prompt": "{PLANTED}", "best_of": 7}}', f'{{"prompt": "{PLANTED}"', f'{{"{PLANTED}": 1}}'):
+        request = urllib.request.Request(url, body.encode(), headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, context=context, timeout=10)
+        refused.value.close()

@@ -6,6 +6,8 @@ from pathlib import Path
 class ModelFileError(Exception):
     """A model's file is absent, foreign, damaged or lacks something; the message says which, where, and what to do."""
 
+    shown_in_logs = True
+
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(path, problem)
         self.path = path

@@ -40,6 +40,8 @@ _NOT_SERVING = ("READONLY", "MASTERDOWN", "LOADING", "MISCONF", "BUSY", "NOREPLI
 class StoreError(Exception):
     """Base of all that the store raises, but for ValueErrors and defects."""
 
+    shown_in_logs = True
+
 
 class StoreUnavailable(StoreError):
     """Redis could not be reached, or does not serve now. Whether a move was made is unknown: retry within bounds."""

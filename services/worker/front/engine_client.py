@@ -21,10 +21,13 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 """What an engine's environment has, if the worker's own says nothing else. torch reads both when it is imported."""
+ENGINE_MODULE = "services.worker.engine_process"
 
 
 class EngineDiedError(Exception):
     """The engine is gone. `returncode` as of subprocess: negative for a signal. `out_of_memory`: the kernel did it."""
+
+    shown_in_logs = True
 
     def __init__(self, returncode: int, out_of_memory: bool = False) -> None:
         super().__init__(f"the engine ended with {_how(returncode)}{', out of memory' if out_of_memory else ''}")
@@ -83,14 +86,14 @@ class EngineClient:
 
 
 @asynccontextmanager
-async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
-    """Start an engine process; it is gone when the block ends, however it ends."""
+async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> AsyncIterator[EngineClient]:
+    """Start an engine process; it is gone when the block ends, however it ends. `module`: its program."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "services.worker.engine_process",
+            module,
             *engine_config(config, theirs.fileno()).arguments(),
             pass_fds=[theirs.fileno()],
             stdin=asyncio.subprocess.DEVNULL,

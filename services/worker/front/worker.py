@@ -38,6 +38,8 @@ OnLoading = Callable[[engine_pb2.EngineLoading], None]
 class EngineStartError(Exception):
     """The engine could not be started, repeatedly; its log says why."""
 
+    shown_in_logs = True
+
 
 class Worker:
     """Runs sessions until it is stopped or drained."""
