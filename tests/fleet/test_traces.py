@@ -117,15 +117,18 @@ def test_a_trace_goes_on_over_its_workers_death(fleet: Fleet, receiver: TraceRec
         stream.read()
     assert len(stream.token_ids) == 60
     spans = receiver.trace(traceparent[3:35], lambda spans: "finish" in names(spans) and _has_root(spans))
-    (requeue,) = [span for span in spans if span.name == "requeue"]
-    assert requeue.failed
-    assert (requeue.attributes["shoal.attempt.number"], requeue.attributes["shoal.worker.id"]) == (1, worker)
+    # More than one, if the machine was so busy that the second worker was taken for lost as well.
+    requeues = [span for span in spans if span.name == "requeue"]
+    first = requeues[0]
+    assert all(requeue.failed for requeue in requeues)
+    assert (first.attributes["shoal.attempt.number"], first.attributes["shoal.worker.id"]) == (1, worker)
     # What the first attempt had noted died with its worker; what others decided about it is there.
     placements = [span.attributes["shoal.attempt.number"] for span in spans if span.name == "placement"]
-    assert placements == [1, 2]
-    (attempt,) = [span for span in spans if span.name == "attempt"]
-    assert attempt.attributes["shoal.attempt.number"] == 2
-    assert attempt.attributes["shoal.worker.id"] != worker
+    assert placements == list(range(1, len(requeues) + 2))
+    attempts = [span for span in spans if span.name == "attempt"]
+    assert all(attempt.attributes["shoal.worker.id"] != worker for attempt in attempts)
+    (ended,) = [attempt for attempt in attempts if not attempt.failed]
+    assert ended.attributes["shoal.attempt.number"] == placements[-1]
 
 
 def test_a_refused_call_is_a_failed_span(fleet: Fleet, receiver: TraceReceiver) -> None:

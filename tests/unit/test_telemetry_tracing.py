@@ -71,11 +71,11 @@ def test_a_client_sends_the_trace_it_is_given_or_that_of_its_program() -> None:
     from opentelemetry import context, trace
 
     assert trace_metadata(GIVEN) == (("traceparent", GIVEN),)
-    assert trace_metadata(None) is None
+    assert trace_metadata(None) == ()
     there = trace.SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=trace.TraceFlags(1))
     token = context.attach(trace.set_span_in_context(trace.NonRecordingSpan(there)))
     try:
         assert trace_metadata(None) == (("traceparent", f"00-{0xABC:032x}-{0xDEF:016x}-01"),)
-        assert trace_metadata("") is None, "an empty one: no trace"
+        assert trace_metadata("") == (), "an empty one: no trace"
     finally:
         context.detach(token)
