@@ -37,7 +37,7 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if engine:
-            rpc.announce("worker", address, engine_pid=engine.pid)
+            rpc.announce("worker", address, engine_pid=engine.pid, rank_pids=engine.other_pids)
 
     await server.set_serving(False)
     worker = asyncio.create_task(Worker(config, redis, vocabulary, address, on_engine, _print_loading).run())

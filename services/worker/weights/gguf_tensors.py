@@ -64,7 +64,7 @@ class GgufTensors:
         if len(columns) == num_columns:
             dequantize(rows.flatten(), ggml_type, out)
             return
-        for stored, to in zip(rows.split(_ROWS_AT_ONCE), out.split(_ROWS_AT_ONCE), strict=True):
+        for stored, to in zip(torch.split(rows, _ROWS_AT_ONCE), torch.split(out, _ROWS_AT_ONCE), strict=True):
             whole = torch.empty((len(stored), num_columns))
             dequantize(stored.flatten(), ggml_type, whole)
             to.copy_(whole[:, columns.start : columns.stop])
