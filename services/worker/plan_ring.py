@@ -5,9 +5,11 @@ it. A byte over a socket, one a rank, says that a part is there: so that an idle
 0 is gone, and reads nothing before it is written.
 """
 
+import itertools
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Sequence
 
@@ -18,8 +20,10 @@ from services.worker.plan_message import plan_message, plan_of
 
 NUM_SLOTS = 16
 SLOT_BYTES = 1 << 16
-PATIENCE_S = 1.5
+PATIENCE_S = 1.0
 """How long rank 0 waits for a rank to take a part, and a rank for the rest of a plan."""
+BEAT_S = 0.2
+LOOKS_WITHOUT_BEAT = 5
 _LOOK_S = 0.0005
 _HEADER = struct.Struct("<QII")  # number of the part, its bytes, whether it is a plan's last
 _COUNT = struct.Struct("<Q")
@@ -32,7 +36,7 @@ def ring_bytes(world_size: int) -> int:
 
 
 def _count_at(rank: int) -> int:
-    """Where a rank says how many parts it has taken."""
+    """Where a rank says how many parts it has taken; rank 0, how often it was seen alive."""
     return NUM_SLOTS * SLOT_BYTES + rank * 64
 
 
@@ -44,12 +48,19 @@ class PlanWriter:
         self._memory = memory
         self._bells = bells
         self._num_parts = 0
+        threading.Thread(target=self._beat, name="beats", daemon=True).start()
 
     def send(self, plan: StepPlan) -> None:
         """Give a plan to all ranks. Raises RanksLostError if one is gone, or does not take what it was given before."""
         data = plan_message(plan).SerializeToString()
         for first in range(0, len(data), _PART_BYTES):
             self._send_part(data[first : first + _PART_BYTES], is_last=first + _PART_BYTES >= len(data))
+
+    def _beat(self) -> None:
+        """Count as long as this process runs: that no plan comes does not say whether there is one to wait for."""
+        for beat in itertools.count(1):
+            _COUNT.pack_into(self._memory, _count_at(0), beat)
+            time.sleep(BEAT_S)
 
     def _send_part(self, data: bytes, is_last: bool) -> None:
         self._await_room()
@@ -90,7 +101,7 @@ class PlanReader:
     def take(self) -> StepPlan | None:
         """Wait for the next plan; None when rank 0 or the front is gone. Raises RanksLostError."""
         data = b""
-        self._poll.poll()
+        self._await_bell()
         while True:
             part = self._take_part()
             if part is None:
@@ -98,6 +109,20 @@ class PlanReader:
             data += part[0]
             if part[1]:
                 return plan_of(rank_pb2.RankPlan.FromString(data))
+
+    def _await_bell(self) -> None:
+        """Sleep until there is something to read, as long as rank 0 is alive.
+
+        Looks are counted, not time: when the whole machine stood still, no beat is missing.
+        """
+        beat, looks = 0, 0
+        while not self._poll.poll(BEAT_S * 1000):
+            (now,) = _COUNT.unpack_from(self._memory, _count_at(0))
+            looks = looks + 1 if now == beat else 0
+            beat = now
+            # Before its first beat, rank 0 still loads.
+            if beat and looks >= LOOKS_WITHOUT_BEAT:
+                raise RanksLostError("rank 0 stands still")
 
     def _take_part(self) -> tuple[bytes, bool] | None:
         if select.select([self._front], [], [], 0)[0]:

@@ -115,7 +115,8 @@ class Supervisor:
             about = {"kind": str(plan.kind), "address": plan.address, "pid": process.pid, "log": str(plan.log)}
             listed.append({**about, "http_address": plan.http_address} if plan.http_address else about)
             if plan.kind is Kind.WORKER:
-                listed.append({**about, "kind": str(Kind.ENGINE), "pid": process.engine_pid})
+                for pid in (process.engine_pid, *process.rank_pids):
+                    listed.append({**about, "kind": str(Kind.ENGINE), "pid": pid})  # noqa: PERF401
         return listed
 
     async def _stop_all(self) -> None:

@@ -95,7 +95,8 @@ class EngineClient:
         while True:
             event = await pipe.read(self._reader)
             if event is None:
-                rank, returncode = self._first_to_end or (0, await self._process.wait())
+                returncode = await self._process.wait()
+                rank, returncode = self._first_to_end or (0, returncode)
                 raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills, rank=rank)
             if event.HasField("ready"):
                 for _ in self._ranks[1:]:
@@ -108,35 +109,32 @@ class EngineClient:
         while await pipe.read(watched.reader):
             self._others_ready.release()
         returncode = await watched.process.wait()
-        if self._process.returncode is None and self._first_to_end is None:
-            self._first_to_end = rank, returncode
-        self._ranks[0].kill()
         self._others_ready.release()
-
-    async def kill(self) -> None:
-        """End it at once."""
-        for rank in self._ranks:
-            rank.kill()
-        for rank in self._ranks:
-            await rank.process.wait()
+        # One that ends after rank 0 has closed its end is not the cause.
+        if not self._reader.at_eof() and self._first_to_end is None:
+            self._first_to_end = rank, returncode
+            self._ranks[0].kill()
 
 
 @asynccontextmanager
 async def start_engine(config: WorkerConfig) -> AsyncIterator[EngineClient]:
     """Start an engine, a process for each rank; all are gone when the block ends, however it ends."""
     ranks: list[RankProcess] = []
+    watching: list[asyncio.Task[None]] = []
     try:
-        async with asyncio.TaskGroup() as tasks:
-            with _links(config.shards) as links:
-                for link in links:  # one by one: those that were started are ended if the next cannot be
-                    ranks.append(await _start_rank(config, link))  # noqa: PERF401
-            engine = EngineClient(ranks)
-            watching = [tasks.create_task(engine.watch(rank)) for rank in range(1, config.shards)]
-            yield engine
-            for task in watching:
-                task.cancel()
+        with _links(config.shards) as links:
+            for link in links:  # one by one: those that were started are ended if the next cannot be
+                ranks.append(await _start_rank(config, link))  # noqa: PERF401
+        engine = EngineClient(ranks)
+        watching = [asyncio.create_task(engine.watch(rank)) for rank in range(1, config.shards)]
+        yield engine
     finally:
-        await asyncio.shield(EngineClient(ranks).kill())
+        for task in watching:
+            task.cancel()
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            await rank.process.wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from services.worker.cpu_kernels.library import address, kernels
 from services.worker.engine.runner import RanksLostError
 from services.worker.runner.models.shard import Shard
 
-PATIENCE_S = 1.5
+PATIENCE_S = 1.0
 """The least that a rank waits for others. One that computes alone is waited for in proportion to what this one did."""
 
 
