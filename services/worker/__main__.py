@@ -47,7 +47,7 @@ async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         if engine:
-            rpc.announce("worker", address, engine_pid=engine.pid, **served)
+            rpc.announce("worker", address, engine_pid=engine.pid, rank_pids=engine.other_pids, **served)
 
     await server.set_serving(False)
     collect_rarely()

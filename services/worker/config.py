@@ -16,6 +16,7 @@ class WorkerConfig(TlsOptions):
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
     model_path: Path = option(..., "the model's GGUF file or folder")
     weights: WeightFormat = option("float32", "how the engine holds weights: float32, or int8 for speed")
+    shards: int = option(1, "processes that the model is dealt out to, each with its part", minimum=1, maximum=64)
     listen: str = option("127.0.0.1:0", "address of the front's gRPC server; port 0: any")
     kv_cache_bytes: int = option(1 << 30, "memory of the KV cache", minimum=1 << 20)
     block_size_tokens: int = option(16, "token slots a block", minimum=1, maximum=256)

@@ -1,17 +1,21 @@
 """What a front tells its engine at start."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
 from services.worker.weight_format import WeightFormat
 
+RANKS_LOST_STATUS = os.EX_TEMPFAIL
+"""The exit status of a rank that waited for another one in vain."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """An engine's flags: each field is required, under its name."""
+    """An engine's flags: each field, under its name. Those of a sharded engine may be left out."""
 
     fd: int = field(metadata={"help": "the engine's end of a pair of connected stream sockets"})
     model_path: Path = field(metadata={"help": "a GGUF file, or a folder in the layout of Hugging Face"})
@@ -22,6 +26,10 @@ class EngineConfig:
     step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes"})
     threads: int = field(metadata={"help": "threads that compute"})
     weights: WeightFormat = field(metadata={"help": "how weights are held", "choices": get_args(WeightFormat)})
+    shards: int = field(default=1, metadata={"help": "ranks that the model is dealt out to, a process each"})
+    rank: int = field(default=0, metadata={"help": "which of them this is; 0 plans"})
+    memory_fd: int = field(default=0, metadata={"help": "memory that all ranks map"})
+    bell_fds: str = field(default="", metadata={"help": "sockets to the other ranks, or of another one to rank 0"})
 
     @classmethod
     def parse(cls, arguments: Sequence[str] | None) -> "EngineConfig":
@@ -32,10 +40,16 @@ class EngineConfig:
                 _flag(declared.name),
                 type=_converter(declared),
                 choices=declared.metadata.get("choices"),
-                required=True,
+                required=declared.default is MISSING,
+                default=None if declared.default is MISSING else declared.default,
                 help=declared.metadata["help"],
             )
         return cls(**vars(parser.parse_args(arguments)))
+
+    @property
+    def bells(self) -> tuple[int, ...]:
+        """`bell_fds` as numbers."""
+        return tuple(map(int, self.bell_fds.split(","))) if self.bell_fds else ()
 
     def arguments(self) -> list[str]:
         """Return the flags that `parse` reads back."""
@@ -45,9 +59,9 @@ class EngineConfig:
 def _converter(declared: "Field[object]") -> Callable[[str], object]:
     if declared.type is Path:
         return Path
-    if "choices" in declared.metadata:
+    if declared.type is str or "choices" in declared.metadata:
         return str
-    return _whole_number if declared.name == "fd" else _positive
+    return _whole_number if declared.name in ("fd", "rank", "memory_fd") else _positive
 
 
 def _flag(name: str) -> str:

@@ -2,8 +2,11 @@
 
     python -m services.worker.engine_process --fd 5 --model-path model.gguf --kv-cache-bytes 1073741824 ...
 
-It ends with status 0 after Shutdown, with 1 when the front is gone or the model cannot be loaded, and with a traceback
-after an exception in a step. Interrupts (SIGINT) are the front's to answer: a terminal sends them to both.
+Of a sharded engine, each rank is such a process; rank 0 plans, and speaks with the front.
+
+It ends with status 0 after Shutdown, with 1 when the front is gone or the model cannot be loaded, with 75 when another
+rank does not come, and with a traceback after an exception in a step. Interrupts (SIGINT) are the front's to answer: a
+terminal sends them to both.
 """
 
 import os
@@ -24,10 +27,14 @@ from services.worker.engine.grammar import Grammars
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
-from services.worker.engine.runner import Runner
+from services.worker.engine.runner import RanksLostError, Runner
 from services.worker.engine.step_time import StepTimeModel
-from services.worker.engine_config import EngineConfig
+from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.pipe import EnginePipe
+from services.worker.plan_ring import PlanReader, PlanWriter
+
+REASON_S = 5.0
+"""Longest that a rank waits to be ended when rank 0 is gone: its own end is not to be taken for the cause."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pipe = EnginePipe(socket.socket(fileno=config.fd))
     executor = ThreadPoolExecutor(1, "grammars")
     try:
+        if config.rank > 0:
+            return follow(config, pipe)
         limits, runner = load(config, pipe)
         pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
         step_time = StepTimeModel()
@@ -45,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FrontGoneError:
         print("engine: the front is gone", file=sys.stderr)
         return 1
+    except RanksLostError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return RANKS_LOST_STATUS
     except (ConfigError, ModelFileError) as error:
         print(f"engine: {error}", file=sys.stderr)
         return 1
@@ -65,10 +77,32 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
 
     report("starting torch", 0.0)
     # Imported here, as it takes longer than all the rest and the front should not hear nothing until then.
-    from services.worker.runner.start import start_cpu_runner
+    from services.worker.runner.rank_runner import ShardedRunner
+    from services.worker.runner.start import start_cpu_runner, start_rank
 
     model = read_stored_model(config.model_path)
-    return start_cpu_runner(model, config, lambda share: report("loading weights", share))
+    if config.shards == 1:
+        return start_cpu_runner(model, config, lambda share: report("loading weights", share))
+    limits, rank, memory = start_rank(model, config, lambda share: report("loading weights", share))
+    return limits, ShardedRunner(rank, PlanWriter(memory, [socket.socket(fileno=bell) for bell in config.bells]))
+
+
+def follow(config: EngineConfig, pipe: EnginePipe) -> int:
+    """Be a rank that does what rank 0 plans, until rank 0 or the front is gone.
+
+    Raises ConfigError, ModelFileError and RanksLostError.
+    """
+    from services.worker.runner.start import start_rank
+
+    limits, rank, memory = start_rank(read_stored_model(config.model_path), config, lambda share: None)
+    pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
+    (bell,) = config.bells
+    plans = PlanReader(memory, config.rank, socket.socket(fileno=bell), pipe.connection)
+    while plan := plans.take():
+        rank.compute(plan)
+    # The front asks the first that ends why; that is rank 0 here, if it is not the front itself.
+    pipe.wait(REASON_S)
+    return 1
 
 
 def ready(limits: EngineLimits) -> engine_pb2.EngineReady:
@@ -89,4 +123,7 @@ def monotonic_ms() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    # At once: to take torch down in order takes half a second, in which a sharded engine's requests would wait.
+    os._exit(status)

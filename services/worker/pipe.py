@@ -80,6 +80,15 @@ class EnginePipe:
         with suppress(ConnectionError):
             self._connection.sendall(_frame(event))
 
+    @property
+    def connection(self) -> socket.socket:
+        """For who only waits for the front's end."""
+        return self._connection
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the front says something or is gone."""
+        self._poll.poll(timeout_s * 1000)
+
     def close(self) -> None:
         """Close this end; the front then reads the end of the stream."""
         self._connection.close()

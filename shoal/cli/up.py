@@ -35,6 +35,9 @@ def add_to(commands: Any) -> None:
     workers.add_argument(
         "--autoscale", type=_range, metavar="MIN:MAX", help="as many workers as there is work for; 0:N from none"
     )
+    parser.add_argument(
+        "--shards", type=_count, default=1, metavar="N", help="processes that each worker's model is dealt out to (1)"
+    )
     for kind in ("gateways", "schedulers", "tokenizers"):
         parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
     parser.add_argument(
@@ -68,6 +71,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         model_path=find_model(arguments.model),
         workers=least,
         spare_workers=most - least,
+        shards=arguments.shards,
         gateways=arguments.gateways,
         schedulers=arguments.schedulers,
         tokenizers=arguments.tokenizers,

@@ -50,6 +50,11 @@ class KeptProcess:
         return self._process.pid if self._process and self.announced is not None else None
 
     @property
+    def rank_pids(self) -> list[int]:
+        """Further processes of a worker's engine, if its model is dealt out."""
+        return self.announced.get("rank_pids", []) if self.announced else []
+
+    @property
     def engine_pid(self) -> int | None:
         """A worker's engine."""
         return self.announced.get("engine_pid") if self.announced else None

@@ -17,6 +17,8 @@ class FleetOptions:
     """Those that always run."""
     spare_workers: int = 0
     """Further ones, that run while the scheduler wants them."""
+    shards: int = 1
+    """Processes that each worker's model is dealt out to."""
     gateways: int = 1
     schedulers: int = 1
     tokenizers: int = 1

@@ -82,8 +82,9 @@ class _Planner:
             for number in range(options.schedulers)
         ]
         threads = max(1, (os.cpu_count() or 1) // self._num_workers)
+        shards = ("--shards", str(options.shards)) if options.shards > 1 else ()
         workers = [
-            self._service(Kind.WORKER, number, *common, *pool, *model, "--threads", str(threads))
+            self._service(Kind.WORKER, number, *common, *pool, *model, "--threads", str(threads), *shards)
             for number in range(self._num_workers)
         ]
         gateways = self._gateways((*common, *pool), tokenizers)

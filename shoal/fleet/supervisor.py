@@ -116,7 +116,8 @@ class Supervisor:
             more = {"http_address": plan.http_address, "metrics_address": plan.metrics_address}
             listed.append({**about, **{name: address for name, address in more.items() if address}})
             if plan.kind is Kind.WORKER:
-                listed.append({**about, "kind": str(Kind.ENGINE), "pid": process.engine_pid})
+                for pid in (process.engine_pid, *process.rank_pids):
+                    listed.append({**about, "kind": str(Kind.ENGINE), "pid": pid})  # noqa: PERF401
         return listed
 
     async def _stop_all(self) -> None:

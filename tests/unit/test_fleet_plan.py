@@ -143,3 +143,9 @@ def test_with_tls_every_service_is_told_of_the_same_files(tmp_path: Path) -> Non
         assert given["--tls-ca"] == str(tls.ca)
         assert (given["--tls-certificate"], given["--tls-key"]) == (str(tls.certificate), str(tls.key))
     assert plan.tls is tls
+
+
+def test_shards_are_the_workers_affair(tmp_path: Path) -> None:
+    plan = plan_fleet(FleetOptions(Path("/m.gguf"), shards=3), StateDir(tmp_path), random.Random(1))
+    told = {str(process.kind): process.command[-2:] for process in plan.services if "--shards" in process.command}
+    assert told == {"worker": ("--shards", "3")}

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.engine.step_time import StepTimeModel
@@ -43,10 +44,21 @@ CASES = cases_of("smollm2_greedy.jsonl")
 SHORT_CASES = [case for case in CASES if len(case["prompt_token_ids"]) + len(case["output_token_ids"]) < 80][:6]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DefaultModel:
     config: DecoderConfig
     model: Decoder
+
+    def runner(self, num_blocks: int, block_size_tokens: int) -> Runner:
+        return CpuRunner(self.model, PagedKvCache(self.config, num_blocks, block_size_tokens))
+
+
+class Runs(Protocol):
+    """A model that steps can be computed with."""
+
+    config: DecoderConfig
+
+    def runner(self, num_blocks: int, block_size_tokens: int) -> Runner: ...
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +91,7 @@ class Ran:
 
 
 def run(
-    default: DefaultModel,
+    default: Runs,
     *looks: list[engine_pb2.EngineCommand],
     max_prefill_tokens_per_step: int = 512,
     block_size_tokens: int = 16,
@@ -95,7 +107,7 @@ def run(
         context_tokens=default.config.context_tokens,
         vocabulary_size=default.config.vocabulary_size,
     )
-    runner = CpuRunner(default.model, PagedKvCache(default.config, num_blocks, block_size_tokens))
+    runner = default.runner(num_blocks, block_size_tokens)
     front = FinishingFront([*looks])
     step_time = StepTimeModel()
     planner = Planner(limits, step_time)
@@ -108,7 +120,7 @@ def run(
     return Ran(answers, cached_tokens, planner.num_preemptions, front.outputs)
 
 
-def generate(default: DefaultModel, *looks: list[engine_pb2.EngineCommand], **sizes: int) -> dict[int, Answer]:
+def generate(default: Runs, *looks: list[engine_pb2.EngineCommand], **sizes: int) -> dict[int, Answer]:
     return run(default, *looks, **sizes).answers
 
 
@@ -239,7 +251,7 @@ def test_a_row_has_the_same_bits_whatever_other_rows_are_wanted(default_model: D
 
 
 def scored(
-    default: DefaultModel, sequence: engine_pb2.AddSequence, chunk_tokens: int = 512
+    default: Runs, sequence: engine_pb2.AddSequence, chunk_tokens: int = 512
 ) -> tuple[list[inference_pb2.TokenLogprobs], dict[int, inference_pb2.TokenLogprobs]]:
     """Run one sequence; what is told of its sampled tokens, and of given ones by their positions."""
     front = run(default, [add_command(sequence)], max_prefill_tokens_per_step=chunk_tokens)

@@ -12,11 +12,11 @@ from services.common.model.folder import read_folder
 from services.common.model.stored_model import read_stored_model
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.matrix import DeviceWeightFormat
-from services.worker.cuda.shard import Shard
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import DeviceWeights, dummy_weights, load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.shard import Shard
 from services.worker.weights.folder_decoder import read_decoder_config
 from services.worker.weights.open_decoder import open_decoder
 

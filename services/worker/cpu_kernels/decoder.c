@@ -3,6 +3,7 @@
 #include "heads.h"
 #include "matrix.h"
 #include "parallel.h"
+#include "ranks.h"
 #include "rows.h"
 
 typedef struct {
@@ -29,13 +30,14 @@ typedef struct {
     double *part_s;
 } room;
 
-enum parts { NORMS, PRODUCTS, ROTARY_AND_STORES, ATTENTION, ACTIVATION };
+enum parts { NORMS, PRODUCTS, ROTARY_AND_STORES, ATTENTION, ACTIVATION, RANKS };
 
 typedef struct {
     const decoder *decoder;
     const batch *batch;
     float *const *caches;
     const room *room;
+    ranks *ranks; // null: the model is whole here
 } pass;
 
 static void end_part(const room *r, int part, double *since_s) {
@@ -71,6 +73,33 @@ static batch keep_wanted(const pass *p) {
     return wanted;
 }
 
+// hidden += rows W^T, of a matrix that leads back to the residual. What a rank has of it are columns: its product is a
+// part of the sum that is added.
+static void add_product(const pass *p, const matrix *m, const float *rows, int64_t num_rows, double *since_s) {
+    const room *r = p->room;
+    multiply_own(m, rows, r->rounded, num_rows, p->ranks ? next_slot(p->ranks, p->ranks->rank) : r->hidden, !p->ranks);
+    end_part(r, PRODUCTS, since_s);
+    if (!p->ranks) return;
+    if (omp_get_thread_num() == 0) meet(p->ranks, num_rows * p->decoder->hidden_size);
+    end_part(r, RANKS, since_s);
+    add_given_own(p->ranks, r->hidden, num_rows, p->decoder->hidden_size);
+}
+
+// The embedding is dealt out too: a row is whole on one rank, and zeros on the others.
+static void add_embeddings(const pass *p, double *since_s) {
+    const int64_t size = p->decoder->hidden_size, num_rows = p->batch->num_rows;
+    const range own = own_share(num_rows);
+    float *slot = next_slot(p->ranks, p->ranks->rank), *hidden = p->room->hidden;
+    for (int64_t i = own.first * size; i < own.end * size; i++) {
+        slot[i] = hidden[i];
+        hidden[i] = 0;
+    }
+    GOMP_barrier();
+    if (omp_get_thread_num() == 0) meet(p->ranks, num_rows * size);
+    end_part(p->room, RANKS, since_s);
+    add_given_own(p->ranks, hidden, num_rows, size);
+}
+
 static void forward_layer(const pass *p, int64_t index, double *since_s) {
     const decoder *d = p->decoder;
     const layer *l = d->layers + index;
@@ -94,8 +123,7 @@ static void forward_layer(const pass *p, int64_t index, double *since_s) {
         round_if_needed(&l->o_proj, r->attended, num_rows, r);
         GOMP_barrier();
     }
-    multiply_own(&l->o_proj, r->attended, r->rounded, num_rows, r->hidden, 1);
-    end_part(r, PRODUCTS, since_s);
+    add_product(p, &l->o_proj, r->attended, num_rows, since_s);
 
     normalize_own(r->hidden, l->mlp_norm, r->normed, num_rows, d->hidden_size, d->epsilon);
     round_if_needed(&l->gate_up_proj, r->normed, num_rows, r);
@@ -105,20 +133,21 @@ static void forward_layer(const pass *p, int64_t index, double *since_s) {
     gate_own(r->gate_up, r->gated, num_rows, d->intermediate_size);
     round_if_needed(&l->down_proj, r->gated, num_rows, r);
     end_part(r, ACTIVATION, since_s);
-    multiply_own(&l->down_proj, r->gated, r->rounded, num_rows, r->hidden, 1);
-    end_part(r, PRODUCTS, since_s);
+    add_product(p, &l->down_proj, r->gated, num_rows, since_s);
 }
 
 static void forward_in_team(void *data) {
     const pass *p = data;
     double since_s = omp_get_wtime();
+    if (p->ranks) add_embeddings(p, &since_s);
     for (int64_t index = 0; index < p->decoder->num_layers; index++)
         forward_layer(p, index, &since_s);
 }
 
 // Compute a batch through all layers, writing keys and values to the layers' caches. The wanted rows' hidden states are
-// the first of `hidden` then.
-void shoal_forward(const decoder *d, const batch *b, float *const *caches, const room *r, int num_threads) {
-    pass p = {d, b, caches, r};
+// the first of `hidden` then. With `ranks`, not null, this is a rank's part, and the hidden states are those of all.
+void shoal_forward(const decoder *d, const batch *b, float *const *caches, const room *r, ranks *k, int num_threads) {
+    pass p = {d, b, caches, r, k};
+    if (k) begin_work(k);
     in_parallel(forward_in_team, &p, num_threads);
 }

@@ -13,8 +13,9 @@ _LIBRARIES = Path(__file__).parent / "lib"
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "shoal_attention": [*[_POINTER] * 4, _INT64, _POINTER, _INT],
-    "shoal_forward": [*[_POINTER] * 4, _INT],
+    "shoal_forward": [*[_POINTER] * 5, _INT],
     "shoal_linear": [*[_POINTER] * 4, _INT64, _POINTER, _INT],
+    "shoal_meet": [_POINTER],
     "shoal_rms_norm": [*[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT],
     "shoal_rotate_and_store": [*[_POINTER] * 5, _FLOAT, _POINTER, _INT],
     "shoal_swiglu": [*[_POINTER] * 2, *[_INT64] * 2, _INT],

@@ -5,7 +5,12 @@ from typing import ClassVar
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-PARTS = ("norms", "linear layers", "rotary embedding, KV write", "attention", "activation")
+SumOverRanks = ctypes.CFUNCTYPE(_INT64, ctypes.POINTER(ctypes.c_float), _INT64)
+"""`sum` of `ranks` in ranks.h."""
+LINE_BYTES = 64
+"""Between the counters of neighbouring ranks."""
+
+PARTS = ("norms", "linear layers", "rotary embedding, KV write", "attention", "activation", "ranks")
 """Of a forward pass, in the order of `parts` in decoder.c."""
 
 
@@ -92,4 +97,21 @@ class Room(ctypes.Structure):
         ("row_scales", _POINTER),
         ("next_tasks", _POINTER),
         ("part_s", _POINTER),
+    ]
+
+
+class Ranks(ctypes.Structure):
+    """`ranks` in ranks.h."""
+
+    _fields_: ClassVar = [
+        ("rank", _INT64),
+        ("world_size", _INT64),
+        ("slot_floats", _INT64),
+        ("slots", _POINTER),
+        ("arrivals", _POINTER),
+        ("sum", SumOverRanks),
+        ("patience_s", ctypes.c_double),
+        ("num_meetings", _INT64),
+        ("is_broken", _INT64),
+        ("since_s", ctypes.c_double),
     ]

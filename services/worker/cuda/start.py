@@ -11,7 +11,6 @@ from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.graphs import graph_sizes
 from services.worker.cuda.kv_cache import DeviceKvCache, kv_block_bytes
 from services.worker.cuda.matrix import ACTIVATIONS, DeviceWeightFormat
-from services.worker.cuda.shard import Shard
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
@@ -19,6 +18,7 @@ from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.kernels.rows import FP8
 from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)

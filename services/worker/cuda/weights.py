@@ -1,14 +1,13 @@
 """A decoder's weights on the device: out of files, or random ones of a shape."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix, DeviceWeightFormat, to_fp8
-from services.worker.cuda.shard import Shard
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
+from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 from services.worker.weights.load_decoder import Progress, load_decoder
 from services.worker.weights.stored_decoder import StoredDecoder
@@ -23,14 +22,12 @@ def load_weights(
     stored: StoredDecoder, weights: DeviceWeightFormat, shard: Shard, device: torch.device, on_progress: Progress
 ) -> DeviceWeights:
     """Load a rank's part. Raises ModelFileError, and ConfigError if the matrices cannot be dealt out."""
-    shard.config(stored.config)
     kind = ACTIVATIONS[weights]
 
     def on_device(weight: Tensor, bias: Tensor | None) -> DeviceMatrix:
         return DeviceMatrix(weight.to(kind).to(device), bias=None if bias is None else bias.to(device))
 
-    whole = load_decoder(stored, on_device, on_progress)
-    rank = _rank_of(whole, stored.config, shard)
+    rank = load_decoder(stored, on_device, on_progress, shard)
     layers = tuple(_layer_as(layer, weights, device) for layer in rank.layers)
     return replace(
         rank,
@@ -44,7 +41,7 @@ def dummy_weights(
     config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard, device: torch.device
 ) -> DeviceWeights:
     """Make a rank's part of random weights: as fast to compute with as trained ones, zeros would be faster."""
-    config, vocabulary = shard.config(config), config.vocabulary_size
+    config, vocabulary = shard.config(config), len(shard.vocabulary(config))
     kind = ACTIVATIONS[weights]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -74,28 +71,6 @@ def dummy_weights(
     return DecoderWeights(
         random(vocabulary, hidden), layers, ones, DeviceMatrix(random(vocabulary, hidden)), frequencies
     )
-
-
-def _rank_of(whole: DeviceWeights, config: DecoderConfig, shard: Shard) -> DeviceWeights:
-    """Take a rank's part of every matrix; embedding, head and norms are whole on each."""
-    if shard.world_size == 1:
-        return whole
-
-    def cut(matrix: DeviceMatrix, part: Callable[[Tensor], Tensor]) -> DeviceMatrix:
-        return DeviceMatrix(part(matrix.values), bias=None if matrix.bias is None else part(matrix.bias))
-
-    layers = tuple(
-        replace(
-            layer,
-            qkv_proj=cut(layer.qkv_proj, lambda rows: shard.qkv(rows, config)),
-            qk_norm=None if layer.qk_norm is None else shard.heads(layer.qk_norm, config),
-            o_proj=cut(layer.o_proj, shard.columns),
-            gate_up_proj=cut(layer.gate_up_proj, shard.gate_up),
-            down_proj=cut(layer.down_proj, shard.columns),
-        )
-        for layer in whole.layers
-    )
-    return replace(whole, layers=layers)
 
 
 def _layer_as(

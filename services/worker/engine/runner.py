@@ -5,6 +5,10 @@ from typing import Protocol
 from services.worker.engine.step_plan import StepPlan, StepResult
 
 
+class RanksLostError(Exception):
+    """A rank of a sharded worker did not come: it is gone, or stands still."""
+
+
 class RunningStep(Protocol):
     """A step that was launched."""
 

@@ -5,14 +5,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
 from services.worker.config import WorkerConfig
-from services.worker.engine_config import EngineConfig
+from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24.
@@ -25,12 +26,16 @@ ENGINE_MODULE = "services.worker.engine_process"
 
 
 class EngineDiedError(Exception):
-    """The engine is gone. `returncode` as of subprocess: negative for a signal. `out_of_memory`: the kernel did it."""
+    """The engine is gone. `returncode` as of subprocess: negative for a signal. `out_of_memory`: the kernel did it.
+
+    `rank` is the one that ended first.
+    """
 
     shown_in_logs = True
 
-    def __init__(self, returncode: int, out_of_memory: bool = False) -> None:
-        super().__init__(f"the engine ended with {_how(returncode)}{', out of memory' if out_of_memory else ''}")
+    def __init__(self, returncode: int, out_of_memory: bool = False, rank: int = 0) -> None:
+        who = f"rank {rank} of the engine" if rank else "the engine"
+        super().__init__(f"{who} ended with {_how(returncode)}{', out of memory' if out_of_memory else ''}")
         self.returncode = returncode
         self.out_of_memory = out_of_memory
 
@@ -38,27 +43,47 @@ class EngineDiedError(Exception):
     def on_request(self) -> bool:
         """Whether somebody ended it, or it ended without error: no request is to blame then.
 
-        SIGKILL comes from outside, or from the kernel for want of memory.
+        SIGKILL comes from outside, or from the kernel for want of memory. Neither is a request to blame for a rank that
+        stands still: the one that waited for it in vain ends, and names no other cause.
         """
         killed = self.returncode == -signal.SIGKILL and not self.out_of_memory
-        return killed or self.returncode in (0, -signal.SIGTERM)
+        return killed or self.returncode in (0, -signal.SIGTERM, RANKS_LOST_STATUS)
+
+
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """One rank of an engine, and the front's end of the sockets to it."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.process.returncode is None:
+            self.process.kill()
+        self.writer.close()
 
 
 class EngineClient:
-    """A running engine. Owned by one session."""
+    """A running engine: rank 0, which is spoken with, and maybe others. Owned by one session."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, ranks: Sequence[RankProcess]) -> None:
+        self._ranks = ranks
+        self._process, self._reader, self._writer = ranks[0].process, ranks[0].reader, ranks[0].writer
         self._oom_kills = _oom_kills()
+        self._first_to_end: tuple[int, int] | None = None
+        self._others_ready = asyncio.Semaphore(0)
 
     @property
     def pid(self) -> int:
-        """The engine's process id."""
+        """The engine's process id: rank 0's."""
         return self._process.pid
+
+    @property
+    def other_pids(self) -> list[int]:
+        """Process ids of ranks 1, 2 and so on."""
+        return [rank.process.pid for rank in self._ranks[1:]]
 
     async def send(self, command: engine_pb2.EngineCommand) -> None:
         """Give a command; waits while the engine does not read. A command to a dead engine is lost: `events` tells."""
@@ -69,43 +94,104 @@ class EngineClient:
             return
 
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
-        """What the engine says. Ends with EngineDiedError."""
+        """What the engine says. Ready when all its ranks are; ends with EngineDiedError when one of them does."""
         while True:
             event = await pipe.read(self._reader)
             if event is None:
                 returncode = await self._process.wait()
-                raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills)
+                rank, returncode = self._first_to_end or (0, returncode)
+                raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills, rank=rank)
+            if event.HasField("ready"):
+                for _ in self._ranks[1:]:
+                    await self._others_ready.acquire()
             yield event
 
-    async def kill(self) -> None:
-        """End it at once."""
-        if self._process.returncode is None:
-            self._process.kill()
-        self._writer.close()
-        await self._process.wait()
+    async def watch(self, rank: int) -> None:
+        """See to it that no rank outlives another: with this one, rank 0 ends, and `events` says why."""
+        watched = self._ranks[rank]
+        while await pipe.read(watched.reader):
+            self._others_ready.release()
+        returncode = await watched.process.wait()
+        self._others_ready.release()
+        # One that ends after rank 0 has closed its end is not the cause.
+        if not self._reader.at_eof() and self._first_to_end is None:
+            self._first_to_end = rank, returncode
+            self._ranks[0].kill()
 
 
 @asynccontextmanager
 async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> AsyncIterator[EngineClient]:
-    """Start an engine process; it is gone when the block ends, however it ends. `module`: its program."""
+    """Start an engine, a process for each rank; all are gone when the block ends, however it ends. `module`: their
+    program."""
+    ranks: list[RankProcess] = []
+    watching: list[asyncio.Task[None]] = []
+    try:
+        with _links(config.shards) as links:
+            for link in links:  # one by one: those that were started are ended if the next cannot be
+                ranks.append(await _start_rank(config, link, module))  # noqa: PERF401
+        engine = EngineClient(ranks)
+        watching = [asyncio.create_task(engine.watch(rank)) for rank in range(1, config.shards)]
+        yield engine
+    finally:
+        for task in watching:
+            task.cancel()
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            await rank.process.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What connects a rank to the others."""
+
+    rank: int
+    memory_fd: int
+    bells: tuple[socket.socket, ...]
+
+
+@contextmanager
+def _links(shards: int) -> Iterator[list[_Link]]:
+    """Make what ranks share; they inherit it, and this process keeps nothing.
+
+    The memory has no name: nothing is left of it when its processes are gone, and /dev/shm, of which containers have
+    little, is not used.
+    """
+    if shards == 1:
+        yield [_Link(0, 0, ())]
+        return
+    memory_fd = os.memfd_create("shoal-ranks")
+    pairs = [socket.socketpair() for _ in range(1, shards)]
+    try:
+        leads = _Link(0, memory_fd, tuple(first for first, _ in pairs))
+        yield [leads, *(_Link(rank, memory_fd, (second,)) for rank, (_, second) in enumerate(pairs, 1))]
+    finally:
+        os.close(memory_fd)
+        for pair in pairs:
+            for end in pair:
+                end.close()
+
+
+async def _start_rank(config: WorkerConfig, link: _Link, module: str) -> RankProcess:
     ours, theirs = socket.socketpair()
+    bell_fds = [bell.fileno() for bell in link.bells]
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             module,
-            *engine_config(config, theirs.fileno()).arguments(),
-            pass_fds=[theirs.fileno()],
+            *replace(
+                engine_config(config, theirs.fileno()),
+                rank=link.rank,
+                memory_fd=link.memory_fd,
+                bell_fds=",".join(map(str, bell_fds)),
+            ).arguments(),
+            pass_fds=[theirs.fileno(), *bell_fds, *([link.memory_fd] if link.memory_fd else [])],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             env={**ENGINE_ENVIRONMENT, **os.environ},
         )
-    reader, writer = await asyncio.open_connection(sock=ours)
-    engine = EngineClient(process, reader, writer)
-    try:
-        yield engine
-    finally:
-        await engine.kill()
+    return RankProcess(process, *await asyncio.open_connection(sock=ours))
 
 
 def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
@@ -120,6 +206,7 @@ def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
         step_budget_ms=config.step_budget_ms,
         threads=config.threads or os.cpu_count() or 1,
         weights=config.weights,
+        shards=config.shards,
     )
 
 

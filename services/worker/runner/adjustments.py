@@ -33,7 +33,7 @@ def adjusted(
     if seen and (parameters.frequency_penalty or parameters.presence_penalty):
         _penalize_occurrences(logits, seen.generated, parameters)
     if allowed_tokens is not None:
-        logits[~_allowed(allowed_tokens, logits.shape[0])] = float("-inf")
+        logits[~unpacked_mask(allowed_tokens, logits.shape[0])] = float("-inf")
     return logits
 
 
@@ -55,8 +55,8 @@ def _penalize_occurrences(logits: Tensor, token_ids: Sequence[int], parameters: 
     )
 
 
-def _allowed(mask: bytes, vocabulary_size: int) -> Tensor:
-    """Unpack a mask: [vocabulary_size] bool."""
+def unpacked_mask(mask: bytes, vocabulary_size: int) -> Tensor:
+    """Return whether each token is allowed: [vocabulary_size] bool. Raises ValueError as `adjusted`."""
     num_bytes = -(-vocabulary_size // 8)
     if len(mask) != num_bytes:
         raise ValueError(f"a mask of {len(mask)} bytes; {vocabulary_size} tokens take {num_bytes}")

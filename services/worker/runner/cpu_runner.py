@@ -46,21 +46,12 @@ class CpuRunner:
         hidden = self._model.forward(batch, self._cache)
         sampled = self._sampled(hidden[batch.sampled], [c for c in plan.chunks if c.sample_index is not None])
         scored = self._scored(hidden, batch.scored, plan.chunks)
-        results = []
-        for chunk in plan.chunks:
-            token_id, logprobs = next(sampled) if chunk.sample_index is not None else (None, None)
-            results.append(ChunkResult(token_id, logprobs, tuple(next(scored) for _ in chunk.scored_token_ids)))
-        return FinishedStep(StepResult(tuple(results)))
+        return FinishedStep(step_result(plan, sampled, scored))
 
     def _sampled(self, hidden: Tensor, chunks: Sequence[SequenceChunk]) -> Iterator[tuple[int, TokenLogprobs | None]]:
         """Choose a token for each chunk that samples, of the row of `hidden` that is its last."""
         logits = self._model.logits(hidden)
-        draws = [
-            Draw(chunk.sampling, chunk.sample_index, chunk.seen, chunk.allowed_tokens)
-            for chunk in chunks
-            if chunk.sample_index is not None
-        ]
-        token_ids = sample(logits, draws)
+        token_ids = sample(logits, draws_of(chunks))
         asked = {
             row: Place(token_id, chunk.sampling.num_logprobs)
             for row, (token_id, chunk) in enumerate(zip(token_ids, chunks, strict=True))
@@ -71,11 +62,34 @@ class CpuRunner:
 
     def _scored(self, hidden: Tensor, rows: Tensor, chunks: Sequence[SequenceChunk]) -> Iterator[TokenLogprobs]:
         """Log-probabilities of all given tokens that are asked for, in the order of `rows`; some rows at a time."""
-        places = [
-            Place(token_id, chunk.sampling.num_scored_logprobs)
-            for chunk in chunks
-            for token_id in chunk.scored_token_ids
-        ]
+        places = scored_places(chunks)
         for first in range(0, len(places), SCORED_AT_ONCE):
             logits = self._model.logits(hidden[rows[first : first + SCORED_AT_ONCE]])
             yield from token_logprobs(logits, places[first : first + SCORED_AT_ONCE])
+
+
+def draws_of(chunks: Sequence[SequenceChunk]) -> list[Draw]:
+    """Return the draws of the chunks that sample."""
+    return [
+        Draw(chunk.sampling, chunk.sample_index, chunk.seen, chunk.allowed_tokens)
+        for chunk in chunks
+        if chunk.sample_index is not None
+    ]
+
+
+def scored_places(chunks: Sequence[SequenceChunk]) -> list[Place]:
+    """Return all given tokens that are asked for, in the plan's order."""
+    return [
+        Place(token_id, chunk.sampling.num_scored_logprobs) for chunk in chunks for token_id in chunk.scored_token_ids
+    ]
+
+
+def step_result(
+    plan: StepPlan, sampled: Iterator[tuple[int, TokenLogprobs | None]], scored: Iterator[TokenLogprobs]
+) -> StepResult:
+    """Give each chunk what is its own of what was sampled and scored, both in the plan's order."""
+    results = []
+    for chunk in plan.chunks:
+        token_id, logprobs = next(sampled) if chunk.sample_index is not None else (None, None)
+        results.append(ChunkResult(token_id, logprobs, tuple(next(scored) for _ in chunk.scored_token_ids)))
+    return StepResult(tuple(results))

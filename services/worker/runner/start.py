@@ -1,4 +1,7 @@
-"""Starts a CPU runner: threads, weights, KV cache."""
+"""Starts a CPU runner, or a rank of a sharded one: threads, weights, KV cache."""
+
+import mmap
+import os
 
 import torch
 
@@ -6,10 +9,16 @@ from services.common.config import ConfigError
 from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
-from services.worker.runner.cpu_runner import CpuRunner
+from services.worker.plan_ring import ring_bytes
+from services.worker.runner.cpu_runner import SCORED_AT_ONCE, CpuRunner
 from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
 from services.worker.runner.matrix import PackedMatrix, pack_float32, pack_int8
 from services.worker.runner.models.decoder import Decoder
+from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.shard import Shard
+from services.worker.runner.rank_runner import RankRunner
+from services.worker.runner.rank_sampling import MOST_CANDIDATES, DealtVocabulary
+from services.worker.runner.ranks import RankMemory, Ranks
 from services.worker.weight_format import WeightFormat
 from services.worker.weights.load_decoder import MakeMatrix, Progress, load_decoder
 from services.worker.weights.open_decoder import open_decoder
@@ -25,13 +34,55 @@ def start_cpu_runner(
     """
     torch.set_num_threads(engine_config.threads)
     stored = open_decoder(model)
-    config = stored.config
-    block_bytes = kv_block_bytes(config, engine_config.block_size_tokens)
+    limits = _limits(stored.config, engine_config)
+    decoder = Decoder(stored.config, load_decoder(stored, _PACK[engine_config.weights], on_progress))
+    return limits, CpuRunner(decoder, PagedKvCache(decoder.config, limits.num_blocks, limits.block_size_tokens))
+
+
+def start_rank(
+    model: StoredModel, engine_config: EngineConfig, on_progress: Progress
+) -> tuple[EngineLimits, RankRunner, memoryview]:
+    """Load a rank's part of a model and allocate its part of the KV cache; the memory is that of plans.
+
+    `kv_cache_bytes` and `threads` are the whole worker's: each rank takes its part. Raises as `start_cpu_runner`.
+    """
+    shard = Shard(engine_config.rank, engine_config.shards)
+    torch.set_num_threads(max(1, engine_config.threads // shard.world_size))
+    stored = open_decoder(model)
+    limits = _limits(stored.config, engine_config)
+    slot_floats = _slot_floats(stored.config, engine_config)
+    plan_bytes = ring_bytes(shard.world_size)
+    num_bytes = plan_bytes + RankMemory.num_bytes(shard.world_size, slot_floats)
+    # Every rank gives it the same size: whichever is first makes the zeros.
+    os.ftruncate(engine_config.memory_fd, num_bytes)
+    shared = mmap.mmap(engine_config.memory_fd, num_bytes)
+    memory = torch.frombuffer(shared, dtype=torch.uint8)
+    ranks = Ranks(shard, RankMemory.of(memory[plan_bytes:], shard.world_size, slot_floats))
+    decoder = Decoder(stored.config, load_decoder(stored, _PACK[engine_config.weights], on_progress, shard), ranks)
+    cache = PagedKvCache(decoder.config, limits.num_blocks, limits.block_size_tokens)
+    runner = RankRunner(decoder, cache, ranks, DealtVocabulary(ranks, stored.config))
+    return limits, runner, memoryview(shared)[:plan_bytes]
+
+
+def _slot_floats(config: DecoderConfig, engine_config: EngineConfig) -> int:
+    """The most that a rank gives at once: rows of a step, logits of some rows, candidates of every sequence."""
+    most_rows = engine_config.max_prefill_tokens_per_step + engine_config.max_sequences
+    return max(
+        most_rows * config.hidden_size,
+        SCORED_AT_ONCE * len(Shard(0, engine_config.shards).vocabulary(config)),
+        engine_config.max_sequences * 2 * MOST_CANDIDATES,
+    )
+
+
+def _limits(config: DecoderConfig, engine_config: EngineConfig) -> EngineLimits:
+    block_bytes = sum(
+        kv_block_bytes(Shard(rank, engine_config.shards).config(config), engine_config.block_size_tokens)
+        for rank in range(engine_config.shards)
+    )
     num_blocks = engine_config.kv_cache_bytes // block_bytes
     if num_blocks == 0:
         raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
-    decoder = Decoder(config, load_decoder(stored, _PACK[engine_config.weights], on_progress))
-    limits = EngineLimits(
+    return EngineLimits(
         num_blocks=num_blocks,
         block_size_tokens=engine_config.block_size_tokens,
         max_sequences=engine_config.max_sequences,
@@ -40,7 +91,6 @@ def start_cpu_runner(
         context_tokens=config.context_tokens,
         vocabulary_size=config.vocabulary_size,
     )
-    return limits, CpuRunner(decoder, PagedKvCache(config, num_blocks, engine_config.block_size_tokens))
 
 
 _PACK: dict[WeightFormat, MakeMatrix[PackedMatrix]] = {"float32": pack_float32, "int8": pack_int8}

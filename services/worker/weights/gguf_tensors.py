@@ -12,6 +12,8 @@ from services.common.model.gguf import GgufFile, TensorInfo
 from services.worker.weights.dequantize import SUPPORTED_TYPES, dequantize
 from services.worker.weights.stored_decoder import StoredMatrix
 
+_ROWS_AT_ONCE = 256
+
 
 class GgufTensors:
     """Reads tensors out of a mapped file, and keeps count of those read."""
@@ -41,17 +43,31 @@ class GgufTensors:
         dequantize(data, self._file.tensors[name].ggml_type, out)
         return out
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
-        """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+        """Return what is wanted of matrices, one below the other; as in StoredTensors. Raises ModelFileError."""
         # Looked at before memory is taken: the sizes are a file's claims until then.
         stored = [self._stored(part.name, (num_columns, part.num_rows)) for part in parts]
-        out = torch.empty((sum(part.num_rows for part in parts), num_columns))
+        columns = columns or range(num_columns)
+        out = torch.empty((sum(len(part.rows) for part in parts), len(columns)))
         first_row = 0
         for part, data in zip(parts, stored, strict=True):
-            rows = out[first_row : first_row + part.num_rows]
-            first_row += part.num_rows
-            dequantize(data, self._file.tensors[part.name].ggml_type, rows)
+            # A row is whole blocks, so that rows are runs of bytes; columns are not.
+            rows = data.view(part.num_rows, -1)[part.rows.start : part.rows.stop]
+            to = out[first_row : first_row + len(part.rows)]
+            first_row += len(part.rows)
+            self._dequantize(rows, part.name, num_columns, columns, to)
         return out
+
+    def _dequantize(self, rows: Tensor, name: str, num_columns: int, columns: range, out: Tensor) -> None:
+        """Write some columns of stored rows to `out`; whole rows are in memory only a few at a time."""
+        ggml_type = self._file.tensors[name].ggml_type
+        if len(columns) == num_columns:
+            dequantize(rows.flatten(), ggml_type, out)
+            return
+        for stored, to in zip(torch.split(rows, _ROWS_AT_ONCE), torch.split(out, _ROWS_AT_ONCE), strict=True):
+            whole = torch.empty((len(stored), num_columns))
+            dequantize(stored.flatten(), ggml_type, whole)
+            to.copy_(whole[:, columns.start : columns.stop])
 
     def check_all_read(self) -> None:
         """Raise ModelFileError if the file has a tensor that was never read: the model is not what it was taken for."""

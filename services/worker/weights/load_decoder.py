@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from services.common.model.errors import ModelFileError
-from services.worker.runner.models.decoder_weights import DecoderLayerWeights, DecoderWeights, Matrix
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights, Matrix
+from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 from services.worker.weights.stored_decoder import StoredDecoder, StoredMatrix
 
@@ -17,21 +18,22 @@ MakeMatrix = Callable[[Tensor, Tensor | None], Matrix]
 
 
 def load_decoder(
-    stored: StoredDecoder, make_matrix: MakeMatrix[Matrix], on_progress: Progress
+    stored: StoredDecoder, make_matrix: MakeMatrix[Matrix], on_progress: Progress, shard: Shard | None = None
 ) -> DecoderWeights[Matrix]:
-    """Load all weights as float32.
+    """Load all weights as float32, or a rank's: what `DecoderWeights` says, of the rank's config and tokens.
 
-    Raises ModelFileError for a tensor that is missing, has another shape or a type that cannot be read, or that the
-    model's family does not have.
+    Raises ConfigError if the model does not have something for each rank, and ModelFileError for a tensor that is
+    missing, has another shape or a type that cannot be read, or that the model's family does not have.
     """
+    part = _Part(stored.config, shard or Shard())
     config, names, tensors = stored.config, stored.names, stored.tensors
-    embedding = tensors.matrix([StoredMatrix(names.embedding, config.vocabulary_size)], config.hidden_size)
-    lm_head = make_matrix(_head(stored, embedding), None)
+    embedding = tensors.matrix([part.tokens(names.embedding)], config.hidden_size)
+    lm_head = make_matrix(_head(stored, part, embedding), None)
     layers = []
     for index in range(config.num_layers):
         # The embedding and the head take about as long as a fifth of the layers of a small model.
         on_progress((index + config.num_layers / 5) / (config.num_layers * 6 / 5))
-        layers.append(_load_layer(stored, index, make_matrix))
+        layers.append(_load_layer(stored, part, index, make_matrix))
     norm = tensors.vector(names.norm, config.hidden_size)
     weights = DecoderWeights(embedding, tuple(layers), norm, lm_head, _rotary_frequencies(stored))
     tensors.check_all_read()
@@ -39,12 +41,45 @@ def load_decoder(
     return weights
 
 
-def _head(stored: StoredDecoder, embedding: Tensor) -> Tensor:
+class _Part:
+    """What a rank has of each kind of matrix."""
+
+    def __init__(self, config: DecoderConfig, shard: Shard) -> None:
+        self._whole = config
+        self.config = shard.config(config)
+        self.heads, self.kv_heads = shard.heads(config), shard.kv_heads(config)
+        self.intermediate, self._vocabulary = shard.intermediate(config), shard.vocabulary(config)
+
+    @property
+    def head_columns(self) -> range:
+        """Of the attention's output."""
+        return self._dimensions(self.heads)
+
+    def tokens(self, name: str) -> StoredMatrix:
+        return StoredMatrix(name, self._whole.vocabulary_size, self._vocabulary)
+
+    def queries(self, name: str) -> StoredMatrix:
+        return StoredMatrix(name, self._whole.q_size, self._dimensions(self.heads))
+
+    def keys(self, name: str) -> StoredMatrix:
+        return StoredMatrix(name, self._whole.kv_size, self._dimensions(self.kv_heads))
+
+    def mlp(self, name: str) -> StoredMatrix:
+        return StoredMatrix(name, self._whole.intermediate_size, self.intermediate)
+
+    def outputs(self, name: str) -> StoredMatrix:
+        return StoredMatrix(name, self._whole.hidden_size, range(self._whole.hidden_size))
+
+    def _dimensions(self, heads: range) -> range:
+        return range(heads.start * self._whole.head_dim, heads.stop * self._whole.head_dim)
+
+
+def _head(stored: StoredDecoder, part: _Part, embedding: Tensor) -> Tensor:
     """The head's matrix. Some files of tied models hold it all the same."""
     config, name = stored.config, stored.names.lm_head
     if stored.is_tied and name not in stored.tensors:
         return embedding
-    head = stored.tensors.matrix([StoredMatrix(name, config.vocabulary_size)], config.hidden_size)
+    head = stored.tensors.matrix([part.tokens(name)], config.hidden_size)
     if not stored.is_tied:
         return head
     if not torch.equal(head, embedding):
@@ -56,59 +91,61 @@ def _head(stored: StoredDecoder, embedding: Tensor) -> Tensor:
     return embedding
 
 
-def _load_layer(stored: StoredDecoder, index: int, make_matrix: MakeMatrix[Matrix]) -> DecoderLayerWeights[Matrix]:
+def _load_layer(
+    stored: StoredDecoder, part: _Part, index: int, make_matrix: MakeMatrix[Matrix]
+) -> DecoderLayerWeights[Matrix]:
     config, names, tensors = stored.config, stored.names, stored.tensors
     prefix = names.layer_prefix.format(index)
     hidden, intermediate = config.hidden_size, config.intermediate_size
 
-    def weight(name: str, num_rows: int) -> StoredMatrix:
-        return StoredMatrix(f"{prefix}{name}.weight", num_rows)
+    def weight(name: str) -> str:
+        return f"{prefix}{name}.weight"
 
-    qkv = [
-        weight(names.q_proj, config.q_size),
-        weight(names.k_proj, config.kv_size),
-        weight(names.v_proj, config.kv_size),
-    ]
-    gate_up = [weight(names.gate_proj, intermediate), weight(names.up_proj, intermediate)]
+    qkv = [part.queries(weight(names.q_proj)), part.keys(weight(names.k_proj)), part.keys(weight(names.v_proj))]
+    gate_up = [part.mlp(weight(names.gate_proj)), part.mlp(weight(names.up_proj))]
+    o_proj, down_proj = [part.outputs(weight(names.o_proj))], [part.outputs(weight(names.down_proj))]
     return DecoderLayerWeights(
-        attention_norm=tensors.vector(f"{prefix}{names.attention_norm}.weight", hidden),
-        qkv_proj=make_matrix(_paired(stored, tensors.matrix(qkv, hidden)), _qkv_bias(stored, prefix)),
-        qk_norm=_qk_norm(stored, prefix),
-        o_proj=make_matrix(tensors.matrix([weight(names.o_proj, hidden)], config.q_size), None),
-        mlp_norm=tensors.vector(f"{prefix}{names.mlp_norm}.weight", hidden),
+        attention_norm=tensors.vector(weight(names.attention_norm), hidden),
+        qkv_proj=make_matrix(_paired(stored, part, tensors.matrix(qkv, hidden)), _qkv_bias(stored, part, prefix)),
+        qk_norm=_qk_norm(stored, part, prefix),
+        o_proj=make_matrix(tensors.matrix(o_proj, config.q_size, part.head_columns), None),
+        mlp_norm=tensors.vector(weight(names.mlp_norm), hidden),
         gate_up_proj=make_matrix(tensors.matrix(gate_up, hidden), None),
-        down_proj=make_matrix(tensors.matrix([weight(names.down_proj, hidden)], intermediate), None),
+        down_proj=make_matrix(tensors.matrix(down_proj, intermediate, part.intermediate), None),
     )
 
 
-def _qkv_bias(stored: StoredDecoder, prefix: str) -> Tensor | None:
+def _qkv_bias(stored: StoredDecoder, part: _Part, prefix: str) -> Tensor | None:
     if not stored.family.has_qkv_bias:
         return None
-    config, names = stored.config, stored.names
-    parts = ((names.q_proj, config.q_size), (names.k_proj, config.kv_size), (names.v_proj, config.kv_size))
-    return _paired(stored, torch.cat([stored.tensors.vector(f"{prefix}{name}.bias", length) for name, length in parts]))
+    names = stored.names
+    parts = [part.queries(names.q_proj), part.keys(names.k_proj), part.keys(names.v_proj)]
+    biases = [
+        stored.tensors.vector(f"{prefix}{of.name}.bias", of.num_rows)[of.rows.start : of.rows.stop] for of in parts
+    ]
+    return _paired(stored, part, torch.cat(biases))
 
 
-def _qk_norm(stored: StoredDecoder, prefix: str) -> Tensor | None:
+def _qk_norm(stored: StoredDecoder, part: _Part, prefix: str) -> Tensor | None:
     if not stored.family.has_qk_norm:
         return None
-    config, names = stored.config, stored.names
-    parts = ((names.q_norm, config.num_heads), (names.k_norm, config.num_kv_heads))
+    names, head_dim = stored.names, stored.config.head_dim
+    parts = ((names.q_norm, part.config.num_heads), (names.k_norm, part.config.num_kv_heads))
     return torch.cat(
         [
-            _paired(stored, stored.tensors.vector(f"{prefix}{name}.weight", config.head_dim)).expand(num_heads, -1)
+            _paired(stored, part, stored.tensors.vector(f"{prefix}{name}.weight", head_dim)).expand(num_heads, -1)
             for name, num_heads in parts
         ]
     )
 
 
-def _paired(stored: StoredDecoder, rows: Tensor) -> Tensor:
+def _paired(stored: StoredDecoder, part: _Part, rows: Tensor) -> Tensor:
     """Make neighbours of the rows that the rotary embedding turns together, in place; `rows` begin with heads that it
     turns and may go on with those of values. Scores stay, since queries and keys are put into the same order.
     """
     if not stored.has_rotary_pairs:
-        turned = rows[: stored.config.q_size + stored.config.kv_size]
-        halves = turned.view(-1, 2, stored.config.head_dim // 2, *rows.shape[1:])
+        turned = rows[: part.config.q_size + part.config.kv_size]
+        halves = turned.view(-1, 2, part.config.head_dim // 2, *rows.shape[1:])
         turned.copy_(halves.transpose(1, 2).reshape(turned.shape))
     return rows
 

@@ -46,16 +46,18 @@ class SafetensorsFiles:
         # A copy: what it is read from is the mapped file.
         return self._tensor(name).to(torch.float32, copy=True)
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
-        """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+        """Return what is wanted of matrices, one below the other; as in StoredTensors. Raises ModelFileError."""
         # Looked at before memory is taken: the sizes are a file's claims until then.
         for part in parts:
             self._check(part.name, [part.num_rows, num_columns])
-        out = torch.empty((sum(part.num_rows for part in parts), num_columns))
+        wanted = slice(0, num_columns) if columns is None else slice(columns.start, columns.stop)
+        out = torch.empty((sum(len(part.rows) for part in parts), wanted.stop - wanted.start))
         first_row = 0
         for part in parts:
-            out[first_row : first_row + part.num_rows] = self._tensor(part.name)
-            first_row += part.num_rows
+            stored = self._handles[part.name].get_slice(part.name)
+            out[first_row : first_row + len(part.rows)] = stored[part.rows.start : part.rows.stop, wanted]
+            first_row += len(part.rows)
         return out
 
     def check_all_read(self) -> None:

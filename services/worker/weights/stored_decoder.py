@@ -13,10 +13,13 @@ from services.worker.weights.families import Family
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """Rows of a matrix under one name in the files."""
+    """A matrix under one name in the files, and what is wanted of it."""
 
     name: str
     num_rows: int
+    """Of the whole matrix."""
+    rows: range
+    """Those that are wanted: a run."""
 
 
 class StoredTensors(Protocol):
@@ -33,8 +36,12 @@ class StoredTensors(Protocol):
         """Return a tensor of one dimension: [length]. Raises ModelFileError."""
         ...
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int) -> Tensor:
-        """Return matrices, one below the other: [sum of num_rows, num_columns]. Raises ModelFileError."""
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+        """Return what is wanted of matrices, one below the other: [sum of wanted rows, wanted columns].
+
+        `num_columns` is that of the whole matrices; of the columns, a run is wanted, or all. Only what is wanted takes
+        memory. Raises ModelFileError.
+        """
         ...
 
     def check_all_read(self) -> None:

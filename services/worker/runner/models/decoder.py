@@ -17,7 +17,9 @@ from services.worker.runner.batch import BatchInputs
 from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.matrix import PackedMatrix
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
+from services.worker.runner.models.shard import Shard
 from services.worker.runner.norm import rms_norm
+from services.worker.runner.ranks import Ranks
 from services.worker.runner.rope import rotary_table
 
 _NO_WINDOW = 1 << 30
@@ -25,12 +27,22 @@ _NO_WINDOW = 1 << 30
 
 
 class Decoder:
-    """A decoder of any of the families."""
+    """A decoder of any of the families, or a rank's part of one."""
 
-    def __init__(self, config: DecoderConfig, weights: DecoderWeights[PackedMatrix]) -> None:
-        """Take weights of this config. Raises ConfigError if its heads are more than the kernels take."""
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights[PackedMatrix], ranks: Ranks | None = None
+    ) -> None:
+        """Take weights of this config: the whole model's, or with `ranks` those of a rank's part of it.
+
+        Raises ConfigError if its heads are more than the kernels take.
+        """
+        shard = ranks.shard if ranks else Shard()
+        self.tokens = shard.vocabulary(config)
+        """The tokens whose embeddings and logits are here."""
+        config = shard.config(config)
         _check_heads(config)
         self.config = config
+        self._ranks = ranks
         self._weights = weights
         self._turns = rotary_table(config.context_tokens, weights.rotary_frequencies)
         self._layers = (structures.Layer * config.num_layers)(
@@ -43,10 +55,11 @@ class Decoder:
         """Compute a batch, writing its keys and values to the cache.
 
         Returns the hidden states of the rows that are wanted: [num_wanted, hidden_size]. Their `logits` are left to the
-        caller: they are 200 KB a row for 49,152 tokens.
+        caller: they are 200 KB a row for 49,152 tokens. A rank takes part in a pass of all; raises RanksLostError.
         """
-        config = self.config
-        hidden = embedding(batch.token_ids, self._weights.embedding)
+        config, ranks = self.config, self._ranks
+        hidden = self._embedding(batch.token_ids)
+        assert ranks is None or hidden.numel() <= ranks.slot_floats
         decoder = structures.Decoder(
             ctypes.addressof(self._layers),
             config.num_layers,
@@ -62,17 +75,28 @@ class Decoder:
             ctypes.byref(batch.structure()),
             cache.addresses,
             ctypes.byref(room.structure),
+            ctypes.byref(ranks.structure) if ranks else None,
             torch.get_num_threads(),
         )
+        if ranks:
+            ranks.check()
         return hidden[: len(batch.wanted_rows)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states, [num_rows, hidden_size], to the logits of the tokens after them:
-        [num_rows, vocabulary_size].
+        """Map hidden states, [num_rows, hidden_size], to the logits of the tokens after them, of those that are here:
+        [num_rows, len(tokens)].
         """
         if hidden.shape[0] == 0:
-            return hidden.new_empty((0, self.config.vocabulary_size))
+            return hidden.new_empty((0, len(self.tokens)))
         return self._weights.lm_head(rms_norm(hidden, self._weights.norm, self.config.rms_norm_eps))
+
+    def _embedding(self, token_ids: Tensor) -> Tensor:
+        """Rows of the embedding, [num_tokens, hidden_size]; zeros for tokens that are on another rank."""
+        if self._ranks is None:
+            return embedding(token_ids, self._weights.embedding)
+        places = token_ids - self.tokens.start
+        is_here = (places >= 0) & (places < len(self.tokens))
+        return embedding(places.where(is_here, 0), self._weights.embedding) * is_here.unsqueeze(1)
 
 
 class _Room:
