@@ -1,5 +1,8 @@
 """Ranks that each have a part of the model give what the whole one gives, and nothing if they are not of one mind."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -161,3 +164,20 @@ def test_a_rank_waits_for_one_that_does_not_come_only_so_long(tmp_path: Path) ->
         for future in told:
             with pytest.raises(RanksLostError, match="waited for another one in vain"):
                 future.result()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_meet_through_gloo_give_the_references_tokens_too(world_size: int, tmp_path: Path) -> None:
+    """Another library's sums, in another order: what ranks do does not hang on how they meet."""
+    command = [sys.executable, "-m", "tests.unit.gloo_ranks"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world_size), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        for rank in range(world_size)
+    ]
+    try:
+        answers = json.loads(ranks[0].communicate(timeout=280)[0])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert answers == {str(number): case["output_token_ids"] for number, case in enumerate(CASES, 1)}
