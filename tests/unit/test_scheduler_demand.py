@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -100,7 +100,7 @@ loads = st.builds(
     offered=st.floats(0, 30),
     ready=st.integers(0, 25),
     startup_ms=st.floats(0, 100_000),
-)
+).map(lambda load: load if load.num_requests else replace(load, occupied=0.0))  # Only requests occupy anything.
 looks = st.lists(st.tuples(st.floats(1, 40_000), loads), min_size=1, max_size=40)
 
 
