@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
+from services.worker.kernels.round_rows import rounded_row
 from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
 
 
@@ -88,7 +89,5 @@ def _add_rms_norm(
         x = rounded.to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x) / size + epsilon) * w
     if out_scales is not None:
-        largest = tl.maximum(tl.max(tl.abs(normed)), 1e-12)
-        tl.store(out_scales + row, largest / FP8_LIMIT)
-        normed = tl.minimum(tl.maximum(normed * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
+        normed = rounded_row(normed, out_scales, row, FP8_LIMIT)
     tl.store(out + row * size + columns, normed.to(out.dtype.element_ty), inside)

@@ -1,4 +1,4 @@
-"""Rounds rows to fp8 where no kernel in front has them whole."""
+"""Rounding rows to fp8: for kernels that have a row whole, and by itself where none in front has."""
 
 import triton
 import triton.language as tl
@@ -28,13 +28,19 @@ def round_rows_into(values: Tensor, out: Rows, *, pdl: bool = False) -> None:
 
 
 @triton.jit
+def rounded_row(x, out_scales, row, FP8_LIMIT: tl.constexpr):
+    """Store the scale of a row, x, float32, with 0 beyond its end; return what is to be stored of it as fp8."""
+    largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
+    tl.store(out_scales + row, largest / FP8_LIMIT)
+    return tl.minimum(tl.maximum(x * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
+
+
+@triton.jit
 def _round_rows(values, out, out_scales, size, BLOCK: tl.constexpr, FP8_LIMIT: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     after_previous(PDL)
     x = tl.load(values + row * size + columns, inside, other=0.0).to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
-    tl.store(out_scales + row, largest / FP8_LIMIT)
-    x = tl.minimum(tl.maximum(x * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
+    x = rounded_row(x, out_scales, row, FP8_LIMIT)
     tl.store(out + row * size + columns, x.to(out.dtype.element_ty), inside)

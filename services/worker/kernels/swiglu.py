@@ -5,6 +5,7 @@ import triton.language as tl
 from torch.nn.functional import silu
 
 from services.worker.kernels.launch import after_previous
+from services.worker.kernels.round_rows import rounded_row
 from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
 
 _BLOCK = 1024
@@ -79,7 +80,5 @@ def _swiglu(
     after_previous(PDL)
     activated = _activated(gate_up, row_scales, row, columns, inside, size, gate_scale, up_scale)
     if out_scales is not None:
-        largest = tl.maximum(tl.max(tl.abs(activated)), 1e-12)
-        tl.store(out_scales + row, largest / FP8_LIMIT)
-        activated = tl.minimum(tl.maximum(activated * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
+        activated = rounded_row(activated, out_scales, row, FP8_LIMIT)
     tl.store(out + row * size + columns, activated.to(out.dtype.element_ty), inside)
