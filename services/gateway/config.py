@@ -7,16 +7,17 @@ import grpc
 
 from services.common import rpc
 from services.common.config import ConfigError, option
+from services.common.service_options import ServiceOptions
 from services.common.tls.credentials import http_context, server_credentials
 from services.common.tls.files import Tls, TlsError
-from services.common.tls.options import TlsOptions, flagged
+from services.common.tls.options import flagged
 
 MAX_UNSEEN_CALLS = 100_000
 ANY_HOST = frozenset({"0.0.0.0", "[::]", "::", ""})
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayConfig(TlsOptions):
+class GatewayConfig(ServiceOptions):
     """The fleet's public API for one pool: validation, admission, and streams to clients."""
 
     listen: str = option("127.0.0.1:0", "host:port that clients call; port 0: any free one")
@@ -59,15 +60,10 @@ class GatewayConfig(TlsOptions):
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1_000)
     start_limit_ms: int = option(60_000, "longest wait for Redis and a tokenizer at the start", minimum=0)
     drain_ms: int = option(10_000, "how long open streams may go on after SIGTERM", minimum=0)
-    metrics_port: int = option(
-        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
-    )
-    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_prompts: bool = option(False, "write prompts into the log, and texts of unforeseen errors, which may quote one")
 
     def __post_init__(self) -> None:
-        TlsOptions.__post_init__(self)
+        ServiceOptions.__post_init__(self)
         if self.public_tls() is None and self.public_tls_client_ca:
             raise ConfigError("--public-tls-client-ca is given, and --public-tls-certificate is missing")
 

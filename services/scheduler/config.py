@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from services.common.config import ConfigError, option
-from services.common.tls.options import TlsOptions
+from services.common.service_options import ServiceOptions
 from services.scheduler.demand import Bounds
 from services.scheduler.lease_keeper import Term
 from services.scheduler.liveness import Patience
@@ -12,17 +12,12 @@ from services.scheduler.sweeper import Rhythm
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig(TlsOptions):
+class SchedulerConfig(ServiceOptions):
     """Schedules one pool: several of these stand by, and one leads."""
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
     listen: str = option("127.0.0.1:0", "address of the gRPC server (health, reflection); port 0: any")
-    metrics_port: int = option(
-        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
-    )
-    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     lease_ttl_ms: int = option(2_000, "how long leadership lasts unless renewed", minimum=200, maximum=60_000)
     lease_renew_ms: int = option(500, "how often leadership is renewed, or asked for", minimum=20, maximum=20_000)
     retention_ms: int = option(600_000, "how long the record of an ended request is kept", minimum=1_000)
@@ -48,7 +43,7 @@ class SchedulerConfig(TlsOptions):
     recovery_fresh_ms: int = option(200, "the same, for a pool that shows no earlier life", minimum=0)
 
     def __post_init__(self) -> None:
-        TlsOptions.__post_init__(self)
+        ServiceOptions.__post_init__(self)
         if 2 * self.lease_renew_ms > self.lease_ttl_ms:
             raise ConfigError(
                 f"--lease-renew-ms is {self.lease_renew_ms}; the most is half of --lease-ttl-ms ({self.lease_ttl_ms})"

@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass
 
 from services.common.config import option
-from services.common.tls.options import TlsOptions
+from services.common.service_options import ServiceOptions
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerConfig(TlsOptions):
+class TokenizerConfig(ServiceOptions):
     """Renders chats and turns text into tokens, for one model, in a pool of processes."""
 
     listen: str = option("127.0.0.1:0", "host:port to serve gRPC on; port 0: any free one")
@@ -27,11 +27,6 @@ class TokenizerConfig(TlsOptions):
         minimum=1,
     )
     stop_grace_ms: int = option(5_000, "how long open calls may go on after SIGTERM", minimum=0)
-    metrics_port: int = option(
-        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
-    )
-    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")
 
     @property

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.config import option
-from services.common.tls.options import TlsOptions
+from services.common.service_options import ServiceOptions
 from services.worker.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig(TlsOptions):
+class WorkerConfig(ServiceOptions):
     """One worker: its front, and the engine that the front starts."""
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
@@ -34,9 +34,4 @@ class WorkerConfig(TlsOptions):
         2000, "how long a continued request waits for its reader before it samples", minimum=0, maximum=8000
     )
     retention_ms: int = option(600_000, "how long an ended request is kept", minimum=1000)
-    metrics_port: int = option(
-        0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
-    )
-    otlp_endpoint: str = option("", "http://host:port of an OTLP receiver (gRPC) for traces; empty: none")
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")

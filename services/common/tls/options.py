@@ -20,7 +20,7 @@ class FleetTls:
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """Base of the services' configurations. Files are checked when it is made: raises ConfigError."""
+    """Files are checked when it is made: raises ConfigError."""
 
     tls_certificate: str = option("", "PEM file: this service's certificate; with key and CA: TLS between services")
     tls_key: str = option("", "PEM file: the private key of --tls-certificate, without a passphrase")
