@@ -3,14 +3,17 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.model.folder import read_folder
+from services.worker.cuda import cuda_runner, shared_prefixes
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.matrix import DeviceWeightFormat
+from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
@@ -86,3 +89,28 @@ def test_every_family_gives_the_references_tokens_in_float32(family: str, tmp_pa
     looks = [[greedy(1, asked[0], num_tokens)], [], later]
     answers, _ = generate(limits, runner, *looks)
     assert answers == {number: reference_greedy(model, prompt, num_tokens) for number, prompt in enumerate(asked, 1)}
+
+
+def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner, "_LEAST_SHARING_DECODES", 2)
+    monkeypatch.setattr(shared_prefixes, "LEAST_SHARED_TOKENS", 16)
+    monkeypatch.setattr(shared_prefixes, "LEAST_TOKENS_SAVED", 1)
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    limits, runner = a_runner(save(model, tmp_path), max_prefill_tokens_per_step=64)
+    begin = prompts()[3]
+    asked = [begin, [*begin, 7, 8, 9], [*begin, 11]]
+    # The others come when the cache has the first one's blocks, and it decodes.
+    later = [greedy(number, prompt, 3) for number, prompt in enumerate(asked[1:], 2)]
+    members: set[int] = set()
+    tiles_of = shared_prefixes.tiles_of
+
+    def watched(*arguments: Any) -> list[SharedPrefix]:
+        tiles = tiles_of(*arguments)
+        members.update(len(tile.members) for tile in tiles)
+        return tiles
+
+    monkeypatch.setattr(cuda_runner, "tiles_of", watched)
+    answers, _ = generate(limits, runner, [greedy(1, asked[0], 8)], [], [], later)
+    wanted = zip(asked, (8, 3, 3), strict=True)
+    assert answers == {number: reference_greedy(model, *ask) for number, ask in enumerate(wanted, 1)}
+    assert 3 in members

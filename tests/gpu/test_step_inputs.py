@@ -22,7 +22,7 @@ def test_whole_prompts_of_one_length_are_taken_together_in_powers_of_two() -> No
 
 def test_every_row_is_attended_once() -> None:
     chunks = [a_chunk(1, 700, 1), a_chunk(2, 0, 512), a_chunk(3, 512, 512), a_chunk(4, 0, 70), a_chunk(5, 8, 1)]
-    sizes, tiles = mixed_sizes(chunks, 32, has_fp8_cache=False, may_be_dense=True)
+    sizes, tiles = mixed_sizes(chunks, 32, has_fp8_cache=False, may_be_dense=True, shares=False)
     assert (sizes.num_rows, sizes.num_decodes, sizes.num_samples) == (1096, 1, 5)
     rows = [0]
     for run in sizes.dense_runs:

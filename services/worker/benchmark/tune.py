@@ -135,9 +135,9 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
             if most_pieces < num_rows:
                 continue
             contexts = np.full(num_rows, context, dtype=np.int32)
-            pieces, splits = (
-                torch.from_numpy(x).cuda() for x in cut_contexts(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
-            )
+            cut, of_row = cut_contexts(np.zeros_like(contexts), contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
+            pieces = torch.from_numpy(cut).cuda()
+            splits = torch.from_numpy(np.pad(of_row, ((0, 0), (0, 2)))).cuda()
             batch = DecodeBatch(pieces, splits, tables)
             room = piece_results(len(pieces), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
             for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):

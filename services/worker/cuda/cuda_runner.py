@@ -16,6 +16,7 @@ from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.logprobs import AskedLogprobs, Scoring
 from services.worker.cuda.places import Places
 from services.worker.cuda.sampling import Chosen, choose_others
+from services.worker.cuda.shared_prefixes import SharedPrefix, shared_prefixes, tiles_of
 from services.worker.cuda.step_inputs import (
     Numbers,
     StepInputs,
@@ -24,13 +25,18 @@ from services.worker.cuda.step_inputs import (
     fill,
     is_decode,
     mixed_sizes,
+    num_decodes_of,
+    num_shared_pieces_for,
     views,
 )
 from services.worker.cuda.transfer import HostCopy, pinned
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
+from services.worker.kernels.shared_attention import members_of_piece
 
 _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
+_LEAST_SHARING_DECODES = 8
+"""Of fewer, attention is a small part of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,12 @@ class CudaRunner:
         self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
         self._num_steps = 0
-        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes)
+        config = model.config
+        self._members_of_piece = members_of_piece(config.num_heads, config.num_kv_heads)
+        # A window has left a prefix behind sooner or later.
+        self._may_share = config.sliding_window is None
+        shares_from = _LEAST_SHARING_DECODES if self._may_share else None
+        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
 
     def capture_graphs(self) -> None:
         """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
@@ -93,35 +104,58 @@ class CudaRunner:
         """Begin a step."""
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
+        prefixes = self._prefixes(chunks)
         graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
         if graph_size is not None:
-            sizes = self._decode_sizes(graph_size)
-            self._give_inputs(chunks, sizes, None)
-            self._graphs.replay(graph_size)
+            sizes = self._decode_sizes(graph_size, bool(prefixes))
+            self._give_inputs(chunks, sizes, None, prefixes)
+            self._graphs.replay(graph_size, shares=bool(prefixes))
         else:
             sizes, tiles = mixed_sizes(
-                chunks, self._table_blocks, has_fp8_cache=self.cache.is_fp8, may_be_dense=self._model.may_be_dense
+                chunks,
+                self._table_blocks,
+                has_fp8_cache=self.cache.is_fp8,
+                may_be_dense=self._model.may_be_dense,
+                shares=bool(prefixes),
             )
-            self._give_inputs(chunks, sizes, tiles)
+            self._give_inputs(chunks, sizes, tiles, prefixes)
             self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
         return self._read(plan, self._inputs(sizes), sizes)
 
-    def _launch_decodes(self, num_rows: int) -> None:
+    def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
+        """What the decodes of a step share, by tiles of the kernel."""
+        decodes = chunks[: num_decodes_of(chunks)]
+        if not self._may_share or len(decodes) < _LEAST_SHARING_DECODES:
+            return []
+        groups = shared_prefixes(
+            [chunk.block_table for chunk in decodes],
+            [chunk.first_position for chunk in decodes],
+            self.cache.block_size_tokens,
+        )
+        return tiles_of(groups, self._members_of_piece, num_shared_pieces_for(len(decodes)))
+
+    def _launch_decodes(self, num_rows: int, shares: bool) -> None:
         """What a graph of decodes holds."""
-        sizes = self._decode_sizes(num_rows)
+        sizes = self._decode_sizes(num_rows, shares)
         self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=True)
 
-    def _decode_sizes(self, num_rows: int) -> StepSizes:
-        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self.cache.is_fp8)
+    def _decode_sizes(self, num_rows: int, shares: bool) -> StepSizes:
+        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self.cache.is_fp8, shares=shares)
 
     def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
         return views(self._numbers, sizes)
 
-    def _give_inputs(self, chunks: Sequence[SequenceChunk], sizes: StepSizes, tiles: Numbers | None) -> None:
+    def _give_inputs(
+        self,
+        chunks: Sequence[SequenceChunk],
+        sizes: StepSizes,
+        tiles: Numbers | None,
+        prefixes: Sequence[SharedPrefix],
+    ) -> None:
         host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
         self._num_steps += 1
         places, tables = self._places.of(chunks)
-        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, self.cache.block_size_tokens)
+        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, prefixes, self.cache.block_size_tokens)
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
@@ -147,6 +181,7 @@ def _most_numbers(most: MostWork, table_blocks: int) -> int:
     """Length of the inputs of any step."""
     sequences = most.num_sequences
     tiles = most.num_rows // 2 + sequences
+    shared_pieces = num_shared_pieces_for(sequences)
     return StepSizes(
-        most.num_rows, sequences, sequences, sequences, 2 * sequences + 64, tiles, table_blocks
+        most.num_rows, sequences, sequences, sequences, 2 * sequences + 64, tiles, table_blocks, shared_pieces
     ).num_numbers

@@ -8,7 +8,7 @@ from torch import Tensor
 from services.worker.cuda.dense_attention import dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.matrix import DeviceMatrix, Multiplier, wants_fp8
-from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch
+from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.kernels.choose_token import PartResults, choose_likeliest, part_results
 from services.worker.kernels.decode_attention import decode_attention, num_pieces_for, piece_results
@@ -20,6 +20,7 @@ from services.worker.kernels.prefill_attention import prefill_attention
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
+from services.worker.kernels.shared_attention import shared_attention, shared_results
 from services.worker.kernels.swiglu import swiglu
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights
 from services.worker.runner.models.shard import Shard
@@ -152,9 +153,11 @@ class DeviceDecoder:
         attended = room.attended[: sizes.num_rows]
         by_head = attended.view(queries.shape)
         if num_decodes:
-            decode_attention(
-                queries[:num_decodes], kv, decode_batch(step), room.pieces, by_head[:num_decodes], window, pdl=pdl
-            )
+            shared = room.shared if sizes.num_shared_pieces else None
+            if shared:
+                shared_attention(queries, kv, step.shared_pieces, step.block_tables, shared, pdl=pdl)
+            own, out = queries[:num_decodes], by_head[:num_decodes]
+            decode_attention(own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl)
         if sizes.num_tiles:
             prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
         if sizes.dense_runs:
@@ -197,6 +200,9 @@ class _Room:
         self._scales = torch.zeros(most.num_rows, dtype=torch.float32, device=device)
         self.pieces = piece_results(
             num_pieces, most.num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, device
+        )
+        self.shared = shared_results(
+            num_shared_pieces_for(most.num_sequences), config.num_heads, config.head_dim, device
         )
         self.sampled = torch.zeros((most.num_sequences, config.hidden_size), dtype=kind, device=device)
         self.logits = torch.zeros((most.num_sequences, config.vocabulary_size), dtype=kind, device=device)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_runs, is_dense
+from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.decode_attention import (
     PIECE_COLUMNS,
@@ -22,11 +23,15 @@ from services.worker.kernels.decode_attention import (
     num_pieces_for,
 )
 from services.worker.kernels.prefill_attention import TILE_COLUMNS, cut_chunks
+from services.worker.kernels.shared_attention import MOST_MEMBERS, SHARED_COLUMNS
 
 Numbers = NDArray[np.int32]
 Array = TypeVar("Array", Numbers, Tensor)
 
 LEAST_PIECE_TOKENS = 64
+_LEAST_SHARED_PIECE_TOKENS = 256
+_SHARED_PIECES = 32
+"""Into how many pieces prefixes are cut: with 8 key heads, programs for all 132 processors, two on each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class StepSizes:
     num_tiles: int
     table_blocks: int
     """Width of a block table."""
+    num_shared_pieces: int = 0
+    """0: no decode shares a prefix."""
     dense_runs: tuple[DenseRun, ...] = ()
     """Whole prompts, which are in no tile."""
 
@@ -53,6 +60,7 @@ class StepSizes:
             + 2 * self.num_samples
             + PIECE_COLUMNS * self.num_pieces
             + SPLIT_COLUMNS * self.num_decodes
+            + SHARED_COLUMNS * self.num_shared_pieces
             + TILE_COLUMNS * self.num_tiles
             + self.table_blocks * self.num_chunks
         )
@@ -78,6 +86,8 @@ class StepInputs(Generic[Array]):
     """[num_pieces, PIECE_COLUMNS]"""
     splits: Array
     """[num_decodes, SPLIT_COLUMNS]"""
+    shared_pieces: Array
+    """[num_shared_pieces, SHARED_COLUMNS]"""
     tiles: Array
     """[num_tiles, TILE_COLUMNS]"""
     block_tables: Array
@@ -91,6 +101,7 @@ def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
         *[(sizes.num_samples,)] * 2,
         (sizes.num_pieces, PIECE_COLUMNS),
         (sizes.num_decodes, SPLIT_COLUMNS),
+        (sizes.num_shared_pieces, SHARED_COLUMNS),
         (sizes.num_tiles, TILE_COLUMNS),
         (sizes.num_chunks, sizes.table_blocks),
     ]
@@ -102,10 +113,16 @@ def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     return StepInputs(*parts)
 
 
-def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool) -> StepSizes:
-    """Sizes of a step of decodes alone, one row each."""
+def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool, shares: bool) -> StepSizes:
+    """Sizes of a step of decodes alone, one row each. `shares`: some have a prefix in common."""
     num_pieces = num_pieces_for(num_rows, has_fp8_cache)
-    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces, 0, table_blocks)
+    num_shared_pieces = num_shared_pieces_for(num_rows) if shares else 0
+    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces, 0, table_blocks, num_shared_pieces)
+
+
+def num_shared_pieces_for(num_decodes: int) -> int:
+    """Return how many pieces of prefixes, and so how many tiles of members, a step of so many decodes has at most."""
+    return _SHARED_PIECES + num_decodes // 16
 
 
 def is_decode(chunk: SequenceChunk) -> bool:
@@ -113,13 +130,20 @@ def is_decode(chunk: SequenceChunk) -> bool:
     return len(chunk.token_ids) == 1 and chunk.sample_index is not None and not chunk.scored_token_ids
 
 
+def num_decodes_of(chunks: Sequence[SequenceChunk]) -> int:
+    """How many chunks in front are one token, and attended as decodes are."""
+    return next((index for index, chunk in enumerate(chunks) if len(chunk.token_ids) > 1), len(chunks))
+
+
 def mixed_sizes(
-    chunks: Sequence[SequenceChunk], table_blocks: int, *, has_fp8_cache: bool, may_be_dense: bool
+    chunks: Sequence[SequenceChunk], table_blocks: int, *, has_fp8_cache: bool, may_be_dense: bool, shares: bool
 ) -> tuple[StepSizes, Numbers]:
-    """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token."""
+    """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token.
+
+    `shares`: some of the decodes have a prefix in common.
+    """
     counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
-    is_longer = counts > 1
-    num_decodes = int(is_longer.argmax()) if is_longer.any() else len(chunks)
+    num_decodes = num_decodes_of(chunks)
     first_rows = np.cumsum(counts) - counts
     runs = dense_runs(chunks) if may_be_dense else ()
     tiled = np.array(
@@ -136,6 +160,7 @@ def mixed_sizes(
         num_pieces=num_pieces_for(num_decodes, has_fp8_cache),
         num_tiles=len(tiles),
         table_blocks=table_blocks,
+        num_shared_pieces=num_shared_pieces_for(num_decodes) if shares else 0,
         dense_runs=runs,
     )
     return sizes, tiles
@@ -147,11 +172,12 @@ def fill(
     places: Numbers,
     tables: Numbers,
     tiles: Numbers | None,
+    prefixes: Sequence[SharedPrefix],
     block_size_tokens: int,
 ) -> None:
     """Write a step. Chunks may be fewer than there is room for; what is behind them is computed for nothing.
 
-    places: [num_chunks]; tables: [num_chunks, table_blocks].
+    places: [num_chunks]; tables: [num_chunks, table_blocks]; prefixes: by tiles of the kernel.
     """
     counts = np.array([len(chunk.token_ids) for chunk in chunks])
     num_rows, num_chunks = int(counts.sum()), len(chunks)
@@ -180,16 +206,41 @@ def fill(
 
     num_decodes = min(len(inputs.splits), num_chunks)
     if num_decodes:
+        inputs.splits[:] = 0
+        own_from = _fill_prefixes(inputs, prefixes, num_decodes, block_size_tokens)
         contexts = first_positions[:num_decodes] + 1
-        pieces, splits = cut_contexts(contexts, len(inputs.pieces), block_size_tokens, LEAST_PIECE_TOKENS)
+        pieces, splits = cut_contexts(own_from, contexts, len(inputs.pieces), block_size_tokens, LEAST_PIECE_TOKENS)
         inputs.pieces[: len(pieces)] = pieces
         inputs.pieces[len(pieces) :] = -1
-        inputs.splits[:num_decodes] = splits
-        inputs.splits[num_decodes:] = 0
+        inputs.splits[:num_decodes, :2] = splits
     if tiles is not None:
         inputs.tiles[:] = tiles
     inputs.block_tables[:num_chunks] = tables
     inputs.block_tables[num_chunks:] = 0
+
+
+def _fill_prefixes(
+    inputs: StepInputs[Numbers], prefixes: Sequence[SharedPrefix], num_decodes: int, block_size_tokens: int
+) -> Numbers:
+    """Write what decodes share. Returns the position that each one's own pieces begin at: [num_decodes]."""
+    own_from = np.zeros(num_decodes, dtype=np.int32)
+    inputs.shared_pieces[:] = 0
+    if not prefixes:
+        return own_from
+    lengths = np.array([prefix.num_blocks * block_size_tokens for prefix in prefixes], dtype=np.int32)
+    most_pieces = max(_SHARED_PIECES, len(prefixes))
+    pieces, splits = cut_contexts(
+        np.zeros_like(lengths), lengths, most_pieces, block_size_tokens, _LEAST_SHARED_PIECE_TOKENS
+    )
+    for prefix, length, (first_piece, num_pieces) in zip(prefixes, lengths, splits, strict=True):
+        members, own = np.array(prefix.members), slice(first_piece, first_piece + num_pieces)
+        own_from[members] = length
+        inputs.splits[members, 2] = first_piece * MOST_MEMBERS + np.arange(len(members))
+        inputs.splits[members, 3] = num_pieces
+        inputs.shared_pieces[own, 0] = len(members)
+        inputs.shared_pieces[own, 1:3] = pieces[own, 1:3]
+        inputs.shared_pieces[own, 4 : 4 + len(members)] = members
+    return own_from
 
 
 def decode_batch(inputs: StepInputs[Tensor]) -> DecodeBatch:

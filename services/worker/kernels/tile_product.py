@@ -1,0 +1,181 @@
+"""Rows times a matrix in tiles, each output added up in one order however many the rows; SwiGLU with it, if wanted.
+
+A program takes tile after tile (persistent), so that the bulk copies (TMA) of the next one run while one is written. An
+output's inputs are added up from the first to the last by one program, in instructions of one kind: so a row's product
+does not depend on the rows beside it, nor on the tiles' sizes. Bound by flops, or with few rows by the matrix's bytes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import silu
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from services.worker.kernels.launch import after_previous
+from services.worker.kernels.rows import Scaled
+
+_INPUT_BYTES = 128
+"""Of a row in one bulk copy."""
+_PROCESSORS = 132
+_ROW_TILES_TOGETHER = 8
+"""Neighbouring row tiles that are taken before the next outputs: their weights are in the second-level cache then."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileTuning:
+    """How the kernel is compiled; any choice gives the same."""
+
+    rows: int
+    """Of a tile: a multiple of 64, the least that the tensor cores take."""
+    outputs: int
+    """Of a tile. With SwiGLU half of them are the gate's."""
+    num_stages: int
+    num_warps: int
+    programs_a_processor: int = 1
+
+
+MANY_ROWS = TileTuning(128, 256, 3, 8)
+FEW_ROWS = TileTuning(64, 64, 6, 4, programs_a_processor=2)
+
+
+def tile_tuning_for(num_rows: int, dtype: torch.dtype) -> TileTuning:
+    """Return the tuning for so many rows. float32 is multiplied without the tensor cores, in small tiles."""
+    return MANY_ROWS if num_rows > FEW_ROWS.rows and dtype.itemsize <= 2 else FEW_ROWS
+
+
+def tile_product_reference(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows: [num_rows, num_inputs]; weight: [num_outputs, num_inputs]. Returns [num_rows, num_outputs] float32."""
+    return rows.float() @ weight.float().T
+
+
+def product_swiglu_reference(gate_up: Scaled) -> Tensor:
+    """gate_up: [num_rows, 2 * size], the gate first. Returns silu(gate) * up: [num_rows, size] float32."""
+    gate, up = gate_up.dequantized().chunk(2, dim=1)
+    return silu(gate) * up
+
+
+def tile_product(
+    rows: Tensor, weight: Tensor, out: Tensor, tuning: TileTuning | None = None, *, pdl: bool = False
+) -> None:
+    """As the reference, into `out`, in its type."""
+    num_outputs = len(weight)
+    assert out.shape == (len(rows), num_outputs)
+    _launch(rows, weight, None, None, out, num_outputs, tuning, pdl=pdl)
+
+
+def product_swiglu(
+    rows: Tensor,
+    weight: Tensor,
+    row_scales: Tensor | None,
+    channel_scales: Tensor | None,
+    out: Tensor,
+    tuning: TileTuning | None = None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Multiply with a gate's and an up's matrix, one behind the other, and open the gate: into `out`, [num_rows, size].
+
+    The scales, if there are some, are [num_rows] and [2 * size] float32: of rows and weights in fp8.
+    """
+    size = len(weight) // 2
+    assert out.shape == (len(rows), size)
+    _launch(rows, weight, row_scales, channel_scales, out, size, tuning, pdl=pdl)
+
+
+def _launch(
+    rows: Tensor,
+    weight: Tensor,
+    row_scales: Tensor | None,
+    channel_scales: Tensor | None,
+    out: Tensor,
+    num_outputs: int,
+    tuning: TileTuning | None,
+    *,
+    pdl: bool,
+) -> None:
+    num_rows, num_inputs = rows.shape
+    assert weight.shape[1] == num_inputs
+    assert rows.is_contiguous()
+    assert weight.is_contiguous()
+    assert out.is_contiguous()
+    tuning = tuning or tile_tuning_for(num_rows, rows.dtype)
+    is_swiglu = num_outputs < len(weight)
+    outputs = tuning.outputs // 2 if is_swiglu else tuning.outputs
+    inputs = _INPUT_BYTES // rows.element_size()
+    num_tiles = triton.cdiv(num_rows, tuning.rows) * triton.cdiv(num_outputs, outputs)
+    programs = min(num_tiles, _PROCESSORS * tuning.programs_a_processor)
+    _tile_product[(programs,)](
+        TensorDescriptor.from_tensor(rows, [tuning.rows, inputs]),
+        TensorDescriptor.from_tensor(weight, [outputs, inputs]),
+        TensorDescriptor.from_tensor(out, [tuning.rows, outputs]),
+        row_scales,
+        channel_scales,
+        num_rows,
+        num_outputs,
+        num_inputs,
+        ROWS=tuning.rows,
+        OUTPUTS=outputs,
+        INPUTS=inputs,
+        PROGRAMS=programs,
+        TOGETHER=_ROW_TILES_TOGETHER,
+        SWIGLU=is_swiglu,
+        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        PDL=pdl,
+        launch_pdl=pdl,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages if rows.element_size() <= 2 else 1,
+    )
+
+
+@triton.jit
+def _tile_product(
+    rows,
+    weight,
+    out,
+    row_scales,
+    channel_scales,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row_tiles = tl.cdiv(num_rows, ROWS)
+    output_tiles = tl.cdiv(num_outputs, OUTPUTS)
+    after_previous(PDL)
+    for tile in tl.range(tl.program_id(0), row_tiles * output_tiles, PROGRAMS, flatten=True):
+        group = tile // (TOGETHER * output_tiles)
+        rows_of_group = tl.minimum(row_tiles - group * TOGETHER, TOGETHER)
+        within = tile % (TOGETHER * output_tiles)
+        first_row = (group * TOGETHER + within % rows_of_group) * ROWS
+        first_output = within // rows_of_group * OUTPUTS
+        total = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        # Of a gate's matrix, what it opens for lies behind it.
+        total_up = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        for place in range(0, num_inputs, INPUTS):
+            x = rows.load([first_row, place])
+            w = weight.load([first_output, place])
+            total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+            if SWIGLU:
+                w_up = weight.load([num_outputs + first_output, place])
+                total_up = tl.dot(x, tl.trans(w_up), total_up, input_precision=PRECISION)
+        if SWIGLU:
+            if channel_scales is not None:
+                row = first_row + tl.arange(0, ROWS)
+                output = first_output + tl.arange(0, OUTPUTS)
+                row_scale = tl.load(row_scales + row, row < num_rows, other=0.0)[:, None]
+                gate_scale = tl.load(channel_scales + output, output < num_outputs, other=0.0)
+                up_scale = tl.load(channel_scales + num_outputs + output, output < num_outputs, other=0.0)
+                total = total * row_scale * gate_scale[None, :]
+                total_up = total_up * row_scale * up_scale[None, :]
+            total = total / (1.0 + tl.exp(-total)) * total_up
+        out.store([first_row, first_output], total.to(out.dtype))
