@@ -37,6 +37,14 @@ def test_a_prompt_that_was_computed_before_begins_behind_its_full_blocks() -> No
     assert cached_tokens(engine, 2) == 12
 
 
+def test_what_a_step_in_flight_computes_is_found_by_the_next_one() -> None:
+    engine = engine_of(max_prefill_tokens_per_step=13)
+    engine.planner.add(add(1, PROMPT, max_tokens=1), now_ms=0)
+    engine.planner.add(add(2, PROMPT, max_tokens=1), now_ms=0)
+    steps = [engine.planner.plan(), engine.planner.plan()]
+    assert [[len(chunk.token_ids) for chunk in plan.chunks] for plan in steps if plan] == [[13], [1]]
+
+
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     engine = engine_of()
     run(engine, add(1, PROMPT[:12], max_tokens=1))

@@ -188,13 +188,14 @@ class EngineMachine(RuleBasedStateMachine):
         self._check_writers(plan)
 
     def _check_writers(self, plan: StepPlan) -> None:
-        """What a step writes to has one holder, and nobody can find it by its content."""
+        """What a step writes to has one holder, and nobody can find it by its content unless the step fills it."""
         holders = self._holders()
         size = self.limits.block_size_tokens
         for chunk in plan.chunks:
-            for block in chunk.block_table[chunk.first_position // size : -(-chunk.context_tokens // size)]:
+            for index in range(chunk.first_position // size, -(-chunk.context_tokens // size)):
+                block = chunk.block_table[index]
                 assert holders[block] == 1
-                assert block not in self.planner._cache
+                assert block not in self.planner._cache or (index + 1) * size <= chunk.context_tokens
 
     def _generated(self, sequence_id: int) -> int:
         return len(self.tokens[sequence_id]) - len(self.commands[sequence_id].payload.prompt_token_ids)

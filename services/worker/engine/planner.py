@@ -260,11 +260,14 @@ class Planner:
         self._num_preemptions += 1
 
     def _cache_filled_blocks(self, sequence: Sequence, chunk: SequenceChunk) -> None:
-        """Let others find the blocks that a chunk has filled; those before it were found, shared or filled before."""
+        """Let others find the blocks that a chunk fills; those before it were found, shared or filled before.
+
+        From the plan on, where their tokens are known: whoever finds them has a later step, and steps run in order.
+        """
         if sequence.state != SequenceState.RUNNING:
             return
         size = self._limits.block_size_tokens
-        first, end = chunk.first_position // size, chunk.context_tokens // size
+        first, end = chunk.first_position // size, min(chunk.context_tokens, len(sequence.token_ids)) // size
         self._hash_blocks(sequence, end)
         for index in range(first, end):
             self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
@@ -392,6 +395,7 @@ class Planner:
         """A chunk is in the step: from the next one on, what it computes is there."""
         sequence = self._running[chunk.sequence_id]
         sequence.num_computed_tokens = chunk.context_tokens
+        self._cache_filled_blocks(sequence, chunk)
         if sequence.score_from is not None:
             sequence.score_from = max(sequence.score_from, chunk.context_tokens + 1)
         if chunk.sample_index is not None:
