@@ -14,6 +14,7 @@ from services.worker.kernels.decode_attention import (
     cut_contexts,
     decode_attention,
     decode_attention_reference,
+    even_length,
     piece_results,
 )
 from services.worker.kernels.paged_kv import PagedLayer
@@ -53,7 +54,9 @@ def queries_of(dtype: torch.dtype) -> torch.dtype:
 
 def a_batch(first_tokens: Numbers, contexts: Numbers, most_pieces: int, tables: Tensor) -> DecodeBatch:
     """What a launch is told of contexts, some pieces for nothing among it."""
-    pieces, splits = cut_contexts(first_tokens, contexts, most_pieces, BLOCK, BLOCK)
+    pieces, splits = cut_contexts(
+        first_tokens, contexts, even_length(contexts - first_tokens, most_pieces, BLOCK, BLOCK)
+    )
     filled = np.full((most_pieces + 2, 4), -1, dtype=np.int32)
     filled[: len(pieces)] = pieces
     splits = np.pad(splits, ((0, 0), (0, 2)))
@@ -114,7 +117,7 @@ def test_a_launch_without_any_context_leaves_the_counts_as_the_next_one_needs_th
 def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> None:
     contexts = np.array([1, 700, 64, 65, 4096], dtype=np.int32)
     first_tokens = np.array([0, 64, 0, 64, 2048], dtype=np.int32)
-    pieces, splits = cut_contexts(first_tokens, contexts, most_pieces, 64, 128)
+    pieces, splits = cut_contexts(first_tokens, contexts, even_length(contexts - first_tokens, most_pieces, 64, 128))
     assert len(pieces) <= most_pieces
     for row, (first, count) in enumerate(splits):
         own = pieces[first : first + count]

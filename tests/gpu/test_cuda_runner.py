@@ -39,7 +39,9 @@ class FinishingFront(PretendedFront):
         return [shutdown_command()] if timeout_ms is None else []
 
 
-def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: int) -> tuple[EngineLimits, CudaRunner]:
+def a_runner(
+    folder: Path, weights: DeviceWeightFormat = "float32", *, is_batch_invariant: bool = False, **options: int
+) -> tuple[EngineLimits, CudaRunner]:
     stored = open_folder_decoder(read_folder(folder))
     return start_cuda_runner(
         stored.config,
@@ -52,6 +54,7 @@ def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: i
             context_tokens=128,
             num_blocks=40,
             has_graphs=IS_CUDA,
+            is_batch_invariant=is_batch_invariant,
             **{"max_prefill_tokens_per_step": 16, **options},  # type: ignore[arg-type]
         ),
         DEVICE,
@@ -114,3 +117,25 @@ def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monk
     wanted = zip(asked, (8, 3, 3), strict=True)
     assert answers == {number: reference_greedy(model, *ask) for number, ask in enumerate(wanted, 1)}
     assert 3 in members
+
+
+# The interpreter rounds to bf16 and fp8 in ways of its own, but adds up in one order as well.
+@pytest.mark.parametrize("weights", ["float32", "bf16", "fp8"] if IS_CUDA else ["float32"])
+def test_in_the_batch_invariant_mode_neighbours_change_nothing(weights: DeviceWeightFormat, tmp_path: Path) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    # Chunks of at most 24 tokens: beside others the third prompt comes in two, its last token alone.
+    limits, runner = a_runner(save(model, tmp_path), weights, is_batch_invariant=True, max_prefill_tokens_per_step=24)
+    asked = [prompts()[0], prompts()[1][:7], prompts()[3][:13], prompts()[3][:30]]
+
+    def ask(number: int, place: int) -> engine_pb2.EngineCommand:
+        return add_command(add(number, asked[place], max_tokens=4, stop_token_ids=(), logprobs=3))
+
+    def told(front: FinishingFront, number: int) -> list[tuple[int, float]]:
+        outputs = [output for output in front.outputs if output.sequence_id == number]
+        return [(top.token_id, top.logprob) for output in outputs for given in output.logprobs for top in given.top]
+
+    _, together = generate(limits, runner, [ask(place + 1, place) for place in range(len(asked))])
+    for place in range(len(asked)):
+        _, alone = generate(limits, runner, [ask(10 + place, place)])
+        assert told(alone, 10 + place) == told(together, place + 1), f"prompt {place}"
+        assert len(told(together, place + 1)) == 12

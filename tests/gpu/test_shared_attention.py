@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.worker.cuda.shared_prefixes import SharedPrefix, tiles_of
-from services.worker.cuda.step_inputs import decode_batch, decode_sizes, fill, views
+from services.worker.cuda.step_inputs import StepLayout, decode_batch, decode_sizes, fill, views
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk
@@ -61,16 +61,17 @@ def attend(
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
     width = max(map(len, tables))
+    layout = StepLayout(width * BLOCK, BLOCK, layer.is_fp8, False, False)
     chunks = [
         SequenceChunk(SequenceId(number), (1,), context - 1, tuple(map(BlockId, table)), SamplingParameters(), 1)
         for number, (table, context) in enumerate(zip(tables, contexts, strict=True))
     ]
-    sizes = decode_sizes(num_rows + 2, width, has_fp8_cache=layer.is_fp8, shares=True)
+    sizes = decode_sizes(num_rows + 2, layout, shares=True)
     numbers = np.full(sizes.num_numbers, -1, dtype=np.int32)
     padded = np.array([[*table, *[0] * (width - len(table))] for table in tables], dtype=np.int32)
     tiles = tiles_of(groups, members_of_piece(num_heads, num_kv_heads), sizes.num_shared_pieces)
     assert sum(len(tile.members) for tile in tiles) == sum(len(group.members) for group in groups)
-    fill(views(numbers, sizes), chunks, np.arange(num_rows, dtype=np.int32), padded, None, tiles, BLOCK)
+    fill(views(numbers, sizes), chunks, np.arange(num_rows, dtype=np.int32), padded, None, tiles, layout)
     step = views(torch.from_numpy(numbers).to(DEVICE), sizes)
     own_room = piece_results(sizes.num_pieces, num_rows + 2, num_heads, num_kv_heads, head_dim, DEVICE)
     room = shared_results(sizes.num_shared_pieces, num_heads, head_dim, DEVICE)

@@ -50,6 +50,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-budget-ms", type=float, default=1e9, help="longest that a step with decodes may take")
     parser.add_argument("--context-tokens", type=int, default=defaults.context_tokens, help="most tokens of a sequence")
     parser.add_argument("--num-blocks", type=int, help="of the KV cache (what the memory holds)")
+    parser.add_argument("--batch-invariant", action="store_true", help="the same tokens whatever else is in a step")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
 
 
@@ -69,6 +70,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
         context_tokens=arguments.context_tokens,
         num_blocks=arguments.num_blocks,
         has_graphs=device.type == "cuda" and not arguments.no_graphs,
+        is_batch_invariant=arguments.batch_invariant,
     )
     shard = Shard()
     if arguments.dummy:

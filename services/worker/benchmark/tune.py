@@ -26,6 +26,7 @@ from services.worker.kernels.decode_attention import (
     PieceResults,
     cut_contexts,
     decode_attention,
+    even_length,
     piece_results,
 )
 from services.worker.kernels.gemv import gemv
@@ -135,7 +136,9 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
             if most_pieces < num_rows:
                 continue
             contexts = np.full(num_rows, context, dtype=np.int32)
-            cut, of_row = cut_contexts(np.zeros_like(contexts), contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
+            cut, of_row = cut_contexts(
+                np.zeros_like(contexts), contexts, even_length(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
+            )
             pieces = torch.from_numpy(cut).cuda()
             splits = torch.from_numpy(np.pad(of_row, ((0, 0), (0, 2)))).cuda()
             batch = DecodeBatch(pieces, splits, tables)

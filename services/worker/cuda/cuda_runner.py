@@ -20,12 +20,11 @@ from services.worker.cuda.shared_prefixes import SharedPrefix, shared_prefixes, 
 from services.worker.cuda.step_inputs import (
     Numbers,
     StepInputs,
+    StepLayout,
     StepSizes,
     decode_sizes,
     fill,
-    is_decode,
     mixed_sizes,
-    num_decodes_of,
     num_shared_pieces_for,
     views,
 )
@@ -73,23 +72,28 @@ class CudaRunner:
         model: DeviceDecoder,
         cache: DeviceKvCache,
         most: MostWork,
-        context_tokens: int,
         graph_sizes: Sequence[int] = (),
     ) -> None:
         """`graph_sizes`: numbers of decodes whose steps are captured as graphs; empty on a CPU."""
         self._model = model
         self.cache = cache
         self._device = model.last_tokens.device
-        self._table_blocks = -(-context_tokens // cache.block_size_tokens)
-        self._places = Places(most.num_places, self._table_blocks)
-        largest = _most_numbers(most, self._table_blocks)
+        self._layout = StepLayout(
+            context_tokens=most.context_tokens,
+            block_size_tokens=cache.block_size_tokens,
+            has_fp8_cache=cache.is_fp8,
+            may_be_dense=model.may_be_dense,
+            is_batch_invariant=model.is_batch_invariant,
+        )
+        self._places = Places(most.num_places, self._layout.table_blocks)
+        largest = _most_numbers(most, self._layout)
         self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
         self._num_steps = 0
         config = model.config
         self._members_of_piece = members_of_piece(config.num_heads, config.num_kv_heads)
         # A window has left a prefix behind sooner or later.
-        self._may_share = config.sliding_window is None
+        self._may_share = config.sliding_window is None and not model.is_batch_invariant
         shares_from = _LEAST_SHARING_DECODES if self._may_share else None
         self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
 
@@ -105,26 +109,20 @@ class CudaRunner:
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         prefixes = self._prefixes(chunks)
-        graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
+        graph_size = self._graphs.size_for(len(chunks)) if all(map(self._layout.is_decode, chunks)) else None
         if graph_size is not None:
             sizes = self._decode_sizes(graph_size, bool(prefixes))
             self._give_inputs(chunks, sizes, None, prefixes)
             self._graphs.replay(graph_size, shares=bool(prefixes))
         else:
-            sizes, tiles = mixed_sizes(
-                chunks,
-                self._table_blocks,
-                has_fp8_cache=self.cache.is_fp8,
-                may_be_dense=self._model.may_be_dense,
-                shares=bool(prefixes),
-            )
+            sizes, tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
             self._give_inputs(chunks, sizes, tiles, prefixes)
             self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
         return self._read(plan, self._inputs(sizes), sizes)
 
     def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
         """What the decodes of a step share, by tiles of the kernel."""
-        decodes = chunks[: num_decodes_of(chunks)]
+        decodes = chunks[: self._layout.num_decodes(chunks)]
         if not self._may_share or len(decodes) < _LEAST_SHARING_DECODES:
             return []
         groups = shared_prefixes(
@@ -140,7 +138,7 @@ class CudaRunner:
         self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=True)
 
     def _decode_sizes(self, num_rows: int, shares: bool) -> StepSizes:
-        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self.cache.is_fp8, shares=shares)
+        return decode_sizes(num_rows, self._layout, shares=shares)
 
     def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
         return views(self._numbers, sizes)
@@ -155,7 +153,7 @@ class CudaRunner:
         host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
         self._num_steps += 1
         places, tables = self._places.of(chunks)
-        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, prefixes, self.cache.block_size_tokens)
+        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, prefixes, self._layout)
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
@@ -177,11 +175,16 @@ class CudaRunner:
         return LaunchedStep(plan, tokens, sampled, scored, done)
 
 
-def _most_numbers(most: MostWork, table_blocks: int) -> int:
+def _most_numbers(most: MostWork, layout: StepLayout) -> int:
     """Length of the inputs of any step."""
     sequences = most.num_sequences
-    tiles = most.num_rows // 2 + sequences
-    shared_pieces = num_shared_pieces_for(sequences)
     return StepSizes(
-        most.num_rows, sequences, sequences, sequences, 2 * sequences + 64, tiles, table_blocks, shared_pieces
+        num_rows=most.num_rows,
+        num_decodes=sequences,
+        num_chunks=sequences,
+        num_samples=sequences,
+        num_pieces=layout.num_pieces(sequences),
+        num_tiles=most.num_rows // 2 + sequences,
+        table_blocks=layout.table_blocks,
+        num_shared_pieces=num_shared_pieces_for(sequences),
     ).num_numbers

@@ -29,7 +29,7 @@ class DeviceOptions:
     has_fp8_cache: bool = False
     block_size_tokens: int = 64
     max_sequences: int = 256
-    max_prefill_tokens_per_step: int = 8192
+    max_prefill_tokens_per_step: int = 4096
     step_budget_ms: float = 50.0
     context_tokens: int = 8192
     """Most tokens of a sequence; not more than the model's."""
@@ -38,6 +38,8 @@ class DeviceOptions:
     num_blocks: int | None = None
     """Of the KV cache; None: what the rest of the memory holds."""
     has_graphs: bool = True
+    is_batch_invariant: bool = False
+    """Whether a sequence's tokens are the same, whatever else is in its steps."""
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -59,13 +61,16 @@ def start_cuda_runner(
         num_rows=options.max_prefill_tokens_per_step + options.max_sequences,
         num_sequences=options.max_sequences,
         num_places=2 * options.max_sequences,
+        context_tokens=context_tokens,
     )
-    model = DeviceDecoder(config, load(), shard, most, ACTIVATIONS[options.weights])
+    model = DeviceDecoder(
+        config, load(), shard, most, ACTIVATIONS[options.weights], is_batch_invariant=options.is_batch_invariant
+    )
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:
         cache = DeviceKvCache(rank_config, num_blocks, options.block_size_tokens, options.kv_dtype, device)
-        return CudaRunner(model, cache, most, context_tokens, sizes)
+        return CudaRunner(model, cache, most, sizes)
 
     num_blocks = options.num_blocks
     if num_blocks is None:

@@ -16,10 +16,12 @@ from services.worker.cuda.dense_attention import DenseRun, dense_runs, is_dense
 from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.decode_attention import (
+    INVARIANT_PIECE_TOKENS,
     PIECE_COLUMNS,
     SPLIT_COLUMNS,
     DecodeBatch,
     cut_contexts,
+    even_length,
     num_pieces_for,
 )
 from services.worker.kernels.prefill_attention import TILE_COLUMNS, cut_chunks
@@ -51,6 +53,8 @@ class StepSizes:
     """0: no decode shares a prefix."""
     dense_runs: tuple[DenseRun, ...] = ()
     """Whole prompts, which are in no tile."""
+    keeps_all_rows: bool = False
+    """Whether the last hidden states of others than the sampled rows are wanted."""
 
     @property
     def num_numbers(self) -> int:
@@ -113,11 +117,62 @@ def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     return StepInputs(*parts)
 
 
-def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool, shares: bool) -> StepSizes:
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """What is the same for all steps of a runner."""
+
+    context_tokens: int
+    """Most tokens of a sequence"""
+    block_size_tokens: int
+    has_fp8_cache: bool
+    may_be_dense: bool
+    """Whether whole prompts may be attended by cuDNN."""
+    is_batch_invariant: bool
+    """Whether a sequence is attended in the same pieces and by the same kernel, whatever else is in its steps."""
+
+    @property
+    def table_blocks(self) -> int:
+        """Width of a block table."""
+        return -(-self.context_tokens // self.block_size_tokens)
+
+    def num_pieces(self, num_decodes: int) -> int:
+        """Return into how many pieces the contexts of so many decodes are cut at most."""
+        if self.is_batch_invariant:
+            return num_decodes * -(-self.context_tokens // INVARIANT_PIECE_TOKENS)
+        return num_pieces_for(num_decodes, self.has_fp8_cache)
+
+    def piece_tokens(self, own_tokens: Numbers, num_pieces: int) -> int:
+        """Return how long pieces of decodes' contexts are."""
+        if self.is_batch_invariant:
+            return INVARIANT_PIECE_TOKENS
+        return even_length(own_tokens, num_pieces, self.block_size_tokens, LEAST_PIECE_TOKENS)
+
+    def is_decode(self, chunk: SequenceChunk) -> bool:
+        """Whether a chunk is one token whose successor is chosen, with nothing else to tell."""
+        return self._is_like_a_decode(chunk) and chunk.sample_index is not None and not chunk.scored_token_ids
+
+    def num_decodes(self, chunks: Sequence[SequenceChunk]) -> int:
+        """Return how many chunks in front are attended as decodes are."""
+        return next((index for index, chunk in enumerate(chunks) if not self._is_like_a_decode(chunk)), len(chunks))
+
+    def _is_like_a_decode(self, chunk: SequenceChunk) -> bool:
+        # By what else is in a step, a prompt's last token comes alone or not: its kernel must not depend on that.
+        is_generated = chunk.sample_index is not None and chunk.sample_index > 0
+        return len(chunk.token_ids) == 1 and (is_generated or not self.is_batch_invariant)
+
+
+def decode_sizes(num_rows: int, layout: StepLayout, *, shares: bool) -> StepSizes:
     """Sizes of a step of decodes alone, one row each. `shares`: some have a prefix in common."""
-    num_pieces = num_pieces_for(num_rows, has_fp8_cache)
-    num_shared_pieces = num_shared_pieces_for(num_rows) if shares else 0
-    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces, 0, table_blocks, num_shared_pieces)
+    return StepSizes(
+        num_rows=num_rows,
+        num_decodes=num_rows,
+        num_chunks=num_rows,
+        num_samples=num_rows,
+        num_pieces=layout.num_pieces(num_rows),
+        num_tiles=0,
+        table_blocks=layout.table_blocks,
+        num_shared_pieces=num_shared_pieces_for(num_rows) if shares else 0,
+    )
 
 
 def num_shared_pieces_for(num_decodes: int) -> int:
@@ -125,29 +180,18 @@ def num_shared_pieces_for(num_decodes: int) -> int:
     return _SHARED_PIECES + num_decodes // 16
 
 
-def is_decode(chunk: SequenceChunk) -> bool:
-    """Whether a chunk is one token whose successor is chosen, with nothing else to tell."""
-    return len(chunk.token_ids) == 1 and chunk.sample_index is not None and not chunk.scored_token_ids
-
-
-def num_decodes_of(chunks: Sequence[SequenceChunk]) -> int:
-    """How many chunks in front are one token, and attended as decodes are."""
-    return next((index for index, chunk in enumerate(chunks) if len(chunk.token_ids) > 1), len(chunks))
-
-
-def mixed_sizes(
-    chunks: Sequence[SequenceChunk], table_blocks: int, *, has_fp8_cache: bool, may_be_dense: bool, shares: bool
-) -> tuple[StepSizes, Numbers]:
+def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: bool) -> tuple[StepSizes, Numbers]:
     """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token.
 
     `shares`: some of the decodes have a prefix in common.
     """
     counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
-    num_decodes = num_decodes_of(chunks)
+    num_decodes = layout.num_decodes(chunks)
     first_rows = np.cumsum(counts) - counts
-    runs = dense_runs(chunks) if may_be_dense else ()
+    runs = dense_runs(chunks) if layout.may_be_dense else ()
     tiled = np.array(
-        [i for i in range(num_decodes, len(chunks)) if not (may_be_dense and is_dense(chunks[i]))], dtype=np.int64
+        [i for i in range(num_decodes, len(chunks)) if not (layout.may_be_dense and is_dense(chunks[i]))],
+        dtype=np.int64,
     )
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
     tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
@@ -157,11 +201,12 @@ def mixed_sizes(
         num_decodes=num_decodes,
         num_chunks=len(chunks),
         num_samples=sum(chunk.sample_index is not None for chunk in chunks),
-        num_pieces=num_pieces_for(num_decodes, has_fp8_cache),
+        num_pieces=layout.num_pieces(num_decodes),
         num_tiles=len(tiles),
-        table_blocks=table_blocks,
+        table_blocks=layout.table_blocks,
         num_shared_pieces=num_shared_pieces_for(num_decodes) if shares else 0,
         dense_runs=runs,
+        keeps_all_rows=any(chunk.scored_token_ids for chunk in chunks),
     )
     return sizes, tiles
 
@@ -173,7 +218,7 @@ def fill(
     tables: Numbers,
     tiles: Numbers | None,
     prefixes: Sequence[SharedPrefix],
-    block_size_tokens: int,
+    layout: StepLayout,
 ) -> None:
     """Write a step. Chunks may be fewer than there is room for; what is behind them is computed for nothing.
 
@@ -185,6 +230,7 @@ def fill(
     first_rows = np.cumsum(counts) - counts
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
     positions = first_positions[chunk_of_row] + (np.arange(num_rows) - first_rows[chunk_of_row])
+    block_size_tokens = layout.block_size_tokens
     blocks = tables[chunk_of_row, positions // block_size_tokens]
     inputs.token_ids[:num_rows] = np.fromiter(
         chain.from_iterable(chunk.token_ids for chunk in chunks), dtype=np.int32, count=num_rows
@@ -209,7 +255,8 @@ def fill(
         inputs.splits[:] = 0
         own_from = _fill_prefixes(inputs, prefixes, num_decodes, block_size_tokens)
         contexts = first_positions[:num_decodes] + 1
-        pieces, splits = cut_contexts(own_from, contexts, len(inputs.pieces), block_size_tokens, LEAST_PIECE_TOKENS)
+        length = layout.piece_tokens(contexts - own_from, len(inputs.pieces))
+        pieces, splits = cut_contexts(own_from, contexts, length)
         inputs.pieces[: len(pieces)] = pieces
         inputs.pieces[len(pieces) :] = -1
         inputs.splits[:num_decodes, :2] = splits
@@ -229,12 +276,11 @@ def _fill_prefixes(
         return own_from
     lengths = np.array([prefix.num_blocks * block_size_tokens for prefix in prefixes], dtype=np.int32)
     most_pieces = max(_SHARED_PIECES, len(prefixes))
-    pieces, splits = cut_contexts(
-        np.zeros_like(lengths), lengths, most_pieces, block_size_tokens, _LEAST_SHARED_PIECE_TOKENS
-    )
-    for prefix, length, (first_piece, num_pieces) in zip(prefixes, lengths, splits, strict=True):
+    length = even_length(lengths, most_pieces, block_size_tokens, _LEAST_SHARED_PIECE_TOKENS)
+    pieces, splits = cut_contexts(np.zeros_like(lengths), lengths, length)
+    for prefix, shared_tokens, (first_piece, num_pieces) in zip(prefixes, lengths, splits, strict=True):
         members, own = np.array(prefix.members), slice(first_piece, first_piece + num_pieces)
-        own_from[members] = length
+        own_from[members] = shared_tokens
         inputs.splits[members, 2] = first_piece * MOST_MEMBERS + np.arange(len(members))
         inputs.splits[members, 3] = num_pieces
         inputs.shared_pieces[own, 0] = len(members)

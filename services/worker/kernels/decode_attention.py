@@ -76,6 +76,12 @@ class DecodeTuning:
     """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
 
 
+INVARIANT_TUNING = DecodeTuning(64, 4, 5)
+"""For any number of rows, where the order of additions must not depend on it."""
+INVARIANT_PIECE_TOKENS = 1024
+"""Length of pieces, there."""
+
+
 def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
     """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
     if num_rows < 16:
@@ -95,26 +101,28 @@ def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
     return max(16 if not is_fp8 else 48, least, num_rows + num_rows // 4)
 
 
-def cut_contexts(
-    first_tokens: NDArray[np.int32],
-    context_tokens: NDArray[np.int32],
-    most_pieces: int,
-    granule_tokens: int,
-    least_tokens: int,
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Cut contexts from `first_tokens` on into at most `most_pieces` pieces of equal length, but for each one's last.
+def even_length(own_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int) -> int:
+    """Return how long pieces are so that they are at most `most_pieces`, which must not be less than the contexts.
 
-    Lengths are multiples of `granule_tokens`, at least `least_tokens`. `most_pieces` must not be less than the number
-    of contexts. Returns pieces as in DecodeBatch, but with none filled up, and each context's first piece and number of
-    pieces.
+    A multiple of `granule_tokens`, at least `least_tokens`.
     """
-    own_tokens = context_tokens - first_tokens
     length = max(least_tokens, -(-int(own_tokens.sum()) // most_pieces))
     length = -(-length // granule_tokens) * granule_tokens
-    while (counts := -(-own_tokens // length)).sum() > most_pieces:
+    while (-(-own_tokens // length)).sum() > most_pieces:
         # Rounding up costs at most a piece a context: so this ends within a few turns.
         length = -(-(length * 9 // 8) // granule_tokens) * granule_tokens
         length = max(length, least_tokens) + granule_tokens
+    return length
+
+
+def cut_contexts(
+    first_tokens: NDArray[np.int32], context_tokens: NDArray[np.int32], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Cut contexts, from `first_tokens` on, into pieces of `length` tokens, but for each one's last.
+
+    Returns pieces as in DecodeBatch, but with none filled up, and each context's first piece and number of pieces.
+    """
+    counts = -(-(context_tokens - first_tokens) // length)
     first_piece = np.cumsum(counts) - counts
     rows = np.repeat(np.arange(len(context_tokens), dtype=np.int32), counts)
     begins = first_tokens[rows] + (np.arange(len(rows)) - first_piece[rows]) * length
