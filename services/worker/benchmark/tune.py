@@ -31,8 +31,11 @@ from services.worker.kernels.decode_attention import (
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
-from services.worker.kernels.rows import FP8
+from services.worker.kernels.round_rows import round_rows_into
+from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.small_product import ProductTuning, fits, small_product
+from services.worker.kernels.swiglu import swiglu
+from services.worker.kernels.tile_product import TileTuning, product_swiglu
 
 MATRICES = {
     "qkv": (6144, 4096),
@@ -96,6 +99,59 @@ def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
                 except OutOfResources:
                     continue
                 yield {**shape, "how": str(tuning), "us": us}
+
+
+def activations(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Many rows times a gate's and an up's matrix, with SwiGLU and, of fp8, rounding behind: together and apart."""
+    for dtype, num_rows in product((torch.bfloat16, FP8), rows_of):
+        shape = {"kernel": "activation", "matrix": "gate_up", "dtype": str(dtype), "rows": num_rows}
+        for how, call in _ways_to_activate(dtype, num_rows):
+            try:
+                yield {**shape, "how": how, "us": us_a_call(call, 1)}
+            except OutOfResources:
+                continue
+
+
+def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, Call]]:
+    outputs, inputs = MATRICES["gate_up"]
+    x, w = (torch.randn((count, inputs), device="cuda").to(dtype) for count in (num_rows, outputs))
+    gate_up = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device="cuda")
+    plain = Rows(torch.empty((num_rows, outputs // 2), dtype=torch.bfloat16, device="cuda"))
+    row_scales: Tensor | None = None
+    channel_scales: Tensor | None = None
+    rounded: Rows | None = None
+    if dtype == FP8:
+        one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
+        rounded = Rows(torch.empty_like(plain.values, dtype=FP8), row_scales)
+
+        def apart(row: Tensor, channel: Tensor, scaled: Scaled) -> Call:
+            def call(_: int) -> None:
+                torch._scaled_mm(x, w.T, row, channel, out_dtype=gate_up.dtype, use_fast_accum=True, out=gate_up)
+                swiglu(scaled, rounded)
+
+            return call
+
+        yield "cuBLAS", apart(one, one, Scaled(gate_up, row_scales, channel_scales))
+        yield "cuBLAS with scales", apart(row_scales[:, None], channel_scales[None, :], Scaled(gate_up))
+    else:
+
+        def library(_: int) -> None:
+            torch.mm(x, w.T, out=gate_up)
+            swiglu(Scaled(gate_up), plain)
+
+        yield "cuBLAS", library
+
+    def together(tuning: TileTuning) -> Call:
+        def call(_: int) -> None:
+            product_swiglu(x, w, row_scales, channel_scales, plain.values, tuning)
+            if rounded:
+                round_rows_into(plain.values, rounded)
+
+        return call
+
+    for rows, columns, stages, warps in ((128, 256, 3, 8), (128, 256, 4, 8), (128, 128, 4, 4), (256, 128, 3, 8)):
+        tuning = TileTuning(rows, columns, stages, warps)
+        yield str(tuning), together(tuning)
 
 
 def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:
@@ -170,13 +226,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every tuning's time")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64], help="of products")
-    parser.add_argument("--only", choices=("products", "decodes"), help="one of the two")
+    parser.add_argument("--many-rows", type=int, nargs="*", default=[512, 2048, 4096], help="of activations")
+    parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
     shapes = ((1, 512), (1, 1024), (8, 768), (32, 768), (256, 768), (256, 160))
     lines: list[dict[str, object]] = []
     with given.out.open("w", encoding="utf-8") as out:
         for line in (
             *_chosen(given.only, "products", lambda: products(given.rows)),
+            *_chosen(given.only, "activations", lambda: activations(given.many_rows)),
             *_chosen(given.only, "decodes", lambda: decodes(shapes)),
         ):
             lines.append(line)
