@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.config import ConfigError
 from services.common.model.folder import read_folder
 from services.worker.cuda import cuda_runner, shared_prefixes
 from services.worker.cuda.cuda_runner import CudaRunner
@@ -102,8 +103,6 @@ def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monk
     limits, runner = a_runner(save(model, tmp_path), max_prefill_tokens_per_step=64)
     begin = prompts()[3]
     asked = [begin, [*begin, 7, 8, 9], [*begin, 11]]
-    # The others come when the cache has the first one's blocks, and it decodes.
-    later = [greedy(number, prompt, 3) for number, prompt in enumerate(asked[1:], 2)]
     members: set[int] = set()
     tiles_of = shared_prefixes.tiles_of
 
@@ -113,16 +112,18 @@ def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monk
         return tiles
 
     monkeypatch.setattr(cuda_runner, "tiles_of", watched)
-    answers, _ = generate(limits, runner, [greedy(1, asked[0], 8)], [], [], later)
-    wanted = zip(asked, (8, 3, 3), strict=True)
-    assert answers == {number: reference_greedy(model, *ask) for number, ask in enumerate(wanted, 1)}
+    # The second and the third find the first one's blocks in the step that computes them.
+    answers, front = generate(limits, runner, [greedy(number, prompt, 4) for number, prompt in enumerate(asked, 1)])
+    assert answers == {number: reference_greedy(model, prompt, 4) for number, prompt in enumerate(asked, 1)}
+    assert [output.cached_tokens for output in front.outputs[:3]] == [0, 32, 32]
     assert 3 in members
 
 
 # The interpreter rounds to bf16 and fp8 in ways of its own, but adds up in one order as well.
 @pytest.mark.parametrize("weights", ["float32", "bf16", "fp8"] if IS_CUDA else ["float32"])
 def test_in_the_batch_invariant_mode_neighbours_change_nothing(weights: DeviceWeightFormat, tmp_path: Path) -> None:
-    model = tiny_model("qwen3", num_hidden_layers=2)
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model("qwen3", num_hidden_layers=2, **sizes)
     # Chunks of at most 24 tokens: beside others the third prompt comes in two, its last token alone.
     limits, runner = a_runner(save(model, tmp_path), weights, is_batch_invariant=True, max_prefill_tokens_per_step=24)
     asked = [prompts()[0], prompts()[1][:7], prompts()[3][:13], prompts()[3][:30]]
@@ -139,3 +140,18 @@ def test_in_the_batch_invariant_mode_neighbours_change_nothing(weights: DeviceWe
         _, alone = generate(limits, runner, [ask(10 + place, place)])
         assert told(alone, 10 + place) == told(together, place + 1), f"prompt {place}"
         assert len(told(together, place + 1)) == 12
+
+
+def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1), tmp_path)
+    with pytest.raises(ConfigError, match="multiples of 16 bytes"):
+        a_runner(folder, "float32", is_batch_invariant=True)
+
+
+def test_what_is_computed_to_warm_up_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner, "_WARM_UP_STEPS", ((0, 5, False), (2, 5, True)))
+    model = tiny_model("qwen3", num_hidden_layers=1)
+    limits, runner = a_runner(save(model, tmp_path))
+    runner.warm_up()
+    answers, _ = generate(limits, runner, [greedy(1, prompts()[0], 3)])
+    assert answers == {1: reference_greedy(model, prompts()[0], 3)}

@@ -19,7 +19,7 @@ from tests.gpu.devices import DEVICE, DTYPES, IS_CUDA, assert_near, random, seed
 
 # Rows, outputs, inputs: of whole tiles, and of none.
 SHAPES = [(1, 6144, 4096), (300, 4096, 14336), (129, 576, 1536)] if IS_CUDA else [(1, 64, 64), (70, 144, 48)]
-SMALL = TileTuning(64, 32, 3, 4)
+SMALL = TileTuning(64, 32, 64, 3, 4)
 TUNINGS = [FEW_ROWS, MANY_ROWS] if IS_CUDA else [SMALL]
 
 

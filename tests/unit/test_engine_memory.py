@@ -37,12 +37,14 @@ def test_a_prompt_that_was_computed_before_begins_behind_its_full_blocks() -> No
     assert cached_tokens(engine, 2) == 12
 
 
-def test_what_a_step_in_flight_computes_is_found_by_the_next_one() -> None:
-    engine = engine_of(max_prefill_tokens_per_step=13)
+@pytest.mark.parametrize(("most_tokens", "steps"), [(13, [[13], [1]]), (64, [[13, 1]]), (8, [[8], [5, 1]])])
+def test_what_a_step_computes_is_found_by_the_next_prompt_at_once(most_tokens: int, steps: list[list[int]]) -> None:
+    engine = engine_of(max_prefill_tokens_per_step=most_tokens)
     engine.planner.add(add(1, PROMPT, max_tokens=1), now_ms=0)
     engine.planner.add(add(2, PROMPT, max_tokens=1), now_ms=0)
-    steps = [engine.planner.plan(), engine.planner.plan()]
-    assert [[len(chunk.token_ids) for chunk in plan.chunks] for plan in steps if plan] == [[13], [1]]
+    # None of them is done before the next one is planned.
+    plans = [engine.planner.plan() for _ in steps]
+    assert [[len(chunk.token_ids) for chunk in plan.chunks] for plan in plans if plan] == steps
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:

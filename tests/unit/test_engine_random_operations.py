@@ -188,14 +188,17 @@ class EngineMachine(RuleBasedStateMachine):
         self._check_writers(plan)
 
     def _check_writers(self, plan: StepPlan) -> None:
-        """What a step writes to has one holder, and nobody can find it by its content unless the step fills it."""
+        """What a step writes to has one writer. It has no other holder, nor can be found, unless the step fills it."""
         holders = self._holders()
         size = self.limits.block_size_tokens
+        written = []
         for chunk in plan.chunks:
             for index in range(chunk.first_position // size, -(-chunk.context_tokens // size)):
                 block = chunk.block_table[index]
-                assert holders[block] == 1
-                assert block not in self.planner._cache or (index + 1) * size <= chunk.context_tokens
+                written.append(block)
+                is_filled = (index + 1) * size <= chunk.context_tokens
+                assert is_filled or (holders[block] == 1 and block not in self.planner._cache)
+        assert len(written) == len(set(written))
 
     def _generated(self, sequence_id: int) -> int:
         return len(self.tokens[sequence_id]) - len(self.commands[sequence_id].payload.prompt_token_ids)

@@ -35,7 +35,7 @@ from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.small_product import ProductTuning, fits, small_product
 from services.worker.kernels.swiglu import swiglu
-from services.worker.kernels.tile_product import TileTuning, product_swiglu
+from services.worker.kernels.tile_product import MANY_ROWS, product_swiglu
 
 MATRICES = {
     "qkv": (6144, 4096),
@@ -124,14 +124,17 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
         one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
         rounded = Rows(torch.empty_like(plain.values, dtype=FP8), row_scales)
 
-        def apart(row: Tensor, channel: Tensor, scaled: Scaled) -> Call:
+        def apart(row: Tensor, channel: Tensor, scaled: Scaled, *, rounds_apart: bool = False) -> Call:
             def call(_: int) -> None:
                 torch._scaled_mm(x, w.T, row, channel, out_dtype=gate_up.dtype, use_fast_accum=True, out=gate_up)
-                swiglu(scaled, rounded)
+                swiglu(scaled, plain if rounds_apart else rounded)
+                if rounds_apart:
+                    round_rows_into(plain.values, rounded)
 
             return call
 
         yield "cuBLAS", apart(one, one, Scaled(gate_up, row_scales, channel_scales))
+        yield "cuBLAS, rounding apart", apart(one, one, Scaled(gate_up, row_scales, channel_scales), rounds_apart=True)
         yield "cuBLAS with scales", apart(row_scales[:, None], channel_scales[None, :], Scaled(gate_up))
     else:
 
@@ -141,17 +144,12 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
 
         yield "cuBLAS", library
 
-    def together(tuning: TileTuning) -> Call:
-        def call(_: int) -> None:
-            product_swiglu(x, w, row_scales, channel_scales, plain.values, tuning)
-            if rounded:
-                round_rows_into(plain.values, rounded)
+    def tiles(_: int) -> None:
+        product_swiglu(x, w, row_scales, channel_scales, plain.values, MANY_ROWS)
+        if rounded:
+            round_rows_into(plain.values, rounded)
 
-        return call
-
-    for rows, columns, stages, warps in ((128, 256, 3, 8), (128, 256, 4, 8), (128, 128, 4, 4), (256, 128, 3, 8)):
-        tuning = TileTuning(rows, columns, stages, warps)
-        yield str(tuning), together(tuning)
+    yield "tiles", tiles
 
 
 def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:
@@ -226,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every tuning's time")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64], help="of products")
-    parser.add_argument("--many-rows", type=int, nargs="*", default=[512, 2048, 4096], help="of activations")
+    parser.add_argument("--many-rows", type=int, nargs="*", default=[256, 1024, 2048, 8192], help="of activations")
     parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
     shapes = ((1, 512), (1, 1024), (8, 768), (32, 768), (256, 768), (256, 160))

@@ -31,9 +31,12 @@ from services.worker.cuda.step_inputs import (
 from services.worker.cuda.transfer import HostCopy, pinned
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
 from services.worker.kernels.shared_attention import members_of_piece
+from services.worker.kernels.small_product import MOST_ROWS
 
 _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
+_WARM_UP_STEPS = ((0, 100, False), (1, 100, False), (16, 100, False), (65, 100, False), (65, 100, True), (8, 20, False))
+"""Decodes, tokens of a chunk, and whether decodes share a prefix: for each way that kernels are compiled."""
 _LEAST_SHARING_DECODES = 8
 """Of fewer, attention is a small part of a step."""
 
@@ -85,6 +88,7 @@ class CudaRunner:
             may_be_dense=model.may_be_dense,
             is_batch_invariant=model.is_batch_invariant,
         )
+        self._most = most
         self._places = Places(most.num_places, self._layout.table_blocks)
         largest = _most_numbers(most, self._layout)
         self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
@@ -97,10 +101,26 @@ class CudaRunner:
         shares_from = _LEAST_SHARING_DECODES if self._may_share else None
         self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
 
-    def capture_graphs(self) -> None:
-        """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
-        # No piece of a context, in any size: what is launched before the capture has nothing to attend to.
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Have compiled what steps with chunks take, and capture those of decodes. Before the first that is planned."""
+        # No piece of a context, in any size: what is launched here has nothing to attend to.
         self._numbers.zero_()
+        for num_decodes, num_tokens, shares in _WARM_UP_STEPS:
+            num_rows, num_chunks = num_decodes + num_tokens, num_decodes + 1
+            if num_rows > self._most.num_rows or num_chunks > self._most.num_sequences:
+                continue
+            sizes = StepSizes(
+                num_rows=num_rows,
+                num_decodes=num_decodes,
+                num_chunks=num_chunks,
+                num_samples=num_chunks,
+                num_pieces=self._layout.num_pieces(num_decodes),
+                num_tiles=1,
+                table_blocks=self._layout.table_blocks,
+                num_shared_pieces=num_shared_pieces_for(num_decodes) if shares and self._may_share else 0,
+            )
+            self._launch_any(sizes)
         self._graphs.capture_all()
 
     @torch.inference_mode()
@@ -117,8 +137,14 @@ class CudaRunner:
         else:
             sizes, tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
             self._give_inputs(chunks, sizes, tiles, prefixes)
-            self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
+            self._launch_any(sizes)
         return self._read(plan, self._inputs(sizes), sizes)
+
+    def _launch_any(self, sizes: StepSizes) -> None:
+        """Launch a step kernel by kernel."""
+        # With few rows by the kernels of the graphs.
+        pdl = self._device.type == "cuda" and sizes.num_rows <= MOST_ROWS
+        self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=pdl)
 
     def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
         """What the decodes of a step share, by tiles of the kernel."""

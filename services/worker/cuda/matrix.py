@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from services.worker.kernels import tile_product
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
 from services.worker.kernels.small_product import MOST_ROWS, ProductTuning, fits, small_product
-from services.worker.kernels.tile_product import tile_product
 
 DeviceWeightFormat = Literal["float32", "bf16", "fp8"]
 """How the device holds the matrices of the layers. fp8: rounded to e4m3 with a scale for each output; what they are
@@ -24,10 +24,13 @@ ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
 
 MOST_PARTS = 2
 _MANY_OUTPUTS = 16384
-_CUBLAS_SCALES_FROM_ROWS = 2048
+_CUBLAS_SCALES_FROM_ROWS = 512
 """Of fp8: from there on cuBLAS applies a scale a row and a channel for nothing."""
-_SWIGLU_IN_TILES_FROM_ROWS = 2048
-"""From there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
+_SWIGLU_IN_TILES_FROM_ROWS = {2: 2048, 1: 2048}
+"""By a weight's bytes: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
+_ROUND_APART_FROM_ROWS = 128
+"""From there on SwiGLU of fp8 is faster with the rounding in a kernel behind it: one row is too much for a program to
+have twice on a processor."""
 _GEMV_MOST_FP8 = 8192
 """Longest side of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores."""
 
@@ -49,6 +52,10 @@ class DeviceMatrix:
         return self.values.numel() * self.values.element_size()
 
 
+Activation = Literal["gemv", "tiles", "apart", "rounding apart"]
+"""SwiGLU in a product of one row, in one of many, or in a kernel behind it; that rounds its rows itself, or not."""
+
+
 class Multiplier:
     """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu.md, for one H200."""
 
@@ -67,7 +74,7 @@ class Multiplier:
         """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts."""
         num_rows, weight = len(rows.values), matrix.values
         if self._is_batch_invariant:
-            tile_product(rows.values, weight, out, pdl=pdl)
+            tile_product.tile_product(rows.values, weight, out, pdl=pdl)
             return Scaled(out) if rows.scales is None else Scaled(out, rows.scales, matrix.channel_scales)
         if num_rows == 1 and rows.scales is None:
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
@@ -103,15 +110,18 @@ class Multiplier:
             return False
         return self._is_batch_invariant or num_rows > 1 or max(matrix.values.shape) > _GEMV_MOST_FP8
 
-    def how_to_activate(self, rows: Rows, gate_up: DeviceMatrix, *, to_fp8: bool) -> Literal["gemv", "tiles", "apart"]:
-        """Return how rows are multiplied and SwiGLU is done: in one kernel, or apart. `to_fp8`: it is rounded then."""
+    def how_to_activate(self, rows: Rows, gate_up: DeviceMatrix, *, to_fp8: bool) -> Activation:
+        """Return how rows are multiplied with a gate and what it opens for. `to_fp8`: what comes out is rounded."""
         num_rows = len(rows.values)
         if self._is_batch_invariant:
             return "apart"
         if num_rows == 1 and rows.scales is None and not to_fp8:
             return "gemv"
-        is_half = rows.values.element_size() <= 2 and gate_up.values.is_cuda
-        return "tiles" if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS else "apart"
+        tiles_from = _SWIGLU_IN_TILES_FROM_ROWS.get(gate_up.values.element_size())
+        if tiles_from and num_rows >= tiles_from and tile_product.fits(gate_up.values, torch.bfloat16):
+            return "tiles"
+        rounds_apart = to_fp8 and _ROUND_APART_FROM_ROWS <= num_rows < _CUBLAS_SCALES_FROM_ROWS
+        return "rounding apart" if rounds_apart else "apart"
 
 
 def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:

@@ -17,6 +17,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.kernels.rows import FP8
+from services.worker.kernels.tile_product import fits
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
@@ -29,7 +30,7 @@ class DeviceOptions:
     has_fp8_cache: bool = False
     block_size_tokens: int = 64
     max_sequences: int = 256
-    max_prefill_tokens_per_step: int = 4096
+    max_prefill_tokens_per_step: int = 8192
     step_budget_ms: float = 50.0
     context_tokens: int = 8192
     """Most tokens of a sequence; not more than the model's."""
@@ -53,7 +54,7 @@ def start_cuda_runner(
     """Make a runner of the weights that `load` gives, a rank's part of them.
 
     The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see. Raises
-    ConfigError if that is not one, or if the model cannot be dealt out.
+    ConfigError if that is not one, if the model cannot be dealt out, or if the batch-invariant mode does not take it.
     """
     rank_config = shard.config(config)
     context_tokens = min(options.context_tokens, config.context_tokens)
@@ -63,9 +64,10 @@ def start_cuda_runner(
         num_places=2 * options.max_sequences,
         context_tokens=context_tokens,
     )
-    model = DeviceDecoder(
-        config, load(), shard, most, ACTIVATIONS[options.weights], is_batch_invariant=options.is_batch_invariant
-    )
+    weights, kind = load(), ACTIVATIONS[options.weights]
+    if options.is_batch_invariant:
+        _check_invariant(weights, kind)
+    model = DeviceDecoder(config, weights, shard, most, kind, is_batch_invariant=options.is_batch_invariant)
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:
@@ -88,8 +90,20 @@ def start_cuda_runner(
         vocabulary_size=config.vocabulary_size,
     )
     runner = runner_with(num_blocks)
-    runner.capture_graphs()
+    if options.has_graphs:
+        runner.warm_up()
     return limits, runner
+
+
+def _check_invariant(weights: DeviceWeights, kind: torch.dtype) -> None:
+    layer = weights.layers[0]
+    for matrix in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, weights.lm_head):
+        if not fits(matrix.values, kind):
+            num_outputs, num_inputs = matrix.values.shape
+            raise ConfigError(
+                f"the batch-invariant mode does not take a matrix of {num_outputs} x {num_inputs}: inputs and outputs "
+                "must fill multiples of 16 bytes"
+            )
 
 
 def _measured_bytes_left(runner: CudaRunner, options: DeviceOptions, device: torch.device) -> int:

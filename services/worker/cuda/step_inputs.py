@@ -3,6 +3,7 @@
 Rows are the tokens of all chunks behind each other, in the plan's order, decodes first.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -57,17 +58,22 @@ class StepSizes:
     """Whether the last hidden states of others than the sampled rows are wanted."""
 
     @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the parts, in the order of StepInputs."""
+        return (
+            *[(self.num_rows,)] * 4,
+            *[(self.num_samples,)] * 2,
+            (self.num_pieces, PIECE_COLUMNS),
+            (self.num_decodes, SPLIT_COLUMNS),
+            (self.num_shared_pieces, SHARED_COLUMNS),
+            (self.num_tiles, TILE_COLUMNS),
+            (self.num_chunks, self.table_blocks),
+        )
+
+    @property
     def num_numbers(self) -> int:
         """Length of the whole piece."""
-        return (
-            4 * self.num_rows
-            + 2 * self.num_samples
-            + PIECE_COLUMNS * self.num_pieces
-            + SPLIT_COLUMNS * self.num_decodes
-            + SHARED_COLUMNS * self.num_shared_pieces
-            + TILE_COLUMNS * self.num_tiles
-            + self.table_blocks * self.num_chunks
-        )
+        return sum(map(_room_for, self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +106,17 @@ class StepInputs(Generic[Array]):
 
 def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     """Cut a piece into its parts."""
-    shapes: list[tuple[int, ...]] = [
-        *[(sizes.num_rows,)] * 4,
-        *[(sizes.num_samples,)] * 2,
-        (sizes.num_pieces, PIECE_COLUMNS),
-        (sizes.num_decodes, SPLIT_COLUMNS),
-        (sizes.num_shared_pieces, SHARED_COLUMNS),
-        (sizes.num_tiles, TILE_COLUMNS),
-        (sizes.num_chunks, sizes.table_blocks),
-    ]
     parts, begin = [], 0
-    for shape in shapes:
-        end = begin + int(np.prod(shape))
-        parts.append(numbers[begin:end].reshape(shape))
-        begin = end
+    for shape in sizes.shapes:
+        parts.append(numbers[begin : begin + math.prod(shape)].reshape(shape))
+        begin += _room_for(shape)
     return StepInputs(*parts)
+
+
+def _room_for(shape: tuple[int, ...]) -> int:
+    """Length of a part with what is behind it. All begin at 16 bytes: Triton compiles a kernel again for pointers that
+    do not, in each combination, in the midst of a step."""
+    return -(-math.prod(shape) // 4) * 4
 
 
 @dataclass(frozen=True, slots=True)

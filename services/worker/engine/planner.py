@@ -262,7 +262,8 @@ class Planner:
     def _cache_filled_blocks(self, sequence: Sequence, chunk: SequenceChunk) -> None:
         """Let others find the blocks that a chunk fills; those before it were found, shared or filled before.
 
-        From the plan on, where their tokens are known: whoever finds them has a later step, and steps run in order.
+        From the plan on, where their tokens are known: who finds them is computed in a later step, or in the same one,
+        in which all keys and values of a layer are written before any is read.
         """
         if sequence.state != SequenceState.RUNNING:
             return
@@ -359,6 +360,7 @@ class Planner:
                 break
             chunk = self._chunk(sequence, tokens_left)
             chunks.append(chunk)
+            self._cache_filled_blocks(sequence, chunk)
             work = work.with_prefill(chunk)
             tokens_left -= len(chunk.token_ids)
             if tokens_left == 0:
@@ -395,7 +397,6 @@ class Planner:
         """A chunk is in the step: from the next one on, what it computes is there."""
         sequence = self._running[chunk.sequence_id]
         sequence.num_computed_tokens = chunk.context_tokens
-        self._cache_filled_blocks(sequence, chunk)
         if sequence.score_from is not None:
             sequence.score_from = max(sequence.score_from, chunk.context_tokens + 1)
         if chunk.sample_index is not None:

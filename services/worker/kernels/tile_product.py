@@ -17,11 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.rows import Scaled
 
-_INPUT_BYTES = 128
-"""Of a row in one bulk copy."""
 _PROCESSORS = 132
 _ROW_TILES_TOGETHER = 8
 """Neighbouring row tiles that are taken before the next outputs: their weights are in the second-level cache then."""
+_COPY_BYTES = 16
+"""What rows are multiples of, for bulk copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,20 @@ class TileTuning:
     """Of a tile: a multiple of 64, the least that the tensor cores take."""
     outputs: int
     """Of a tile. With SwiGLU half of them are the gate's."""
+    input_bytes: int
+    """Of a row in one bulk copy."""
     num_stages: int
     num_warps: int
-    programs_a_processor: int = 1
 
 
-MANY_ROWS = TileTuning(128, 256, 3, 8)
-FEW_ROWS = TileTuning(64, 64, 6, 4, programs_a_processor=2)
+MANY_ROWS = TileTuning(128, 256, 128, 3, 8)
+FEW_ROWS = TileTuning(64, 64, 256, 6, 4)
+
+
+def fits(weight: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether the kernel takes a matrix: bulk copies begin at multiples of 16 bytes."""
+    num_outputs, num_inputs = weight.shape
+    return num_inputs * weight.element_size() % _COPY_BYTES == 0 == num_outputs * out_dtype.itemsize % _COPY_BYTES
 
 
 def tile_tuning_for(num_rows: int, dtype: torch.dtype) -> TileTuning:
@@ -102,14 +109,12 @@ def _launch(
     assert weight.is_contiguous()
     assert out.is_contiguous()
     tuning = tuning or tile_tuning_for(num_rows, rows.dtype)
-    is_swiglu = num_outputs < len(weight)
-    outputs = tuning.outputs // 2 if is_swiglu else tuning.outputs
-    inputs = _INPUT_BYTES // rows.element_size()
+    matrices = len(weight) // num_outputs
+    outputs, inputs = tuning.outputs // matrices, tuning.input_bytes // rows.element_size()
     num_tiles = triton.cdiv(num_rows, tuning.rows) * triton.cdiv(num_outputs, outputs)
-    programs = min(num_tiles, _PROCESSORS * tuning.programs_a_processor)
-    _tile_product[(programs,)](
+    _tile_product[(min(num_tiles, _PROCESSORS),)](
         TensorDescriptor.from_tensor(rows, [tuning.rows, inputs]),
-        TensorDescriptor.from_tensor(weight, [outputs, inputs]),
+        TensorDescriptor.from_tensor(weight.view(matrices, num_outputs, num_inputs), [matrices, outputs, inputs]),
         TensorDescriptor.from_tensor(out, [tuning.rows, outputs]),
         row_scales,
         channel_scales,
@@ -119,9 +124,8 @@ def _launch(
         ROWS=tuning.rows,
         OUTPUTS=outputs,
         INPUTS=inputs,
-        PROGRAMS=programs,
+        MATRICES=matrices,
         TOGETHER=_ROW_TILES_TOGETHER,
-        SWIGLU=is_swiglu,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
@@ -130,7 +134,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _tile_product(
     rows,
     weight,
@@ -143,39 +147,35 @@ def _tile_product(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    MATRICES: tl.constexpr,
     TOGETHER: tl.constexpr,
-    SWIGLU: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row_tiles = tl.cdiv(num_rows, ROWS)
     output_tiles = tl.cdiv(num_outputs, OUTPUTS)
     after_previous(PDL)
-    for tile in tl.range(tl.program_id(0), row_tiles * output_tiles, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), row_tiles * output_tiles, tl.num_programs(0), flatten=True):
         group = tile // (TOGETHER * output_tiles)
         rows_of_group = tl.minimum(row_tiles - group * TOGETHER, TOGETHER)
         within = tile % (TOGETHER * output_tiles)
         first_row = (group * TOGETHER + within % rows_of_group) * ROWS
         first_output = within // rows_of_group * OUTPUTS
-        total = tl.zeros([ROWS, OUTPUTS], tl.float32)
-        # Of a gate's matrix, what it opens for lies behind it.
-        total_up = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        total = tl.zeros([ROWS, MATRICES * OUTPUTS], tl.float32)
         for place in range(0, num_inputs, INPUTS):
             x = rows.load([first_row, place])
-            w = weight.load([first_output, place])
+            # Outputs of a gate and of what it opens for lie in one operand, as if they were neighbours.
+            w = tl.reshape(weight.load([0, first_output, place]), [MATRICES * OUTPUTS, INPUTS])
             total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
-            if SWIGLU:
-                w_up = weight.load([num_outputs + first_output, place])
-                total_up = tl.dot(x, tl.trans(w_up), total_up, input_precision=PRECISION)
-        if SWIGLU:
+        if MATRICES == 2:
+            gate, up = tl.split(tl.trans(tl.reshape(total, [ROWS, 2, OUTPUTS]), 0, 2, 1))
             if channel_scales is not None:
                 row = first_row + tl.arange(0, ROWS)
                 output = first_output + tl.arange(0, OUTPUTS)
                 row_scale = tl.load(row_scales + row, row < num_rows, other=0.0)[:, None]
                 gate_scale = tl.load(channel_scales + output, output < num_outputs, other=0.0)
                 up_scale = tl.load(channel_scales + num_outputs + output, output < num_outputs, other=0.0)
-                total = total * row_scale * gate_scale[None, :]
-                total_up = total_up * row_scale * up_scale[None, :]
-            total = total / (1.0 + tl.exp(-total)) * total_up
+                gate = gate * row_scale * gate_scale[None, :]
+                up = up * row_scale * up_scale[None, :]
+            total = gate / (1.0 + tl.exp(-gate)) * up
         out.store([first_row, first_output], total.to(out.dtype))
