@@ -31,11 +31,10 @@ from services.worker.kernels.decode_attention import (
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
-from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.small_product import ProductTuning, fits, small_product
 from services.worker.kernels.swiglu import swiglu
-from services.worker.kernels.tile_product import MANY_ROWS, product_swiglu
+from services.worker.kernels.tile_product import product_swiglu
 
 MATRICES = {
     "qkv": (6144, 4096),
@@ -117,39 +116,29 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
     x, w = (torch.randn((count, inputs), device="cuda").to(dtype) for count in (num_rows, outputs))
     gate_up = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device="cuda")
     plain = Rows(torch.empty((num_rows, outputs // 2), dtype=torch.bfloat16, device="cuda"))
-    row_scales: Tensor | None = None
-    channel_scales: Tensor | None = None
-    rounded: Rows | None = None
-    if dtype == FP8:
-        one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
-        rounded = Rows(torch.empty_like(plain.values, dtype=FP8), row_scales)
+    one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
+    rounded = Rows(torch.empty_like(plain.values, dtype=FP8), row_scales)
 
-        def apart(row: Tensor, channel: Tensor, scaled: Scaled, *, rounds_apart: bool = False) -> Call:
-            def call(_: int) -> None:
-                torch._scaled_mm(x, w.T, row, channel, out_dtype=gate_up.dtype, use_fast_accum=True, out=gate_up)
-                swiglu(scaled, plain if rounds_apart else rounded)
-                if rounds_apart:
-                    round_rows_into(plain.values, rounded)
-
-            return call
-
-        yield "cuBLAS", apart(one, one, Scaled(gate_up, row_scales, channel_scales))
-        yield "cuBLAS, rounding apart", apart(one, one, Scaled(gate_up, row_scales, channel_scales), rounds_apart=True)
-        yield "cuBLAS with scales", apart(row_scales[:, None], channel_scales[None, :], Scaled(gate_up))
-    else:
-
-        def library(_: int) -> None:
-            torch.mm(x, w.T, out=gate_up)
-            swiglu(Scaled(gate_up), plain)
-
-        yield "cuBLAS", library
+    def library(_: int) -> None:
+        torch.mm(x, w.T, out=gate_up)
+        swiglu(Scaled(gate_up), plain)
 
     def tiles(_: int) -> None:
-        product_swiglu(x, w, row_scales, channel_scales, plain.values, MANY_ROWS)
-        if rounded:
-            round_rows_into(plain.values, rounded)
+        product_swiglu(x, w, plain.values)
 
-    yield "tiles", tiles
+    def scaled(row: Tensor, channel: Tensor, product: Scaled) -> Call:
+        def call(_: int) -> None:
+            torch._scaled_mm(x, w.T, row, channel, out_dtype=gate_up.dtype, use_fast_accum=True, out=gate_up)
+            swiglu(product, rounded)
+
+        return call
+
+    if dtype == FP8:
+        yield "cuBLAS", scaled(one, one, Scaled(gate_up, row_scales, channel_scales))
+        yield "cuBLAS with scales", scaled(row_scales[:, None], channel_scales[None, :], Scaled(gate_up))
+    else:
+        yield "cuBLAS", library
+        yield "tiles", tiles
 
 
 def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:

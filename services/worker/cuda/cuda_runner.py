@@ -37,7 +37,7 @@ _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
 _WARM_UP_STEPS = ((0, 100, False), (1, 100, False), (16, 100, False), (65, 100, False), (65, 100, True), (8, 20, False))
 """Decodes, tokens of a chunk, and whether decodes share a prefix: for each way that kernels are compiled."""
-_LEAST_SHARING_DECODES = 8
+_LEAST_SHARING_DECODES = 16
 """Of fewer, attention is a small part of a step."""
 
 

@@ -181,17 +181,10 @@ class DeviceDecoder:
         how = self._multiplier.how_to_activate(normed, matrix, to_fp8=to_fp8)
         if how == "gemv":
             gemv_swiglu(normed.values, matrix.values, matrix.channel_scales, activated.values, pdl=pdl)
-            return activated
-        plain = room.activated[:num_rows]
-        if how == "tiles":
-            product_swiglu(normed.values, matrix.values, normed.scales, matrix.channel_scales, plain, pdl=pdl)
-        elif how == "rounding apart":
-            swiglu(self._multiply(normed, matrix, room.gate_up, pdl), Rows(plain), pdl=pdl)
+        elif how == "tiles":
+            product_swiglu(normed.values, matrix.values, activated.values, pdl=pdl)
         else:
             swiglu(self._multiply(normed, matrix, room.gate_up, pdl), activated, pdl=pdl)
-            return activated
-        if to_fp8:
-            round_rows_into(plain, activated, pdl=pdl)
         return activated
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:

@@ -25,12 +25,10 @@ ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
 MOST_PARTS = 2
 _MANY_OUTPUTS = 16384
 _CUBLAS_SCALES_FROM_ROWS = 512
-"""Of fp8: from there on cuBLAS applies a scale a row and a channel for nothing."""
-_SWIGLU_IN_TILES_FROM_ROWS = {2: 2048, 1: 2048}
-"""By a weight's bytes: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
-_ROUND_APART_FROM_ROWS = 128
-"""From there on SwiGLU of fp8 is faster with the rounding in a kernel behind it: one row is too much for a program to
-have twice on a processor."""
+_CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS = 256
+"""Of fp8: from there on cuBLAS applies a scale a row and a channel for less than the kernel behind it."""
+_SWIGLU_IN_TILES_FROM_ROWS = 8192
+"""Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
 _GEMV_MOST_FP8 = 8192
 """Longest side of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores."""
 
@@ -52,8 +50,8 @@ class DeviceMatrix:
         return self.values.numel() * self.values.element_size()
 
 
-Activation = Literal["gemv", "tiles", "apart", "rounding apart"]
-"""SwiGLU in a product of one row, in one of many, or in a kernel behind it; that rounds its rows itself, or not."""
+Activation = Literal["gemv", "tiles", "apart"]
+"""SwiGLU in a product of one row, in one of many, or in a kernel behind it."""
 
 
 class Multiplier:
@@ -88,7 +86,7 @@ class Multiplier:
             small_product(rows.values, weight, product.view(tuning.num_splits, *out.shape), tuning, pdl=pdl)
         elif matrix.channel_scales is None or rows.scales is None:
             torch.mm(rows.values, weight.T, out=out)
-        elif weight.is_cuda and num_rows >= _CUBLAS_SCALES_FROM_ROWS:
+        elif weight.is_cuda and _takes_scales(num_rows, weight):
             scales = rows.scales[:, None], matrix.channel_scales[None, :]
             torch._scaled_mm(rows.values, weight.T, *scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
             return Scaled(out)
@@ -117,11 +115,15 @@ class Multiplier:
             return "apart"
         if num_rows == 1 and rows.scales is None and not to_fp8:
             return "gemv"
-        tiles_from = _SWIGLU_IN_TILES_FROM_ROWS.get(gate_up.values.element_size())
-        if tiles_from and num_rows >= tiles_from and tile_product.fits(gate_up.values, torch.bfloat16):
+        is_half = gate_up.values.is_cuda and gate_up.values.element_size() == 2
+        if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS and tile_product.fits(gate_up.values, rows.values.dtype):
             return "tiles"
-        rounds_apart = to_fp8 and _ROUND_APART_FROM_ROWS <= num_rows < _CUBLAS_SCALES_FROM_ROWS
-        return "rounding apart" if rounds_apart else "apart"
+        return "apart"
+
+
+def _takes_scales(num_rows: int, weight: Tensor) -> bool:
+    has_many_outputs = len(weight) >= _MANY_OUTPUTS
+    return num_rows >= (_CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS if has_many_outputs else _CUBLAS_SCALES_FROM_ROWS)
 
 
 def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:

@@ -15,7 +15,6 @@ from torch.nn.functional import silu
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.worker.kernels.launch import after_previous
-from services.worker.kernels.rows import Scaled
 
 _PROCESSORS = 132
 _ROW_TILES_TOGETHER = 8
@@ -58,9 +57,9 @@ def tile_product_reference(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.float() @ weight.float().T
 
 
-def product_swiglu_reference(gate_up: Scaled) -> Tensor:
-    """gate_up: [num_rows, 2 * size], the gate first. Returns silu(gate) * up: [num_rows, size] float32."""
-    gate, up = gate_up.dequantized().chunk(2, dim=1)
+def product_swiglu_reference(rows: Tensor, weight: Tensor) -> Tensor:
+    """weight: [2 * size, num_inputs], the gate's first. Returns silu(gate) * up: [num_rows, size] float32."""
+    gate, up = tile_product_reference(rows, weight).chunk(2, dim=1)
     return silu(gate) * up
 
 
@@ -70,38 +69,20 @@ def tile_product(
     """As the reference, into `out`, in its type."""
     num_outputs = len(weight)
     assert out.shape == (len(rows), num_outputs)
-    _launch(rows, weight, None, None, out, num_outputs, tuning, pdl=pdl)
+    _launch(rows, weight, out, num_outputs, tuning, pdl=pdl)
 
 
 def product_swiglu(
-    rows: Tensor,
-    weight: Tensor,
-    row_scales: Tensor | None,
-    channel_scales: Tensor | None,
-    out: Tensor,
-    tuning: TileTuning | None = None,
-    *,
-    pdl: bool = False,
+    rows: Tensor, weight: Tensor, out: Tensor, tuning: TileTuning | None = None, *, pdl: bool = False
 ) -> None:
-    """Multiply with a gate's and an up's matrix, one behind the other, and open the gate: into `out`, [num_rows, size].
-
-    The scales, if there are some, are [num_rows] and [2 * size] float32: of rows and weights in fp8.
-    """
+    """As the reference, into `out`, in its type."""
     size = len(weight) // 2
     assert out.shape == (len(rows), size)
-    _launch(rows, weight, row_scales, channel_scales, out, size, tuning, pdl=pdl)
+    _launch(rows, weight, out, size, tuning, pdl=pdl)
 
 
 def _launch(
-    rows: Tensor,
-    weight: Tensor,
-    row_scales: Tensor | None,
-    channel_scales: Tensor | None,
-    out: Tensor,
-    num_outputs: int,
-    tuning: TileTuning | None,
-    *,
-    pdl: bool,
+    rows: Tensor, weight: Tensor, out: Tensor, num_outputs: int, tuning: TileTuning | None, *, pdl: bool
 ) -> None:
     num_rows, num_inputs = rows.shape
     assert weight.shape[1] == num_inputs
@@ -116,8 +97,6 @@ def _launch(
         TensorDescriptor.from_tensor(rows, [tuning.rows, inputs]),
         TensorDescriptor.from_tensor(weight.view(matrices, num_outputs, num_inputs), [matrices, outputs, inputs]),
         TensorDescriptor.from_tensor(out, [tuning.rows, outputs]),
-        row_scales,
-        channel_scales,
         num_rows,
         num_outputs,
         num_inputs,
@@ -139,8 +118,6 @@ def _tile_product(
     rows,
     weight,
     out,
-    row_scales,
-    channel_scales,
     num_rows,
     num_outputs,
     num_inputs,
@@ -169,13 +146,5 @@ def _tile_product(
             total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
         if MATRICES == 2:
             gate, up = tl.split(tl.trans(tl.reshape(total, [ROWS, 2, OUTPUTS]), 0, 2, 1))
-            if channel_scales is not None:
-                row = first_row + tl.arange(0, ROWS)
-                output = first_output + tl.arange(0, OUTPUTS)
-                row_scale = tl.load(row_scales + row, row < num_rows, other=0.0)[:, None]
-                gate_scale = tl.load(channel_scales + output, output < num_outputs, other=0.0)
-                up_scale = tl.load(channel_scales + num_outputs + output, output < num_outputs, other=0.0)
-                gate = gate * row_scale * gate_scale[None, :]
-                up = up * row_scale * up_scale[None, :]
             total = gate / (1.0 + tl.exp(-gate)) * up
         out.store([first_row, first_output], total.to(out.dtype))
