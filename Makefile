@@ -23,7 +23,9 @@ run: setup ## start a fleet, ask one question, then chat if this is a terminal; 
 	if [ -t 0 ]; then $(BIN)/shoal chat; fi
 
 test: setup ## run every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m 'not gpu'
+	@# Tests of whole fleets want the machine for themselves; the others keep both cores busy.
+	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --dist loadfile tests/unit tests/gpu tests/contract tests/deploy
+	@$(BIN)/python -m pytest -q -m 'not gpu' tests/fleet tests/chaos tests/quickstart tests/docker
 
 lint: setup ## check style, contracts and imports
 	@$(BIN)/ruff check --quiet .
