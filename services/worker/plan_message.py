@@ -3,11 +3,11 @@
 from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
-from services.worker.engine.step_plan import BlockCopy, SeenTokens, SequenceChunk, StepPlan
+from services.worker.engine.step_plan import PENDING_TOKEN, BlockCopy, SeenTokens, SequenceChunk, StepPlan
 
 
 def plan_message(plan: StepPlan) -> rank_pb2.RankPlan:
-    """Say a plan. No token of it may be pending: the ranks that are told know of no step before."""
+    """Say a plan."""
     return rank_pb2.RankPlan(
         step=plan.step,
         chunks=map(_chunk_message, plan.chunks),
@@ -28,9 +28,11 @@ def plan_of(message: rank_pb2.RankPlan) -> StepPlan:
 
 def _chunk_message(chunk: SequenceChunk) -> rank_pb2.RankChunk:
     seen = chunk.seen
+    is_pending = chunk.token_ids[-1:] == (PENDING_TOKEN,)
     return rank_pb2.RankChunk(
         sequence_id=chunk.sequence_id,
-        token_ids=chunk.token_ids,
+        token_ids=chunk.token_ids[:-1] if is_pending else chunk.token_ids,
+        has_pending_token=is_pending,
         first_position=chunk.first_position,
         block_table=chunk.block_table,
         sample_index=chunk.sample_index,
@@ -45,7 +47,7 @@ def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
     seen = message.seen
     return SequenceChunk(
         sequence_id=SequenceId(message.sequence_id),
-        token_ids=tuple(message.token_ids),
+        token_ids=(*message.token_ids, PENDING_TOKEN) if message.has_pending_token else tuple(message.token_ids),
         first_position=message.first_position,
         block_table=tuple(map(BlockId, message.block_table)),
         sampling=_sampling_of(message.sampling),

@@ -9,6 +9,7 @@ from shoal.fleet.errors import FleetError
 
 _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--device", {"metavar": "NAME", "help": "a torch device (cuda)"}),
+    ("--shards", {"type": int, "metavar": "N", "help": "ranks that the model is dealt out to, a device each (1)"}),
     ("--dtype", {"choices": ("float32", "bf16", "fp8"), "help": "of the weights (bf16)"}),
     ("--kv-dtype", {"choices": ("auto", "fp8"), "help": "of the KV cache (auto: as what is computed)"}),
     ("--block-size", {"type": int, "metavar": "N", "help": "tokens of a block (64)"}),

@@ -16,6 +16,7 @@ from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.models.shard import Shard
 from services.worker.weights.folder_decoder import open_folder_decoder
@@ -56,7 +57,7 @@ def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: i
 
 
 def generate(
-    limits: EngineLimits, runner: CudaRunner, *looks: list[engine_pb2.EngineCommand]
+    limits: EngineLimits, runner: Runner, *looks: list[engine_pb2.EngineCommand]
 ) -> tuple[dict[int, list[int]], FinishingFront]:
     front = FinishingFront([*looks])
     step_time = StepTimeModel()

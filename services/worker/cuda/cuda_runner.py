@@ -15,7 +15,8 @@ from services.worker.cuda.graphs import DecodeGraphs
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.logprobs import AskedLogprobs, Scoring
 from services.worker.cuda.places import Places
-from services.worker.cuda.sampling import Chosen, choose_others
+from services.worker.cuda.ranks import DeviceRanks
+from services.worker.cuda.sampling import Chosen, choose_others, needs_all_logits
 from services.worker.cuda.step_inputs import (
     Numbers,
     StepInputs,
@@ -26,7 +27,7 @@ from services.worker.cuda.step_inputs import (
     mixed_sizes,
     views,
 )
-from services.worker.cuda.transfer import HostCopy, pinned
+from services.worker.cuda.transfer import HostCopy, pinned, to_device
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
 
 _STEPS_IN_FLIGHT = 3
@@ -41,12 +42,15 @@ class LaunchedStep:
     tokens: HostCopy
     sampled: AskedLogprobs
     scored: AskedLogprobs
+    ranks_state: HostCopy | None
     done: torch.cuda.Event | None
 
     def result(self) -> StepResult:
-        """Wait for the step and return what it sampled."""
+        """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
         if self.done:
             self.done.synchronize()
+        if self.ranks_state:
+            DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())
         sampled, scored = self.sampled.get(), self.scored.get()
         chunks = []
@@ -58,7 +62,8 @@ class LaunchedStep:
 
 
 class CudaRunner:
-    """One rank's model and KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one, in tests."""
+    """A model, or a rank's part, and its KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one,
+    in tests."""
 
     steps_ahead = 1
 
@@ -129,18 +134,31 @@ class CudaRunner:
         """Choose what is not the likeliest token, and send results to the host."""
         model = self._model
         sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
-        logits = model.logits_of(sizes.num_samples)
+        logits = self._logits_of(sampling, sizes.num_samples)
         chosen = Chosen(logits, model.choices, inputs.sample_places, model.tokens, model.last_tokens)
         choose_others(chosen, sampling)
         scoring = Scoring(self._device)
         sampled = scoring.sampled(plan.chunks, logits, model.tokens)
         scored = scoring.given(plan.chunks, model.normed, model.logits)
         tokens = HostCopy(model.tokens[: len(sampling)])
+        ranks_state = HostCopy(model.ranks.state) if model.ranks else None
         done = None
         if self._device.type == "cuda":
             done = torch.cuda.Event()
             done.record()
-        return LaunchedStep(plan, tokens, sampled, scored, done)
+        return LaunchedStep(plan, tokens, sampled, scored, ranks_state, done)
+
+    def _logits_of(self, sampling: Sequence[SequenceChunk], num_samples: int) -> Tensor:
+        """Logits of the step's samples; of several ranks, whole rows where more than the likeliest token is wanted."""
+        logits, ranks = self._model.logits_of(num_samples), self._model.ranks
+        if ranks is None:
+            return logits
+        rows = [row for row, chunk in enumerate(sampling) if needs_all_logits(chunk)]
+        if not rows:
+            return logits
+        on_device = to_device(torch.tensor(rows), self._device)
+        of_rows = ranks.whole(logits[on_device])
+        return logits.new_empty((num_samples, of_rows.shape[1])).index_copy_(0, on_device, of_rows)
 
 
 def _most_numbers(most: MostWork, table_blocks: int) -> int:

@@ -11,12 +11,14 @@ from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.graphs import graph_sizes
 from services.worker.cuda.kv_cache import DeviceKvCache, kv_block_bytes
 from services.worker.cuda.matrix import ACTIVATIONS, DeviceWeightFormat
+from services.worker.cuda.ranks import DeviceRanks, MostRows
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.kernels.rows import FP8
+from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
@@ -46,12 +48,18 @@ class DeviceOptions:
 
 
 def start_cuda_runner(
-    config: DecoderConfig, load: Callable[[], DeviceWeights], shard: Shard, options: DeviceOptions, device: torch.device
+    config: DecoderConfig,
+    load: Callable[[], DeviceWeights],
+    shard: Shard,
+    options: DeviceOptions,
+    device: torch.device,
+    file: RankFile | None = None,
 ) -> tuple[EngineLimits, CudaRunner]:
-    """Make a runner of the weights that `load` gives, a rank's part of them.
+    """Make a runner of the weights that `load` gives, a rank's part of them. `file`: what several ranks share.
 
-    The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see. Raises
-    ConfigError if that is not one, or if the model cannot be dealt out.
+    The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see; of ranks,
+    the one with least room says how many. Raises ConfigError if that is not one, if the model cannot be dealt out, or
+    if ranks cannot reach each other, and NcclError.
     """
     rank_config = shard.config(config)
     context_tokens = min(options.context_tokens, config.context_tokens)
@@ -60,7 +68,9 @@ def start_cuda_runner(
         num_sequences=options.max_sequences,
         num_places=2 * options.max_sequences,
     )
-    model = DeviceDecoder(config, load(), shard, most, ACTIVATIONS[options.weights])
+    weights = load()
+    ranks = _join_ranks(file, config, most, options, device) if file else None
+    model = DeviceDecoder(config, weights, shard, most, ACTIVATIONS[options.weights], ranks)
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:
@@ -71,6 +81,8 @@ def start_cuda_runner(
     if num_blocks is None:
         block_bytes = kv_block_bytes(rank_config, options.block_size_tokens, options.kv_dtype)
         num_blocks = _measured_bytes_left(runner_with(1), options, device) // block_bytes
+        if file:
+            num_blocks = min(int(told) for told in file.board.exchange(str(num_blocks).encode()))
         if num_blocks < 1:
             raise ConfigError(f"{options.memory_share} of the device's memory leave no room for a block of KV cache")
     limits = EngineLimits(
@@ -85,6 +97,18 @@ def start_cuda_runner(
     runner = runner_with(num_blocks)
     runner.capture_graphs()
     return limits, runner
+
+
+def _join_ranks(
+    file: RankFile, config: DecoderConfig, most: MostWork, options: DeviceOptions, device: torch.device
+) -> DeviceRanks:
+    # Two of one number have one device, or one of two hosts; ranks are of one host.
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    devices = {told.decode() for told in file.board.exchange(own.encode())}
+    has_own_device = len(devices) == file.world_size
+    if not has_own_device and options.num_blocks is None:
+        raise ConfigError("ranks that share a device cannot see how much of it is left for each: say --num-blocks")
+    return DeviceRanks(file, config, MostRows(most.num_rows, most.num_sequences), device, has_own_device=has_own_device)
 
 
 def _measured_bytes_left(runner: CudaRunner, options: DeviceOptions, device: torch.device) -> int:

@@ -9,6 +9,10 @@ class RanksLostError(Exception):
     """A rank of a sharded worker did not come: it is gone, or stands still."""
 
 
+class RanksDisagreeError(Exception):
+    """Ranks computed different things, or different steps: what they have in their caches cannot be trusted."""
+
+
 class RunningStep(Protocol):
     """A step that was launched."""
 

@@ -5,8 +5,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
 from services.worker.config import WorkerConfig
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
+from services.worker.rank_links import RankLink, rank_links
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24.
@@ -126,7 +127,7 @@ async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> Asy
     ranks: list[RankProcess] = []
     watching: list[asyncio.Task[None]] = []
     try:
-        with _links(config.shards) as links:
+        with rank_links(config.shards) as links:
             for link in links:  # one by one: those that were started are ended if the next cannot be
                 ranks.append(await _start_rank(config, link, module))  # noqa: PERF401
         engine = EngineClient(ranks)
@@ -141,38 +142,7 @@ async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> Asy
             await rank.process.wait()
 
 
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What connects a rank to the others."""
-
-    rank: int
-    memory_fd: int
-    bells: tuple[socket.socket, ...]
-
-
-@contextmanager
-def _links(shards: int) -> Iterator[list[_Link]]:
-    """Make what ranks share; they inherit it, and this process keeps nothing.
-
-    The memory has no name: nothing is left of it when its processes are gone, and /dev/shm, of which containers have
-    little, is not used.
-    """
-    if shards == 1:
-        yield [_Link(0, 0, ())]
-        return
-    memory_fd = os.memfd_create("shoal-ranks")
-    pairs = [socket.socketpair() for _ in range(1, shards)]
-    try:
-        leads = _Link(0, memory_fd, tuple(first for first, _ in pairs))
-        yield [leads, *(_Link(rank, memory_fd, (second,)) for rank, (_, second) in enumerate(pairs, 1))]
-    finally:
-        os.close(memory_fd)
-        for pair in pairs:
-            for end in pair:
-                end.close()
-
-
-async def _start_rank(config: WorkerConfig, link: _Link, module: str) -> RankProcess:
+async def _start_rank(config: WorkerConfig, link: RankLink, module: str) -> RankProcess:
     ours, theirs = socket.socketpair()
     bell_fds = [bell.fileno() for bell in link.bells]
     with theirs:
