@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.worker.rank_beats import LINE_BYTES, RankBeats
+from services.worker.rank_beats import LINE_BYTES, LOOKS_WITHOUT_BEAT, RankBeats
 from services.worker.rank_board import RankBoard
 from services.worker.rank_file import RankFile
 
@@ -48,32 +48,29 @@ def test_what_one_rank_maps_later_is_the_same_for_all(fd: int) -> None:
     assert longer[:99_999] == bytes(99_999)
 
 
-class Watch:
-    """Ranks that beat, and what each of them found."""
-
-    def __init__(self) -> None:
-        self.memory = memoryview(bytearray(WORLD * LINE_BYTES))
-        self.lost: list[tuple[int, int]] = []
-        self.found = threading.Semaphore(0)
-
-    def start(self, rank: int) -> RankBeats:
-        def on_lost(other: int) -> None:
-            self.lost.append((rank, other))
-            self.found.release()
-
-        return RankBeats(self.memory, rank, WORLD, on_lost, beat_s=0.02)
-
-
 def test_a_rank_that_beats_no_more_is_lost_to_all_others_and_one_that_still_loads_to_none() -> None:
-    watch = Watch()
-    first, second = watch.start(0), watch.start(1)
-    assert not watch.found.acquire(timeout=0.3), "rank 2 has not come yet"
-    third = watch.start(2)
-    while not watch.memory[2 * LINE_BYTES]:
-        pass
-    third.stop()
-    assert watch.found.acquire(timeout=10)
-    assert watch.found.acquire(timeout=10)
-    assert sorted(watch.lost) == [(0, 2), (1, 2)]
-    first.stop()
-    second.stop()
+    memory = memoryview(bytearray(WORLD * LINE_BYTES))
+    first, second, third = (RankBeats(memory, rank, WORLD) for rank in range(WORLD))
+    for _ in range(3 * LOOKS_WITHOUT_BEAT):
+        assert [first.beat_and_look(), second.beat_and_look()] == [None, None], "rank 2 has not come yet"
+    for _ in range(3 * LOOKS_WITHOUT_BEAT):
+        assert [each.beat_and_look() for each in (third, first, second)] == [None] * 3
+    for _ in range(LOOKS_WITHOUT_BEAT - 1):
+        assert [first.beat_and_look(), second.beat_and_look()] == [None, None]
+    assert [first.beat_and_look(), second.beat_and_look()] == [2, 2]
+
+
+def test_a_watch_calls_when_a_rank_stands_still() -> None:
+    memory = memoryview(bytearray(2 * LINE_BYTES))
+    RankBeats(memory, 1, 2).beat_and_look()
+    lost: list[int] = []
+    called = threading.Event()
+    watch = RankBeats(memory, 0, 2)
+
+    def on_lost(rank: int) -> None:
+        lost.append(rank)
+        called.set()
+
+    watch.start(on_lost)
+    assert called.wait(60)
+    assert lost == [1]

@@ -66,9 +66,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
 
 
-def device_of(arguments: argparse.Namespace, rank: int) -> torch.device:
+def device_of(name: str, rank: int) -> torch.device:
     """Return a rank's device, and make it the current one: "cuda" is one each, as long as there are some."""
-    device = torch.device(arguments.device)
+    device = torch.device(name)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -80,7 +80,7 @@ def load_engine(arguments: argparse.Namespace, rank: int = 0, file: RankFile | N
     """Start a rank, of several with what they share. Raises ModelFileError, ConfigError and NcclError."""
     began = time.monotonic()
     weights: DeviceWeightFormat = arguments.dtype
-    device = device_of(arguments, rank)
+    device = device_of(arguments.device, rank)
     options = replace(
         DeviceOptions(),
         weights=weights,

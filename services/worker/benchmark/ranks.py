@@ -18,8 +18,12 @@ from services.worker.cuda.rank_runner import LeadingRunner, follow, watch_ranks
 from services.worker.engine.runner import RanksLostError
 from services.worker.engine_config import RANKS_LOST_STATUS
 from services.worker.plan_ring import PlanReader, PlanWriter
+from services.worker.rank_beats import RankBeats
 from services.worker.rank_file import RankFile
 from services.worker.rank_links import RankLink, rank_links
+
+
+RANK_MODULE = "services.worker.benchmark.ranks"
 
 
 @contextmanager
@@ -32,17 +36,29 @@ def engine_of(arguments: argparse.Namespace, told: Sequence[str] | None) -> Iter
         rank = load_engine(arguments)
         yield Engine(rank, rank.runner)
         return
-    with other_ranks(arguments.shards, sys.argv[1:] if told is None else told) as link:
+    with other_ranks(arguments.shards, RANK_MODULE, sys.argv[1:] if told is None else told) as link:
         file = RankFile(link.memory_fd, 0, arguments.shards)
         rank = load_engine(arguments, 0, file)
-        beats = watch_ranks(file)
+        beats = _watch(arguments, file)
         yield Engine(rank, LeadingRunner(rank.runner, PlanWriter(file.plans, link.bells)))
-        beats.stop()
+        if beats:
+            beats.stop()
+
+
+def add_rank_options(parser: argparse.ArgumentParser, *, is_required: bool) -> None:
+    """Declare the flags that `other_ranks` gives."""
+    parser.add_argument("--rank", type=int, default=0, required=is_required, help="which one this is, from 1")
+    parser.add_argument("--memory-fd", type=int, required=is_required, help="memory that all ranks map")
+    parser.add_argument("--bell-fd", type=int, required=is_required, help="the socket to rank 0")
+    parser.add_argument("--front-fd", type=int, required=is_required, help="a socket; closed: nobody wants it any more")
 
 
 @contextmanager
-def other_ranks(shards: int, options: Sequence[str]) -> Iterator[RankLink]:
-    """Start ranks 1 and up, and give what rank 0 needs; they are gone when the block ends."""
+def other_ranks(shards: int, module: str, options: Sequence[str]) -> Iterator[RankLink]:
+    """Start ranks 1 and up, and give what rank 0 needs; they are gone when the block ends.
+
+    `module`: their program; `options`: its own, beside those of `add_rank_options`.
+    """
     fronts: list[socket.socket] = []
     processes: list[subprocess.Popen[bytes]] = []
     with rank_links(shards) as links:
@@ -53,7 +69,7 @@ def other_ranks(shards: int, options: Sequence[str]) -> Iterator[RankLink]:
                 (bell,) = link.bells
                 fds = {"--memory-fd": link.memory_fd, "--bell-fd": bell.fileno(), "--front-fd": theirs.fileno()}
                 told = [text for name, fd in fds.items() for text in (name, str(fd))]
-                command = [sys.executable, "-m", "services.worker.benchmark.ranks", "--rank", str(link.rank), *told]
+                command = [sys.executable, "-m", module, "--rank", str(link.rank), *told]
                 with theirs:
                     processes.append(subprocess.Popen([*command, *options], pass_fds=list(fds.values())))
                 # Theirs alone: when they are gone, it is closed.
@@ -74,12 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m services.worker.benchmark.ranks", description=__doc__, allow_abbrev=False
     )
     add_engine_options(parser)
-    parser.add_argument("--rank", type=int, required=True, help="which one this is, from 1")
-    parser.add_argument("--memory-fd", type=int, required=True, help="memory that all ranks map")
-    parser.add_argument("--bell-fd", type=int, required=True, help="the socket to rank 0")
-    parser.add_argument(
-        "--front-fd", type=int, required=True, help="a socket that is closed when nobody wants it any more"
-    )
+    add_rank_options(parser, is_required=True)
     given, _ = parser.parse_known_args(arguments)
     file = RankFile(given.memory_fd, given.rank, given.shards)
     try:
@@ -88,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.cache.fill_randomly()
         front = socket.socket(fileno=given.front_fd)
         plans = PlanReader(file.plans, given.rank, socket.socket(fileno=given.bell_fd), front)
-        watch_ranks(file)
+        _watch(given, file)
         follow(runner, plans)
     except RanksLostError as error:
         print(f"benchmark: rank {given.rank}: {error}", file=sys.stderr)
@@ -97,6 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _watch(arguments: argparse.Namespace, file: RankFile) -> RankBeats | None:
+    """End with ranks that stand still; where a device is only pretended, ranks are slow, not lost."""
+    return None if arguments.device == "cpu" else watch_ranks(file)
 
 
 if __name__ == "__main__":

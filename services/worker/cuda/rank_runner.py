@@ -80,4 +80,6 @@ def watch_ranks(file: RankFile) -> RankBeats:
         print(f"engine: rank {lost} stands still", file=sys.stderr, flush=True)
         os._exit(RANKS_LOST_STATUS)
 
-    return RankBeats(file.beats, file.rank, file.world_size, end)
+    beats = RankBeats(file.beats, file.rank, file.world_size)
+    beats.start(end)
+    return beats

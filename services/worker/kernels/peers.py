@@ -57,13 +57,19 @@ def slot_of(counts, place, num_places, size, WORLD: tl.constexpr):
 
 
 @triton.jit
+def words_of(rank, addresses):
+    """Return where the words of a rank begin."""
+    # Said so that a thread takes two words at once.
+    return tl.multiple_of(tl.load(addresses + rank).to(tl.pointer_type(tl.int64)), 16)
+
+
+@triton.jit
 def give(bits, words, inside, number, addresses, RANK: tl.constexpr, WORLD: tl.constexpr):
     """Store values, int32, at some words of every other rank."""
     packed = (number.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
     for rank in tl.static_range(WORLD):
         if rank != RANK:
-            memory = tl.load(addresses + rank).to(tl.pointer_type(tl.int64))
-            tl.store(memory + words, packed, inside)
+            tl.store(words_of(rank, addresses) + words, packed, inside)
 
 
 @triton.jit
@@ -72,12 +78,12 @@ def take(words, inside, number, addresses, state, RANK: tl.constexpr):
 
     Words are read as often as the state says; then ranks are lost to each other.
     """
-    memory = tl.load(addresses + RANK).to(tl.pointer_type(tl.int64))
-    packed = tl.load(memory + words, inside, other=0, volatile=True)
+    places = words_of(RANK, addresses) + words
+    packed = tl.load(places, inside, other=0, volatile=True)
     num_missing = tl.sum((inside & ((packed >> 32).to(tl.int32) != number)).to(tl.int32))
     looks = tl.where(tl.load(state + 1, volatile=True) == 0, tl.load(state + 0, volatile=True), 0)
     while (num_missing > 0) & (looks > 0):
-        packed = tl.load(memory + words, inside, other=0, volatile=True)
+        packed = tl.load(places, inside, other=0, volatile=True)
         num_missing = tl.sum((inside & ((packed >> 32).to(tl.int32) != number)).to(tl.int32))
         looks -= 1
     if num_missing > 0:
