@@ -22,7 +22,6 @@ from services.worker.rank_beats import RankBeats
 from services.worker.rank_file import RankFile
 from services.worker.rank_links import RankLink, rank_links
 
-
 RANK_MODULE = "services.worker.benchmark.ranks"
 
 
