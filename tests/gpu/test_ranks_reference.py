@@ -1,4 +1,4 @@
-"""On devices, the default model as two ranks gives the reference's tokens in float32: on two of them, or sharing one."""
+"""The default model as two ranks gives the reference's tokens in float32: on two devices, or sharing one."""
 
 import argparse
 

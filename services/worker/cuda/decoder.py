@@ -129,13 +129,13 @@ class DeviceDecoder:
 
     def _embed(self, step: StepInputs[Tensor], residual: Tensor, pdl: bool) -> Scaled | None:
         """Begin the residual; of several ranks with zeros, to which the first norm adds what each has of the rows."""
-        out = residual
-        if self.ranks:
-            residual.zero_()
-            out = self._room.hidden[: len(residual)]
-        first_token = self._tokens_here.start
-        embed(step.token_ids, step.places, self.last_tokens, self._weights.embedding, out, first_token, pdl=pdl)
-        return self._over_ranks(Scaled(out), pdl) if self.ranks else None
+        embedding, first_token = self._weights.embedding, self._tokens_here.start
+        if self.ranks is None:
+            embed(step.token_ids, step.places, self.last_tokens, embedding, residual, pdl=pdl)
+            return None
+        part = self._room.hidden[: len(residual)]
+        embed(step.token_ids, step.places, self.last_tokens, embedding, part, first_token, residual, pdl=pdl)
+        return self._over_ranks(Scaled(part), pdl)
 
     def _norm(self, delta: Scaled | None, residual: Tensor, weight: Tensor, out: Rows, pdl: bool) -> None:
         """Add to the residual, over ranks if they have not done so by themselves, and norm it."""

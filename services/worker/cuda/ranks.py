@@ -24,6 +24,8 @@ WHOLE_ROWS_AT_ONCE = 16
 LOOKS = 1 << 23
 """How often a program looks for what another rank gives. Some seconds: for ranks that compile a kernel in the midst of
 steps, one after the other. That a process is gone, or stands still, others see before."""
+PRETENDED_LOOKS = 1 << 18
+"""The same in Triton's interpreter, where a look takes some tenths of a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class DeviceRanks:
         # NCCL refuses ranks that share a device; then all sums are small ones.
         self._nccl = Nccl(file) if has_own_device else None
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
-        self._state[MOST_LOOKS] = LOOKS
+        self._state[MOST_LOOKS] = LOOKS if device.type == "cuda" else PRETENDED_LOOKS
         sizes = [
             (min(most.num_rows, FEW_ROWS) if self._nccl else most.num_rows, config.hidden_size),
             (most.num_samples, RANK_WORDS),

@@ -30,14 +30,17 @@ def embed(
     embedding: Tensor,
     out: Tensor,
     first_token: int = 0,
+    cleared: Tensor | None = None,
     *,
     pdl: bool = False,
 ) -> None:
-    """As the reference, into `out`. A row that is computed for nothing holds a token of 0 or more."""
+    """As the reference, into `out`; `cleared`, as large, becomes zeros. A row that is computed for nothing holds a token
+    of 0 or more."""
+    assert cleared is None or (cleared.shape == out.shape and cleared.is_contiguous())
     num_tokens, size = out.shape
     block = min(_BLOCK, triton.next_power_of_2(size))
     _embed[(num_tokens, triton.cdiv(size, block))](
-        token_ids, places, last_tokens, embedding, out, size, first_token, len(embedding),
+        token_ids, places, last_tokens, embedding, out, cleared, size, first_token, len(embedding),
         BLOCK=block, PDL=pdl, launch_pdl=pdl, num_warps=4,
     )  # fmt: skip
 
@@ -49,6 +52,7 @@ def _embed(
     last_tokens,
     embedding,
     out,
+    cleared,
     size,
     first_token,
     num_tokens,
@@ -66,3 +70,5 @@ def _embed(
     num_columns = tl.where((token >= 0) & (token < num_tokens), size, 0)
     values = tl.load(embedding + token.to(tl.int64) * size + columns, columns < num_columns, other=0.0)
     tl.store(out + row * size + columns, values, inside)
+    if cleared is not None:
+        tl.store(cleared + row * size + columns, tl.zeros_like(values), inside)
