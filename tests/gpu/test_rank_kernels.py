@@ -40,9 +40,9 @@ class Meeting:
         return cls(seat, words[rank], words[1 - rank])
 
     def other_gives(self, values: Tensor, number: int) -> None:
-        """values: [num_places, num_words], of 4 bytes each."""
+        """values: [num_places, num_words], of 4 bytes each, or twice as many of 2."""
         bits = values.view(torch.int32).long() & 0xFFFFFFFF
-        self.own[number % 2, : len(values), 1 - self.seat.rank, : values.shape[1]] = (number << 32) | bits
+        self.own[number % 2, : len(bits), 1 - self.seat.rank, : bits.shape[1]] = (number << 32) | bits
 
     def given(self, num_places: int, number: int) -> Tensor:
         words = self.others[number % 2, :num_places, self.seat.rank]
@@ -60,7 +60,7 @@ def test_a_norm_adds_what_all_ranks_give_meeting_after_meeting(
     dtype: torch.dtype, has_scales: bool, num_parts: int
 ) -> None:
     num_rows, size, generator = 3, 100, seeded(1)
-    meeting = Meeting.of(num_rows + 2, size)
+    meeting = Meeting.of(num_rows + 2, Seat.words_of(size, dtype))
     residual = random(generator, num_rows, size, dtype=dtype)
     weight = random(generator, size, dtype=dtype)
     for number in (1, 2, 3):
@@ -70,15 +70,15 @@ def test_a_norm_adds_what_all_ranks_give_meeting_after_meeting(
         own = Scaled(product)
         if has_scales:
             own = Scaled(product, random(generator, num_rows).abs(), random(generator, size).abs())
-        theirs = random(generator, num_rows, size)
+        theirs = random(generator, num_rows, size, dtype=dtype)
         meeting.other_gives(theirs, number)
-        both = Scaled(own.dequantized() + theirs)
+        both = Scaled(own.dequantized().to(dtype).float() + theirs.float())
         expected_residual, expected = add_rms_norm_reference(both, residual, weight, 1e-5, False)
         out = Rows(torch.full_like(residual, float("nan")))
         add_rms_norm(own, residual, weight, 1e-5, out, meeting.seat)
         assert_near(residual, expected_residual)
         assert_near(out.values, expected.values)
-        assert_near(meeting.given(num_rows, number).view(torch.float32), own.dequantized(), torch.float32)
+        assert_near(meeting.given(num_rows, number).view(dtype), own.dequantized().to(dtype))
     assert meeting.seat.counts.tolist() == [3] * num_rows + [0] * 2
     assert meeting.broken == 0
 

@@ -3,7 +3,7 @@
     python -m services.worker.benchmark.sums --shards 2 --size 4096 --rows 1 2 4 8 16 32 64 128 256
 
 Prints a line for each number of rows: us of a sum and its norm, in graphs of 64 of each, and of the norm alone.
-`FEW_ROWS` of cuda/ranks.py follows it.
+`FEW_BYTES` of cuda/ranks.py follows it.
 """
 
 import argparse
@@ -50,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(given: argparse.Namespace, file: RankFile) -> None:
     device = device_of(given.device, file.rank)
     most_rows, size = max(given.rows), given.size
-    memory = share_memory(Seat.num_bytes(most_rows, file.world_size, size), file, device)
+    num_words = Seat.words_of(size, torch.bfloat16)
+    memory = share_memory(Seat.num_bytes(most_rows, file.world_size, num_words), file, device)
     state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
     state[MOST_LOOKS] = LOOKS
     counts = torch.zeros(most_rows, dtype=torch.int32, device=device)
-    seat = Seat(file.rank, file.world_size, memory.seat_addresses(0, device), counts, size, state)
+    seat = Seat(file.rank, file.world_size, memory.seat_addresses(0, device), counts, num_words, state)
     nccl = Nccl(file)
     weight = torch.ones(size, dtype=torch.bfloat16, device=device)
     for num_rows in given.rows:
@@ -90,6 +91,8 @@ def _us(launches: Sequence[Callable[[], None]], file: RankFile) -> float:
     for _ in range(_REPLAYS):
         file.board.exchange(b"")
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Ranks come at different times; with this one they are in step.
+        graph.replay()
         begin.record()
         graph.replay()
         end.record()

@@ -17,8 +17,9 @@ from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
-FEW_ROWS = 64
-"""Up to so many are summed by the norm that reads them, more by NCCL: see docs/gpu.md, "Ranks on several GPUs"."""
+FEW_BYTES = 2 << 20
+"""A rank stores up to so much of a sum to others, who add it up in the norm that reads it; larger sums are NCCL's. See
+docs/gpu.md, "Ranks on several GPUs"."""
 WHOLE_ROWS_AT_ONCE = 16
 """Of logits that are made whole."""
 LOOKS = 1 << 23
@@ -34,6 +35,8 @@ class MostRows:
 
     num_rows: int
     num_samples: int
+    dtype: torch.dtype
+    """Of what is summed."""
 
 
 class DeviceRanks:
@@ -57,8 +60,10 @@ class DeviceRanks:
         self._nccl = Nccl(file) if has_own_device else None
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
         self._state[MOST_LOOKS] = LOOKS if device.type == "cuda" else PRETENDED_LOOKS
+        row_bytes = config.hidden_size * most.dtype.itemsize * (file.world_size - 1)
+        few_rows = min(most.num_rows, FEW_BYTES // row_bytes) if self._nccl else most.num_rows
         sizes = [
-            (min(most.num_rows, FEW_ROWS) if self._nccl else most.num_rows, config.hidden_size),
+            (few_rows, Seat.words_of(config.hidden_size, most.dtype)),
             (most.num_samples, RANK_WORDS),
             (places_for(WHOLE_ROWS_AT_ONCE, self._most_columns), PART),
         ]

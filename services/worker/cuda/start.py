@@ -108,7 +108,13 @@ def _join_ranks(
     has_own_device = len(devices) == file.world_size
     if not has_own_device and options.num_blocks is None:
         raise ConfigError("ranks that share a device cannot see how much of it is left for each: say --num-blocks")
-    return DeviceRanks(file, config, MostRows(most.num_rows, most.num_sequences), device, has_own_device=has_own_device)
+    return DeviceRanks(
+        file,
+        config,
+        MostRows(most.num_rows, most.num_sequences, ACTIVATIONS[options.weights]),
+        device,
+        has_own_device=has_own_device,
+    )
 
 
 def _measured_bytes_left(runner: CudaRunner, options: DeviceOptions, device: torch.device) -> int:

@@ -34,8 +34,10 @@ def embed(
     *,
     pdl: bool = False,
 ) -> None:
-    """As the reference, into `out`; `cleared`, as large, becomes zeros. A row that is computed for nothing holds a token
-    of 0 or more."""
+    """As the reference, into `out`; `cleared`, as large, becomes zeros.
+
+    A row that is computed for nothing holds a token of 0 or more.
+    """
     assert cleared is None or (cleared.shape == out.shape and cleared.is_contiguous())
     num_tokens, size = out.shape
     block = min(_BLOCK, triton.next_power_of_2(size))

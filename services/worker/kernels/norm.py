@@ -37,10 +37,11 @@ def add_rms_norm(
 ) -> None:
     """As the reference; `residual` is changed in place, and `out` is written, with scales if it has some.
 
-    With a `seat`, delta is one rank's part of it: what is added is the sum over ranks.
+    With a `seat`, delta is one rank's part of it: what is added is the sum over ranks, of parts in residual's type.
     """
     num_rows, size = residual.shape
-    assert seat is None or (delta is not None and num_rows <= seat.num_places and size == seat.num_words)
+    assert seat is None or (delta is not None and num_rows <= seat.num_places and size % 2 == 0)
+    assert seat is None or seat.num_words == Seat.words_of(size, residual.dtype)
     assert residual.is_contiguous()
     assert out.values.is_contiguous()
     block = triton.next_power_of_2(size)
@@ -109,7 +110,9 @@ def _add_rms_norm(
         if channel_scales is not None:
             d = d * tl.load(row_scales + row) * channel_scale
         if addresses is not None:
-            d = sum_over_ranks(d, columns, inside, row, size, addresses, counts, state, num_places, RANK, WORLD)
+            d = sum_over_ranks(
+                d, row, size, addresses, counts, state, num_places, residual.dtype.element_ty, BLOCK, RANK, WORLD
+            )
         rounded = (x + d).to(residual.dtype.element_ty)
         tl.store(residual + row * size + columns, rounded, inside)
         x = rounded.to(tl.float32)

@@ -10,6 +10,7 @@ rank fills one again only after a meeting at that place which the others came to
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +36,11 @@ class Seat:
     def num_places(self) -> int:
         """The most programs of a launch."""
         return len(self.counts)
+
+    @staticmethod
+    def words_of(size: int, dtype: torch.dtype) -> int:
+        """Return the words that a row of a sum takes."""
+        return size * dtype.itemsize // 4
 
     @staticmethod
     def num_bytes(num_places: int, world_size: int, num_words: int) -> int:
@@ -93,18 +99,53 @@ def take(words, inside, number, addresses, state, RANK: tl.constexpr):
 
 @triton.jit
 def sum_over_ranks(
-    own, columns, inside, place, size, addresses, counts, state, num_places, RANK: tl.constexpr, WORLD: tl.constexpr
+    own,
+    place,
+    size,
+    addresses,
+    counts,
+    state,
+    num_places,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
 ):
-    """Return the sum of what each rank gives, float32, added in the order of ranks: the same bits on all of them."""
-    number, slot = slot_of(counts, place, num_places, size, WORLD)
-    give(own.to(tl.int32, bitcast=True), slot + RANK * size + columns, inside, number, addresses, RANK, WORLD)
-    total = tl.zeros_like(own)
+    """Return the sum of what each rank gives, [BLOCK] float32, of which the first `size` count; size is even.
+
+    It is added in the order of ranks: the same bits on all of them. Of values of 16 bits, TYPE, a word has two.
+    """
+    VALUES: tl.constexpr = 32 // TYPE.primitive_bitwidth
+    words = tl.arange(0, BLOCK // VALUES)
+    num_words = size // VALUES
+    inside = words < num_words
+    number, slot = slot_of(counts, place, num_places, num_words, WORLD)
+    if VALUES == 2:
+        first, second = tl.split(tl.reshape(own.to(TYPE), [BLOCK // 2, 2]))
+        bits = _two(first, second)
+    else:
+        bits = own.to(tl.int32, bitcast=True)
+    total = tl.zeros([BLOCK // VALUES], tl.float32)
+    total_of_second = tl.zeros([BLOCK // VALUES], tl.float32)
+    give(bits, slot + RANK * num_words + words, inside, number, addresses, RANK, WORLD)
     for rank in tl.static_range(WORLD):
-        if rank == RANK:
-            total += own
+        given = bits
+        if rank != RANK:
+            given = take(slot + rank * num_words + words, inside, number, addresses, state, RANK)
+        if VALUES == 2:
+            total += (given & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+            total_of_second += (given >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
         else:
-            theirs = take(slot + rank * size + columns, inside, number, addresses, state, RANK)
-            total += theirs.to(tl.float32, bitcast=True)
+            total += given.to(tl.float32, bitcast=True)
     # Behind the waiting, which no thread of the program leaves before all have read the number.
     tl.store(counts + place, number)
+    if VALUES == 2:
+        total = tl.reshape(tl.join(total, total_of_second), [BLOCK])
     return total
+
+
+@triton.jit
+def _two(first, second):
+    """Return the bits of two values of 16 bits as int32."""
+    low = first.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(tl.int16, bitcast=True).to(tl.int32) << 16)
