@@ -1,5 +1,7 @@
 """A step's plan as a message, from rank 0 to the others, and back."""
 
+from functools import lru_cache
+
 from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
@@ -50,7 +52,7 @@ def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
         token_ids=(*message.token_ids, PENDING_TOKEN) if message.has_pending_token else tuple(message.token_ids),
         first_position=message.first_position,
         block_table=tuple(map(BlockId, message.block_table)),
-        sampling=_sampling_of(message.sampling),
+        sampling=_sampling_of(message.sampling.SerializeToString()),
         sample_index=message.sample_index if message.HasField("sample_index") else None,
         scored_token_ids=tuple(message.scored_token_ids),
         seen=SeenTokens(tuple(seen.prompt), tuple(seen.generated)) if message.HasField("seen") else None,
@@ -76,7 +78,10 @@ def _sampling_message(sampling: SamplingParameters) -> rank_pb2.RankSampling:
     )
 
 
-def _sampling_of(message: rank_pb2.RankSampling) -> SamplingParameters:
+@lru_cache(maxsize=4096)
+def _sampling_of(data: bytes) -> SamplingParameters:
+    """Read a message, `data`: the same, step after step, as long as a sequence is in the running set."""
+    message = rank_pb2.RankSampling.FromString(data)
     return SamplingParameters(
         temperature=message.temperature,
         top_k=message.top_k,
