@@ -54,11 +54,11 @@ def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) 
     for plan in every_kind(limits):
         runner.launch(plan).result()
     for plan in usual(limits):
-        time_step(runner, plan, step_time)
+        step_time.observe(plan, step_ms(runner, plan))
 
 
-def time_step(runner: CudaRunner, plan: StepPlan, step_time: StepTimeModel) -> None:
-    """Teach what a step takes that follows others."""
+def step_ms(runner: CudaRunner, plan: StepPlan) -> float:
+    """Return what a step takes that follows others."""
     runner.launch(plan).result()
     before, began_s = runner.launch(plan), time.monotonic()
     for _ in range(_TIMED_STEPS - 1):
@@ -67,4 +67,4 @@ def time_step(runner: CudaRunner, plan: StepPlan, step_time: StepTimeModel) -> N
         before.result()
         before = running
     before.result()
-    step_time.observe(plan, 1000 * (time.monotonic() - began_s) / _TIMED_STEPS)
+    return 1000 * (time.monotonic() - began_s) / _TIMED_STEPS
