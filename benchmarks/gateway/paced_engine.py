@@ -13,6 +13,7 @@ from services.worker import engine_process
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.runner import Runner
 from services.worker.engine.step_plan import ChunkResult, StepPlan, StepResult
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.pipe import EnginePipe
 
@@ -61,7 +62,7 @@ def age_us(token_id: int, now_us: int) -> int:
     return (now_us // TICK_US - (token_id - FIRST_TOKEN)) % NUM_TOKENS * TICK_US
 
 
-def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
+def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
     """In place of the real engine's: nothing is loaded."""
     model = read_stored_model(config.model_path)
     limits = EngineLimits(

@@ -1,4 +1,7 @@
-"""Ranks on devices answer as one runner does: each with its part of the model, all in step."""
+"""Ranks on devices answer as one runner does: each with its part of the model, all in step.
+
+That they draw as one does, too, and give its log-probabilities, is in test_worker_engine.py.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -7,13 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.benchmark.options import Engine, add_engine_options
 from services.worker.benchmark.ranks import engine_of
 from services.worker.runner.models.shard import Shard
 from tests.gpu.devices import DEVICE, IS_CUDA
-from tests.gpu.test_cuda_runner import a_runner, generate, greedy, prompts
-from tests.unit.engine_builders import add, add_command
+from tests.gpu.test_cuda_runner import generate, greedy, prompts
 from tests.unit.tiny_models import reference_greedy, save, tiny_model
 
 FAMILIES = ["mistral-window", "qwen2-tied"]
@@ -34,13 +35,6 @@ def ranks_of(folder: Path, world_size: int) -> Iterator[Engine]:
         yield engine
 
 
-def drawn(number: int, prompt: list[int], **sampling: float) -> engine_pb2.EngineCommand:
-    sequence = add(number, prompt, max_tokens=NUM_TOKENS, stop_token_ids=(), temperature=0.9, seed=7, logprobs=2)
-    for name, value in sampling.items():
-        setattr(sequence.payload.sampling, name, value)
-    return add_command(sequence)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_the_references_tokens(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, num_hidden_layers=2)
@@ -52,18 +46,3 @@ def test_two_ranks_give_the_references_tokens(family: str, tmp_path: Path) -> No
         assert whole < Shard().config(engine.rank.config).num_kv_heads * 2
         answers, _ = generate(engine.rank.limits, engine.runner, [greedy(1, asked[0], NUM_TOKENS)], [], later)
     assert answers == {number: reference_greedy(model, prompt, NUM_TOKENS) for number, prompt in enumerate(asked, 1)}
-
-
-def test_what_is_drawn_and_its_log_probabilities_are_those_of_one_runner(tmp_path: Path) -> None:
-    folder = save(tiny_model("llama", num_hidden_layers=1), tmp_path)
-    commands = [
-        drawn(1, prompts()[0]),
-        drawn(2, prompts()[2], top_k=5, repetition_penalty=1.5),
-        greedy(3, prompts()[2], NUM_TOKENS),
-    ]
-    expected, alone = generate(*a_runner(folder), commands)
-    with ranks_of(folder, 2) as engine:
-        answers, together = generate(engine.rank.limits, engine.runner, commands)
-    assert answers == expected
-    for one, other in zip(alone.outputs, together.outputs, strict=True):
-        assert [told.logprob for told in other.logprobs] == pytest.approx([told.logprob for told in one.logprobs])

@@ -28,11 +28,8 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import RanksLostError
 from services.worker.engine.step_plan import StepPlan
-from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel
+from services.worker.engine.step_time import ON_A_GPU, StepTimeModel
 from services.worker.engine_config import RANKS_LOST_STATUS
-
-GPU_STEP_TIME = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6)
-"""What a step's time is thought to be until steps were seen: an 8B model on one H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,7 @@ class WatchedStepTime(StepTimeModel):
     """Remembers what steps were thought to take, and what they took, in ms."""
 
     def __init__(self) -> None:
-        super().__init__(GPU_STEP_TIME)
+        super().__init__(ON_A_GPU)
         self.steps: list[tuple[float, float]] = []
 
     def observe(self, plan: StepPlan, took_ms: float) -> None:

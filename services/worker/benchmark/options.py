@@ -8,19 +8,16 @@ from pathlib import Path
 
 import torch
 
-from services.common.model.folder import read_folder
-from services.common.model.stored_model import read_stored_model
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
 from services.worker.cuda.rank_runner import LeadingRunner
+from services.worker.cuda.source import open_source
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
-from services.worker.cuda.weights import DeviceWeights, dummy_weights, load_weights
+from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
 from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
-from services.worker.weights.folder_decoder import read_decoder_config
-from services.worker.weights.open_decoder import open_decoder
+from services.worker.weight_format import DeviceWeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +91,8 @@ def load_engine(arguments: argparse.Namespace, rank: int = 0, file: RankFile | N
         has_graphs=device.type == "cuda" and not arguments.no_graphs,
     )
     shard = Shard(rank, arguments.shards)
-    if arguments.dummy:
-        config = read_decoder_config(read_folder(arguments.model))
-        loaded = dummy_weights(config, weights, shard, device)
-    else:
-        stored = open_decoder(read_stored_model(arguments.model))
-        config = stored.config
-        loaded = load_weights(stored, weights, shard, device, lambda share: None)
+    config, load = open_source(arguments.model, weights, shard, device, lambda share: None, dummy=arguments.dummy)
+    loaded = load()
     limits, runner = start_cuda_runner(config, lambda: loaded, shard, options, device, file)
     took_s = time.monotonic() - began
     return LoadedEngine(shard.config(config), limits, runner, loaded, options, arguments.shards, took_s)

@@ -18,7 +18,6 @@ from services.worker.cuda.rank_runner import LeadingRunner, follow, watch_ranks
 from services.worker.engine.runner import RanksLostError
 from services.worker.engine_config import RANKS_LOST_STATUS
 from services.worker.plan_ring import PlanReader, PlanWriter
-from services.worker.rank_beats import RankBeats
 from services.worker.rank_file import RankFile
 from services.worker.rank_links import RankLink, rank_links
 
@@ -38,7 +37,7 @@ def engine_of(arguments: argparse.Namespace, told: Sequence[str] | None) -> Iter
     with other_ranks(arguments.shards, RANK_MODULE, sys.argv[1:] if told is None else told) as link:
         file = RankFile(link.memory_fd, 0, arguments.shards)
         rank = load_engine(arguments, 0, file)
-        beats = _watch(arguments, file)
+        beats = watch_ranks(file)
         yield Engine(rank, LeadingRunner(rank.runner, PlanWriter(file.plans, link.bells)))
         if beats:
             beats.stop()
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.cache.fill_randomly()
         front = socket.socket(fileno=given.front_fd)
         plans = PlanReader(file.plans, given.rank, socket.socket(fileno=given.bell_fd), front)
-        _watch(given, file)
+        watch_ranks(file)
         follow(runner, plans)
     except RanksLostError as error:
         print(f"benchmark: rank {given.rank}: {error}", file=sys.stderr)
@@ -107,11 +106,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _watch(arguments: argparse.Namespace, file: RankFile) -> RankBeats | None:
-    """End with ranks that stand still; where a device is only pretended, ranks are slow, not lost."""
-    return None if arguments.device == "cpu" else watch_ranks(file)
 
 
 if __name__ == "__main__":

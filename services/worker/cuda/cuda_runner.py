@@ -87,6 +87,12 @@ class CudaRunner:
         self._num_steps = 0
         self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes)
 
+    @torch.inference_mode()
+    def rehearse_graphs(self) -> None:
+        """Launch what graphs of decodes hold, by themselves, once in each form that kernels have."""
+        for size in self._graphs.forms():
+            self._launch_decodes(size)
+
     def capture_graphs(self) -> None:
         """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
         # No piece of a context, in any size: what is launched before the capture has nothing to attend to.

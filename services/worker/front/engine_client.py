@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
-from services.worker.config import WorkerConfig
+from services.worker.config import SIZES, WorkerConfig
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.rank_links import RankLink, rank_links
 
@@ -166,16 +166,22 @@ async def _start_rank(config: WorkerConfig, link: RankLink, module: str) -> Rank
 
 def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
     """Return what a worker with this configuration tells its engine. `fd`: the engine's end of their sockets."""
+    sizes = SIZES[config.device]
     return EngineConfig(
         fd=fd,
         model_path=config.model_path,
-        kv_cache_bytes=config.kv_cache_bytes,
-        block_size_tokens=config.block_size_tokens,
-        max_sequences=config.max_sequences,
-        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step,
-        step_budget_ms=config.step_budget_ms,
+        kv_cache_bytes=config.kv_cache_bytes or sizes.kv_cache_bytes,
+        block_size_tokens=config.block_size_tokens or sizes.block_size_tokens,
+        max_sequences=config.max_sequences or sizes.max_sequences,
+        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step or sizes.max_prefill_tokens_per_step,
+        step_budget_ms=config.step_budget_ms or sizes.step_budget_ms,
+        context_tokens=config.context_tokens or sizes.context_tokens,
         threads=config.threads or os.cpu_count() or 1,
         weights=config.weights,
+        device=config.device,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        dummy=config.dummy,
         shards=config.shards,
     )
 

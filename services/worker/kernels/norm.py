@@ -71,7 +71,7 @@ def add_rms_norm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm(
     delta,
     row_scales,
