@@ -41,12 +41,19 @@ class LaunchedStep:
     tokens: HostCopy
     sampled: AskedLogprobs
     scored: AskedLogprobs
-    done: torch.cuda.Event | None
+    moments: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """When the device began it, and when all of it was done. None: the CPU pretends to be a device, and has done it."""
+
+    def is_done(self) -> bool:
+        """Whether the device has done it."""
+        return self.moments is None or bool(self.moments[1].query())
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled."""
-        if self.done:
-            self.done.synchronize()
+        took_ms = None
+        if self.moments:
+            self.moments[1].synchronize()
+            took_ms = float(self.moments[0].elapsed_time(self.moments[1]))
         tokens = iter(self.tokens.get().tolist())
         sampled, scored = self.sampled.get(), self.scored.get()
         chunks = []
@@ -54,7 +61,7 @@ class LaunchedStep:
             token_id = None if chunk.sample_index is None else next(tokens)
             given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
             chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
-        return StepResult(tuple(chunks))
+        return StepResult(tuple(chunks), took_ms)
 
 
 class CudaRunner:
@@ -97,6 +104,7 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step."""
+        begins = self._moment()
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
@@ -110,7 +118,7 @@ class CudaRunner:
             )
             self._give_inputs(chunks, sizes, tiles)
             self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
-        return self._read(plan, self._inputs(sizes), sizes)
+        return self._read(plan, self._inputs(sizes), sizes, begins)
 
     def _launch_decodes(self, num_rows: int) -> None:
         """What a graph of decodes holds."""
@@ -131,7 +139,9 @@ class CudaRunner:
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
-    def _read(self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes) -> LaunchedStep:
+    def _read(
+        self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes, begins: torch.cuda.Event | None
+    ) -> LaunchedStep:
         """Choose what is not the likeliest token, and send results to the host."""
         model = self._model
         sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
@@ -142,11 +152,16 @@ class CudaRunner:
         sampled = scoring.sampled(plan.chunks, logits, model.tokens)
         scored = scoring.given(plan.chunks, model.normed, model.logits)
         tokens = HostCopy(model.tokens[: len(sampling)])
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return LaunchedStep(plan, tokens, sampled, scored, done)
+        done = self._moment()
+        return LaunchedStep(plan, tokens, sampled, scored, (begins, done) if begins and done else None)
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """When the device has done all that was launched so far."""
+        if self._device.type != "cuda":
+            return None
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
 
 
 def _most_numbers(most: MostWork, table_blocks: int) -> int:

@@ -38,6 +38,8 @@ class DeviceOptions:
     num_blocks: int | None = None
     """Of the KV cache; None: what the rest of the memory holds."""
     has_graphs: bool = True
+    has_dense_attention: bool = True
+    """Whether cuDNN attends whole prompts: faster, but its plan for each new shape takes longer than a step."""
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -66,6 +68,7 @@ def start_cuda_runner(
         num_places=2 * options.max_sequences,
     )
     model = DeviceDecoder(config, load(), shard, most, ACTIVATIONS[options.weights])
+    model.may_be_dense &= options.has_dense_attention
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:
