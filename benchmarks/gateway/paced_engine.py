@@ -43,6 +43,10 @@ class PacedStep:
         self._plan = plan
         self._ends_at_s = ends_at_s
 
+    def is_done(self) -> bool:
+        """Whether its time is over."""
+        return time.perf_counter() >= self._ends_at_s
+
     def result(self) -> StepResult:
         """Wait for its end."""
         time.sleep(max(0.0, self._ends_at_s - time.perf_counter()))

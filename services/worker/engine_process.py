@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config.rank > 0:
             return follow(config, pipe)
+        # Reads the vocabulary beside the loading: right behind it, it would take the first requests' time.
+        grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(read_stored_model(config.model_path))))
         step_time = StepTimeModel(ON_A_GPU if config.device == "cuda" else INITIAL)
         limits, runner = load(config, step_time, pipe)
         collect_rarely()
         pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
-        grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(read_stored_model(config.model_path))))
         EngineLoop(Planner(limits, step_time, grammars), step_time, runner, pipe, monotonic_ms).run()
     except FrontGoneError:
         print("engine: the front is gone", file=sys.stderr)

@@ -43,12 +43,19 @@ class LaunchedStep:
     sampled: AskedLogprobs
     scored: AskedLogprobs
     ranks_state: HostCopy | None
-    done: torch.cuda.Event | None
+    moments: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """When the device began it, and when all of it was done. None: the CPU pretends to be a device, and has done it."""
+
+    def is_done(self) -> bool:
+        """Whether the device has done it."""
+        return self.moments is None or bool(self.moments[1].query())
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
-        if self.done:
-            self.done.synchronize()
+        took_ms = None
+        if self.moments:
+            self.moments[1].synchronize()
+            took_ms = float(self.moments[0].elapsed_time(self.moments[1]))
         if self.ranks_state:
             DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())
@@ -58,7 +65,7 @@ class LaunchedStep:
             token_id = None if chunk.sample_index is None else next(tokens)
             given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
             chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
-        return StepResult(tuple(chunks))
+        return StepResult(tuple(chunks), took_ms)
 
 
 class CudaRunner:
@@ -102,6 +109,7 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step."""
+        begins = self._moment()
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
@@ -115,7 +123,7 @@ class CudaRunner:
             )
             self._give_inputs(chunks, sizes, tiles)
             self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
-        return self._read(plan, self._inputs(sizes), sizes)
+        return self._read(plan, self._inputs(sizes), sizes, begins)
 
     def _launch_decodes(self, num_rows: int) -> None:
         """What a graph of decodes holds."""
@@ -136,7 +144,9 @@ class CudaRunner:
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
-    def _read(self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes) -> LaunchedStep:
+    def _read(
+        self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes, begins: torch.cuda.Event | None
+    ) -> LaunchedStep:
         """Choose what is not the likeliest token, and send results to the host."""
         model = self._model
         sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
@@ -148,11 +158,17 @@ class CudaRunner:
         scored = scoring.given(plan.chunks, model.normed, model.logits)
         tokens = HostCopy(model.tokens[: len(sampling)])
         ranks_state = HostCopy(model.ranks.state) if model.ranks else None
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return LaunchedStep(plan, tokens, sampled, scored, ranks_state, done)
+        done = self._moment()
+        moments = (begins, done) if begins and done else None
+        return LaunchedStep(plan, tokens, sampled, scored, ranks_state, moments)
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """When the device has done all that was launched so far."""
+        if self._device.type != "cuda":
+            return None
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
 
     def _logits_of(self, sampling: Sequence[SequenceChunk], num_samples: int) -> Tensor:
         """Logits of the step's samples; of several ranks, whole rows where more than the likeliest token is wanted."""

@@ -40,8 +40,7 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps that together take every kernel, in every form, that steps within these limits take.
 
     Which one multiplies goes by the number of rows, of whole steps and of those that something is sampled after:
-    `cuda/matrix.py`. Whole prompts of some lengths are left to cuDNN, which makes a plan for each:
-    `cuda/dense_attention.py`.
+    `cuda/matrix.py`.
     """
     most, max_sequences, size = limits.longest_chunk_tokens, limits.max_sequences, limits.block_size_tokens
     for sampling in (_DRAWN, _CUT, GREEDY):
@@ -51,10 +50,6 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
             yield made_up_step(0, [num_rows], size)
         if 1 < num_rows < max_sequences:
             yield made_up_step(num_rows - 1, [min(100, most)], size)
-    for num_tokens in range(512, most + 1, 512):
-        for number in (1, 2, 4):
-            if number * num_tokens <= limits.max_prefill_tokens_per_step and number <= max_sequences:
-                yield made_up_step(0, [num_tokens] * number, size)
 
 
 def usual(limits: EngineLimits) -> Iterator[StepPlan]:

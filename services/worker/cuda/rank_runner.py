@@ -49,6 +49,11 @@ class LedStep:
     plans: PlanWriter
     launched: LaunchedStep
 
+    def is_done(self) -> bool:
+        """Whether this rank's device has done it."""
+        with _of_lost_ranks(self.plans):
+            return self.launched.is_done()
+
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
         with _of_lost_ranks(self.plans):

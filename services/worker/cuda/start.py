@@ -40,6 +40,8 @@ class DeviceOptions:
     num_blocks: int | None = None
     """Of the KV cache; None: what the rest of the memory holds."""
     has_graphs: bool = True
+    has_dense_attention: bool = True
+    """Whether cuDNN attends whole prompts: faster, but its plan for each new shape takes longer than a step."""
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -73,6 +75,7 @@ def start_cuda_runner(
     weights = load()
     ranks = _join_ranks(file, config, most, options, device) if file else None
     model = DeviceDecoder(config, weights, shard, most, ACTIVATIONS[options.weights], ranks)
+    model.may_be_dense &= options.has_dense_attention
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:

@@ -115,6 +115,7 @@ def _options(engine: EngineConfig, config: DecoderConfig, device: torch.device) 
         step_budget_ms=engine.step_budget_ms,
         context_tokens=engine.context_tokens or config.context_tokens,
         has_graphs=device.type == "cuda",
+        has_dense_attention=False,
     )
     return replace(options, num_blocks=_num_blocks(engine, options, config, device))
 

@@ -19,7 +19,8 @@ PREPARED_LOOK_MS = 1.0
 """How soon an engine that does nothing else looks again whether a grammar is compiled."""
 
 SURE_SHARE = 0.95
-"""Of what a step is predicted to take, so much is waited for: one that ends earlier would leave the device idle."""
+"""Of what a step is predicted to take, so much is waited for."""
+LONGEST_LOOK_MS = 0.5
 FIRST_LEAD_MS = 3.0
 LEAD_MARGIN = 1.5
 """Of what planning and launching decodes took of late."""
@@ -94,15 +95,19 @@ class EngineLoop:
 
         A command ends the wait: to launch a step with a prompt takes longer than to launch decodes.
         """
-        goes_on = self._obey(self._front.take(0 if busy else self._idle_ms()))
-        early_ms = self._early_ms()
-        return self._obey(self._front.take(early_ms)) if goes_on and early_ms > 0 else goes_on
+        commands = self._front.take(0 if busy else self._idle_ms())
+        while not commands and (early_ms := self._early_ms()) > 0:
+            # Not longer at a time: a step that ends sooner than was thought leaves the device idle.
+            commands = self._front.take(min(early_ms, LONGEST_LOOK_MS))
+        return self._obey(commands)
 
     def _early_ms(self) -> float:
         """How long a step that is planned now would lie behind the one that runs, for nothing."""
         if not self._launched or self._runner.steps_ahead == 0 or self._planner.waiting_prefill_tokens:
             return 0.0
         running = self._launched[0]
+        if running.running.is_done():
+            return 0.0
         begun_ms = max(running.launched_ms, self._last_done_ms)
         ends_ms = begun_ms + SURE_SHARE * self._step_time.predict_ms(running.plan)
         return ends_ms - self._lead_ms - self._clock()
@@ -123,8 +128,10 @@ class EngineLoop:
     def _finish(self, step: _LaunchedStep) -> None:
         result = step.running.result()
         now_ms = self._clock()
-        # One that was launched behind another began when that was done.
-        took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
+        took_ms = result.took_ms
+        if took_ms is None:
+            # One that was launched behind another began when that was done.
+            took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
         self._last_done_ms = now_ms
         self._step_time.observe(step.plan, took_ms)
         outputs = self._planner.take_ended() + self._planner.complete(step.plan, result)

@@ -16,6 +16,10 @@ class RanksDisagreeError(Exception):
 class RunningStep(Protocol):
     """A step that was launched."""
 
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
+
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled. Called once."""
         ...
