@@ -10,14 +10,15 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.model.folder import read_folder
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
 from tests.gpu.devices import DEVICE, IS_CUDA
 from tests.unit.engine_builders import PretendedFront, add, add_command, shutdown_command
@@ -56,7 +57,7 @@ def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: i
 
 
 def generate(
-    limits: EngineLimits, runner: CudaRunner, *looks: list[engine_pb2.EngineCommand]
+    limits: EngineLimits, runner: Runner, *looks: list[engine_pb2.EngineCommand]
 ) -> tuple[dict[int, list[int]], FinishingFront]:
     front = FinishingFront([*looks])
     step_time = StepTimeModel()

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from services.common.model.location import default_model_path
 from services.worker.engine.block_pool import BlockId
-from services.worker.engine.runner import RanksLostError
+from services.worker.engine.runner import RanksDisagreeError, RanksLostError
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SeenTokens, SequenceChunk, StepPlan
 from services.worker.runner.models.shard import Shard
-from services.worker.runner.rank_runner import RanksDisagreeError
 from services.worker.runner.rank_sampling import DealtVocabulary
 from services.worker.runner.ranks import RankMemory, Ranks
 from services.worker.runner.sampling import Draw, sample

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -31,6 +32,10 @@ class DecodeGraphs:
         """Return the least size that holds so many decodes; None: none does."""
         index = bisect_left(self._sizes, num_decodes)
         return self._sizes[index] if index < len(self._sizes) else None
+
+    def forms(self) -> list[int]:
+        """Return sizes that together have all forms of kernels: those are chosen by powers of two of their rows."""
+        return [size for below, size in pairwise([0, *self._sizes]) if below.bit_length() != size.bit_length()]
 
     @torch.inference_mode()
     def capture_all(self) -> None:

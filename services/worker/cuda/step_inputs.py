@@ -3,6 +3,7 @@
 Rows are the tokens of all chunks behind each other, in the plan's order, decodes first.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -27,6 +28,7 @@ Numbers = NDArray[np.int32]
 Array = TypeVar("Array", Numbers, Tensor)
 
 LEAST_PIECE_TOKENS = 64
+_GRANULE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,18 @@ class StepSizes:
     @property
     def num_numbers(self) -> int:
         """Length of the whole piece."""
+        return sum(map(_room, self.shapes))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the parts, in the order of `StepInputs`."""
         return (
-            4 * self.num_rows
-            + 2 * self.num_samples
-            + PIECE_COLUMNS * self.num_pieces
-            + SPLIT_COLUMNS * self.num_decodes
-            + TILE_COLUMNS * self.num_tiles
-            + self.table_blocks * self.num_chunks
+            *[(self.num_rows,)] * 4,
+            *[(self.num_samples,)] * 2,
+            (self.num_pieces, PIECE_COLUMNS),
+            (self.num_decodes, SPLIT_COLUMNS),
+            (self.num_tiles, TILE_COLUMNS),
+            (self.num_chunks, self.table_blocks),
         )
 
 
@@ -86,20 +93,19 @@ class StepInputs(Generic[Array]):
 
 def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     """Cut a piece into its parts."""
-    shapes: list[tuple[int, ...]] = [
-        *[(sizes.num_rows,)] * 4,
-        *[(sizes.num_samples,)] * 2,
-        (sizes.num_pieces, PIECE_COLUMNS),
-        (sizes.num_decodes, SPLIT_COLUMNS),
-        (sizes.num_tiles, TILE_COLUMNS),
-        (sizes.num_chunks, sizes.table_blocks),
-    ]
     parts, begin = [], 0
-    for shape in shapes:
-        end = begin + int(np.prod(shape))
-        parts.append(numbers[begin:end].reshape(shape))
-        begin = end
+    for shape in sizes.shapes:
+        parts.append(numbers[begin : begin + math.prod(shape)].reshape(shape))
+        begin += _room(shape)
     return StepInputs(*parts)
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    """Numbers that a part takes: the next one begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for a pointer that is no such multiple: in the middle of a request, that would be.
+    """
+    return -(-math.prod(shape) // _GRANULE) * _GRANULE
 
 
 def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool) -> StepSizes:
