@@ -19,6 +19,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.common.store.shared_connection import SharedConnection
 from services.common.tls.files import Tls
 
 Argument = str | bytes | int
@@ -29,7 +30,7 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_BLOCK_MS = 2_000
 """Longest that a blocking read waits in the server: far enough below the socket's timeout."""
 MAX_CONNECTIONS = 64
-"""A process' connections; a blocking read holds one while it waits."""
+"""A process' connections beside the shared one; a blocking read holds one while it waits."""
 CONNECT_ATTEMPTS = 5
 CONNECT_BACKOFF_S = 0.2
 """Before the second attempt; doubles."""
@@ -87,13 +88,37 @@ def translated() -> Iterator[None]:
             raise asyncio.CancelledError
 
 
+class SharingRedis(Redis):
+    """redis-py's client, and beside its pool the connection that all short commands share. `connect` makes it."""
+
+    def __init__(self, connections: BlockingConnectionPool) -> None:
+        super().__init__(connection_pool=connections)
+        self.auto_close_connection_pool = True
+        self.shared = SharedConnection(connections, SOCKET_TIMEOUT_S)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close all connections."""
+        await self.shared.close()
+        await super().aclose(close_connection_pool)
+
+
 async def command(redis: Redis, *arguments: Argument) -> Any:
-    """Send one command and return its reply. Raises StoreError."""
+    """Send one short command, and return its reply as Redis gives it. `redis`: of `connect`. Raises StoreError."""
+    assert isinstance(redis, SharingRedis), "a client that was not made by `connect`"
+    with translated():
+        return await redis.shared.ask(arguments)
+
+
+async def long_command(redis: Redis, *arguments: Argument) -> Any:
+    """Send a command that waits in Redis, or that has much to tell: on a connection of its own, where it delays none.
+
+    Its reply is as redis-py gives it. Raises StoreError.
+    """
     with translated():
         return await redis.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
 
-async def connect(url: str, tls: Tls | None = None) -> Redis:
+async def connect(url: str, tls: Tls | None = None) -> SharingRedis:
     """A client of the Redis at `url`, once it has answered and is found fit; close it with `aclose()`.
 
     `tls`: for a `rediss://` URL, unless the URL itself names files as `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`
@@ -116,7 +141,7 @@ async def connect(url: str, tls: Tls | None = None) -> Redis:
         )
     except ValueError as error:
         raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
-    redis = Redis.from_pool(connections)
+    redis = SharingRedis(connections)
     try:
         await _await_answer(redis)
         await _check_fitness(redis)
