@@ -1,6 +1,7 @@
 """Notes on where a token's time goes follow the code, and add up."""
 
 import importlib
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def test_what_is_noted_is_there(seam: Seam) -> None:
 
 @pytest.mark.parametrize("hops", [FIRST_TOKEN_HOPS, TOKEN_HOPS])
 def test_each_hop_begins_where_the_one_before_ends_but_for_the_step_between(hops: Any) -> None:
-    for (_, _, end), (_, begin, _) in zip(hops, hops[1:], strict=False):
+    for (_, _, end), (_, begin, _) in pairwise(hops):
         assert begin == end or (end, begin) == ("step begins", "sampled")
     noted = OUTSIDE | {seam.event for seams in SEAMS.values() for seam in seams}
     assert {event for _, *events in hops for event in events} <= noted

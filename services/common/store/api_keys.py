@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from gen.shoal.fleet.v1.api_key_pb2 import ApiKey
 from services.common.ids import TenantId, is_tenant
 from services.common.store.clock import now_ms
-from services.common.store.connection import Argument, StoreError, command, long_command
+from services.common.store.connection import Argument, StoreError, command
 from services.common.store.keys import api_key_key
 
 KEY_PREFIX = "shoal_"
@@ -83,17 +83,15 @@ class ApiKeys:
     async def all(self) -> list[KeyInfo]:
         """Every key that is neither revoked nor expired, oldest first. Walks all keys of the server."""
         infos: dict[str, KeyInfo] = {}
-        cursor: int = 0
+        cursor = b"0"
         while True:
-            cursor, names = await long_command(
-                self._redis, "SCAN", cursor, "MATCH", api_key_key("*"), "COUNT", _SCAN_COUNT
-            )
+            cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", api_key_key("*"), "COUNT", _SCAN_COUNT)
             for name in names:
                 found = await command(self._redis, "GET", name)
                 if found is not None:
                     info = _info(ApiKey.FromString(found))
                     infos[info.key_id] = info  # a scan may name one twice
-            if not cursor:
+            if cursor == b"0":
                 return sorted(infos.values(), key=lambda info: info.created_at_ms)
 
 

@@ -109,8 +109,8 @@ async def command(redis: Redis, *arguments: Argument) -> Any:
         return await redis.shared.ask(arguments)
 
 
-async def long_command(redis: Redis, *arguments: Argument) -> Any:
-    """Send a command that waits in Redis, or that has much to tell: on a connection of its own, where it delays none.
+async def waiting_command(redis: Redis, *arguments: Argument) -> Any:
+    """Send a command that may wait in Redis: on a connection of its own, where it delays no other.
 
     Its reply is as redis-py gives it. Raises StoreError.
     """

@@ -16,7 +16,7 @@ from services.common.ids import RequestKey
 from services.common.record.record import Record
 from services.common.record.states import ENDED
 from services.common.store.codec import pairs, unpack_record
-from services.common.store.connection import Argument, command, long_command
+from services.common.store.connection import Argument, command
 from services.common.store.keys import Keys
 from services.common.store.scripts import Script
 
@@ -54,20 +54,20 @@ class Recovery:
 
     async def posted(self, run_id: str) -> list[Holdings]:
         """What was stated so far for this run id."""
-        stated = await long_command(self._redis, "HGETALL", self._keys.recovery(run_id))
+        stated = await command(self._redis, "HGETALL", self._keys.recovery(run_id))
         return [Holdings.FromString(holdings) for holdings in stated.values()]
 
     async def unfinished(self) -> AsyncIterator[Record]:
         """Every record that has not ended, in no order; some perhaps twice. Walks all keys of the server."""
         prefix = self._keys.request(RequestKey(""))
-        cursor: int = 0
+        cursor = b"0"
         while True:
-            cursor, names = await long_command(self._redis, "SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", SCAN_COUNT)
+            cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", SCAN_COUNT)
             for name in names:
                 record = await self._live_record(RequestKey(name.decode().removeprefix(prefix)))
                 if record is not None:
                     yield record
-            if not cursor:
+            if cursor == b"0":
                 return
 
     async def complete(self, run_id: str, fence: str) -> bool:

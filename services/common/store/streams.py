@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from services.common.store.connection import MAX_BLOCK_MS, long_command, translated
+from services.common.store.connection import MAX_BLOCK_MS, translated, waiting_command
 
 FIRST = "0-0"
 """Before every entry."""
@@ -30,7 +30,7 @@ async def read_many(redis: Redis, after: Mapping[str, str], block_ms: int, count
     Returns at once if there are any; else after `block_ms` (0: at once; at most MAX_BLOCK_MS). Streams without new
     entries are absent. `Intake.parse` and `Events.parse` give the entries meaning.
     """
-    return _entries(await long_command(redis, *_xread(after, block_ms, count)))
+    return _entries(await waiting_command(redis, *_xread(after, block_ms, count)))
 
 
 async def read_with_time(redis: Redis, stream: str, after: str, block_ms: int, count: int) -> tuple[list[Entry], int]:
@@ -51,7 +51,7 @@ async def last_id(redis: Redis, stream: str) -> str:
 
 async def read_newest(redis: Redis, stream: str, count: int) -> list[Entry]:
     """The last `count` entries, oldest first; without waiting."""
-    return _parsed((await long_command(redis, "XREVRANGE", stream, "+", "-", "COUNT", count))[::-1])
+    return _parsed((await waiting_command(redis, "XREVRANGE", stream, "+", "-", "COUNT", count))[::-1])
 
 
 def _xread(after: Mapping[str, str], block_ms: int, count: int) -> tuple[str | int, ...]:
