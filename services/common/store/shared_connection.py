@@ -58,6 +58,8 @@ class SharedConnection:
         async with asyncio.timeout(self._limit_s), self._connecting:
             if self._wire is None or self._wire.is_lost:
                 await self.close()
+                # What took this one took the pool's idle ones: none is left for somebody to find broken.
+                await self._pool.disconnect(inuse_connections=False)
                 connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
                 await connection.connect()
                 self._wire = _Wire(connection, self._limit_s)
