@@ -61,7 +61,11 @@ class SharedConnection:
                 # What took this one took the pool's idle ones: none is left for somebody to find broken.
                 await self._pool.disconnect(inuse_connections=False)
                 connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-                await connection.connect()
+                try:
+                    await connection.connect()
+                except BaseException:
+                    await connection.disconnect(nowait=True)
+                    raise
                 self._wire = _Wire(connection, self._limit_s)
             return self._wire
 
