@@ -461,6 +461,13 @@ def _recovery_trusts_readers() -> list[Patch]:
     return [(leader, "_is_read", there)]
 
 
+def _late_statements_are_not_read() -> list[Patch]:
+    def nothing(self: leader.Leader) -> Task:
+        yield from ()
+
+    return [(leader.Leader, "_restore_late", nothing)]
+
+
 DEFECTS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__.strip("_").replace("_", "-"): make
     for make in (
@@ -485,6 +492,7 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _recovery_trusts_queued_records,
         _recovery_forgets_the_intake_entry,
         _restores_nothing,
+        _late_statements_are_not_read,
         _rebase_keeps_the_journal,
         _suspects_never_quarantined,
         _all_requests_suspected,
@@ -517,6 +525,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "gateway-takes-any-attempt": ("zombie",),
     "gateway-takes-tokens-over-a-gap": ("overtake",),
     "journal-read-before-the-raise": ("freeze_worker", "zombie"),
+    "late-statements-are-not-read": ("restart_redis_unheard",),
     "leader-keeps-its-timers": ("freeze_leader",),
     "nonce-ignored": ("lose_an_attempt",),
     "rebase-keeps-the-journal": ("zombie",),

@@ -47,7 +47,7 @@ class Stream:
     waits: int = 0
     """Looks at its record in a row that found tokens which no worker sends."""
     misses: int = 0
-    """How often its record was not there."""
+    """Looks in a row at which its record was not there."""
 
 
 class Gateway(Process):
@@ -286,13 +286,11 @@ class Gateway(Process):
 
     def _judge(self, stream: Stream, record: Record | None) -> Task:
         number = stream.reader.number
+        stream.misses = stream.misses + 1 if record is None else 0
         if record is None:
-            stream.misses += 1
-            if stream.misses == 3:
-                self._posted_for = 0
-                yield from self._post_holdings()
-            elif stream.misses > LOST_AFTER_MISSES:
+            if stream.misses > LOST_AFTER_MISSES:
                 self.checks.fail(f"{stream.key}: Redis lost it, and nobody puts it back for its open stream")
+            yield from self._state_unknown()
         elif record.ended:
             self.world.stats["ends found by watching"] += 1
             self.streams.pop(stream.key)
@@ -359,7 +357,8 @@ class Gateway(Process):
             beaten = yield c.Beat(self.id)
             if beaten is not c.LOST:
                 if beaten.recovering or (self._run_id and beaten.run_id != self._run_id):
-                    yield from self._post_holdings()
+                    if beaten.recovering:
+                        yield from self._post_holdings()
                     for stream in self.streams.values():
                         stream.heard_at = 0.0
                 self._run_id = beaten.run_id if not beaten.recovering else self._run_id
@@ -378,8 +377,17 @@ class Gateway(Process):
             return
         self._posted_for = beaten.run_id
         self.world.stats["holdings of gateways"] += 1
-        requests = tuple(self._holding(stream) for stream in self.streams.values())
-        yield from insist(c.Post(beaten.run_id, self.id, requests))
+        yield from self._state(beaten.run_id, list(self.streams.values()))
+
+    def _state_unknown(self) -> Task:
+        """The recovery is over, and did not hear of these: this gateway stood still through it, say."""
+        beaten = yield c.Beat(self.id)
+        if beaten is not c.LOST and not beaten.recovering:
+            yield from self._state(beaten.run_id, [stream for stream in self.streams.values() if stream.misses])
+
+    def _state(self, run_id: int, streams: list[Stream]) -> Task:
+        requests = tuple(self._holding(stream) for stream in streams)
+        yield from insist(c.Post(run_id, self.id, requests))
 
     def _holding(self, stream: Stream) -> c.HeldRequest:
         reader, origin = stream.reader, stream.origin

@@ -404,6 +404,10 @@ class RedisModel(Process):
     def _posted(self, command: c.Posted) -> dict[str, tuple[c.HeldRequest, ...]]:
         return dict(self.data.posted.get(command.run_id, {}))
 
+    def _forget(self, command: c.Forget) -> bool:
+        self.data.posted.pop(command.run_id, None)
+        return True
+
     def _unfinished(self, _: c.Unfinished) -> list[Record]:
         return [record for record in self.data.records.values() if not record.ended]
 
@@ -411,6 +415,7 @@ class RedisModel(Process):
         if command.fence != self.fence:
             return False
         self.data.generation = command.run_id
+        self.data.posted.pop(command.run_id, None)
         return True
 
 
@@ -429,6 +434,7 @@ _COMMANDS: dict[type[Any], Callable[[RedisModel, Any], Any]] = {
     c.Beat: RedisModel._beat,
     c.Post: RedisModel._post,
     c.Posted: RedisModel._posted,
+    c.Forget: RedisModel._forget,
     c.Unfinished: RedisModel._unfinished,
     c.Complete: RedisModel._complete,
 }

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -157,6 +157,8 @@ async def connect(url: str, tls: Tls | None = None) -> SharingRedis:
         )
     except ValueError as error:
         raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
+    if connections.connection_class is SSLConnection:
+        connections.connection_class = _RenewedConnection
     redis = SharingRedis(connections)
     try:
         await _await_answer(redis)
@@ -165,6 +167,14 @@ async def connect(url: str, tls: Tls | None = None) -> SharingRedis:
         await redis.aclose()
         raise
     return redis
+
+
+class _RenewedConnection(SSLConnection):
+    """Reads its TLS files at each time that it connects: redis-py would show the first ones for ever."""
+
+    async def connect(self) -> None:
+        self.ssl_context.context = None
+        await super().connect()  # type: ignore[no-untyped-call]
 
 
 def _files(url: str, tls: Tls | None) -> dict[str, str]:
