@@ -37,9 +37,11 @@ class Fleet:
     pids: Mapping[Kind, int]
 
     def cpu_s(self, kind: Kind) -> float:
-        """Processor time that a process has taken so far, in user and system mode."""
-        times = psutil.Process(self.pids[kind]).cpu_times()
-        return float(times.user + times.system)
+        """Processor time that a process has taken so far, in user and system mode; a tokenizer's with its pool's."""
+        processes = [psutil.Process(self.pids[kind])]
+        if kind is Kind.TOKENIZER:
+            processes += processes[0].children()
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     def memory_bytes(self, kind: Kind) -> int:
         """Resident memory of a process."""
