@@ -46,9 +46,10 @@ chaos: setup ## kill and freeze a real fleet's processes: FAULTS=200
 	@$(BIN)/python -m tests.chaos --faults $(FAULTS)
 
 bench: setup .venv-peers/.done ## Shoal beside transformers, llama.cpp, OpenVINO; where a token's time goes: ROUNDS=3
-	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
+	@mkdir -p .shoal
+	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS) --json .shoal/bench.json
 	@echo
-	@$(BIN)/python -m benchmarks.gateway.hops
+	@$(BIN)/python -m benchmarks.gateway.hops --steps .shoal/bench.json
 
 bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.cpp, AVX2 too: ROUNDS=3
 	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)

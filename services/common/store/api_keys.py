@@ -88,7 +88,7 @@ class ApiKeys:
     async def all(self) -> list[KeyInfo]:
         """Every key that is neither revoked nor expired, oldest first. Walks all keys of the server."""
         infos: dict[str, KeyInfo] = {}
-        cursor: int = 0
+        cursor = b"0"
         while True:
             cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", api_key_key("*"), "COUNT", _SCAN_COUNT)
             for name in names:
@@ -96,7 +96,7 @@ class ApiKeys:
                 if found is not None:
                     info = _info(ApiKey.FromString(found))
                     infos[info.key_id] = info  # a scan may name one twice
-            if not cursor:
+            if cursor == b"0":
                 return sorted(infos.values(), key=lambda info: info.created_at_ms)
 
 
