@@ -89,7 +89,8 @@ def main() -> None:
     error = statistics.stdev(added) / len(added) ** 0.5
     print(f"processor time a token: {whole_us:,.0f} us, of which telemetry adds {middle:+.2%} when on")
     print(
-        f"  {len(pairs)} pairs: quartiles {low:+.2%} and {high:+.2%}, mean {statistics.fmean(added):+.2%} +- {error:.2%}"
+        f"  {len(pairs)} pairs: quartiles {low:+.2%} and {high:+.2%}, "
+        f"mean {statistics.fmean(added):+.2%} +- {error:.2%}"
     )
     speeds = [on.tokens_per_s / off.tokens_per_s for off, on in pairs]
     print(
