@@ -12,6 +12,7 @@ from gen.shoal.fleet.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import DeadlineExceeded, Unavailable, from_rpc
 from services.common.telemetry.trace_context import TRACEPARENT_KEY
+from services.gateway.tokenizer_link import TokenizerLink
 
 MAX_ATTEMPTS = 5
 FIRST_BACKOFF_S = 0.05
@@ -21,18 +22,22 @@ R = TypeVar("R")
 
 
 class TokenizerClient:
-    """The tokenizers behind some channels. `timeout_s`: longest wait for an answer, retries included.
+    """The tokenizers behind some links. `timeout_s`: longest wait for an answer, retries included.
 
     Every call raises InvalidRequest for an input that cannot be taken, Exhausted if their queues are full, and
     Unavailable if none answers in time.
     """
 
-    def __init__(self, channels: Sequence[grpc.aio.Channel], timeout_s: float) -> None:
-        stubs: list[tokenizer_pb2_grpc.TokenizerServiceAsyncStub] = [
-            tokenizer_pb2_grpc.TokenizerServiceStub(channel) for channel in channels
-        ]
-        self._stubs = itertools.cycle(stubs)
+    def __init__(self, links: Sequence[TokenizerLink], timeout_s: float) -> None:
+        self._links = links
+        self._in_turn = itertools.cycle(links)
         self._timeout_s = timeout_s
+
+    async def run(self) -> None:
+        """Let the links look after their TLS files, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            for link in self._links:
+                tasks.create_task(link.run())
 
     async def encode(
         self, request: tokenizer_pb2.EncodeRequest, within_s: float | None = None, traceparent: str = ""
@@ -75,7 +80,7 @@ class TokenizerClient:
         until_s = clock() + limit_s
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                return await ask(next(self._stubs), until_s - clock())
+                return await ask(next(self._in_turn).stub, until_s - clock())
             except grpc.aio.AioRpcError as rpc_error:
                 error = from_rpc(rpc_error)
                 backoff_s = FIRST_BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1)

@@ -13,15 +13,16 @@ from services.common.config import ConfigError
 from services.common.model.folder import read_folder
 from services.worker.cuda import cuda_runner, shared_prefixes
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
 from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
 from tests.gpu.devices import DEVICE, IS_CUDA
 from tests.unit.engine_builders import PretendedFront, add, add_command, shutdown_command
@@ -63,7 +64,7 @@ def a_runner(
 
 
 def generate(
-    limits: EngineLimits, runner: CudaRunner, *looks: list[engine_pb2.EngineCommand]
+    limits: EngineLimits, runner: Runner, *looks: list[engine_pb2.EngineCommand]
 ) -> tuple[dict[int, list[int]], FinishingFront]:
     front = FinishingFront([*looks])
     step_time = StepTimeModel()
@@ -146,12 +147,3 @@ def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path
     folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1), tmp_path)
     with pytest.raises(ConfigError, match="multiples of 16 bytes"):
         a_runner(folder, "float32", is_batch_invariant=True)
-
-
-def test_what_is_computed_to_warm_up_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_runner, "_WARM_UP_STEPS", ((0, 5, False), (2, 5, True)))
-    model = tiny_model("qwen3", num_hidden_layers=1)
-    limits, runner = a_runner(save(model, tmp_path))
-    runner.warm_up()
-    answers, _ = generate(limits, runner, [greedy(1, prompts()[0], 3)])
-    assert answers == {1: reference_greedy(model, prompts()[0], 3)}

@@ -1,13 +1,14 @@
 """How a step's chunks are dealt out to the kernels of attention."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from services.worker.cuda.dense_attention import DenseRun, dense_runs
 from services.worker.cuda.graphs import graph_sizes
-from services.worker.cuda.step_inputs import StepLayout, mixed_sizes
+from services.worker.cuda.step_inputs import StepInputs, StepLayout, mixed_sizes, views
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk
@@ -39,6 +40,20 @@ def test_every_row_is_attended_once() -> None:
         begin = {2: 513, 3: 1025, 4: 1095}[chunk]
         assert first_position == chunks[chunk].first_position + first_row - begin
     assert sorted(rows) == list(range(1096))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 6, 7])
+def test_each_part_of_a_steps_inputs_begins_at_16_bytes(num_tokens: int) -> None:
+    """A kernel is compiled anew for a pointer that does not: in the middle of a request, that would be."""
+    chunks = [a_chunk(1, 700, 1), a_chunk(2, 0, num_tokens), a_chunk(3, 64, 2 * num_tokens)]
+    sizes, _ = mixed_sizes(chunks, a_layout(), shares=True)
+    numbers = np.zeros(sizes.num_numbers, dtype=np.int32)
+    inputs = views(numbers, sizes)
+    for part in fields(StepInputs):
+        array = getattr(inputs, part.name)
+        assert (array.ctypes.data - numbers.ctypes.data) % 16 == 0, part.name
+        array += 1
+    assert numbers.max() == 1, "no two parts share a number"
 
 
 def test_no_graph_is_filled_up_by_more_than_6_percent() -> None:

@@ -15,7 +15,8 @@ from services.worker.cuda.graphs import DecodeGraphs
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.logprobs import AskedLogprobs, Scoring
 from services.worker.cuda.places import Places
-from services.worker.cuda.sampling import Chosen, choose_others
+from services.worker.cuda.ranks import DeviceRanks
+from services.worker.cuda.sampling import Chosen, choose_others, needs_all_logits
 from services.worker.cuda.shared_prefixes import SharedPrefix, shared_prefixes, tiles_of
 from services.worker.cuda.step_inputs import (
     Numbers,
@@ -28,15 +29,12 @@ from services.worker.cuda.step_inputs import (
     num_shared_pieces_for,
     views,
 )
-from services.worker.cuda.transfer import HostCopy, pinned
+from services.worker.cuda.transfer import HostCopy, pinned, to_device
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
 from services.worker.kernels.shared_attention import members_of_piece
-from services.worker.kernels.small_product import MOST_ROWS
 
 _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
-_WARM_UP_STEPS = ((0, 100, False), (1, 100, False), (16, 100, False), (65, 100, False), (65, 100, True), (8, 20, False))
-"""Decodes, tokens of a chunk, and whether decodes share a prefix: for each way that kernels are compiled."""
 _LEAST_SHARING_DECODES = 16
 """Of fewer, attention is a small part of a step."""
 
@@ -49,12 +47,22 @@ class LaunchedStep:
     tokens: HostCopy
     sampled: AskedLogprobs
     scored: AskedLogprobs
-    done: torch.cuda.Event | None
+    ranks_state: HostCopy | None
+    moments: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """When the device began it, and when all of it was done. None: the CPU pretends to be a device, and has done it."""
+
+    def is_done(self) -> bool:
+        """Whether the device has done it."""
+        return self.moments is None or bool(self.moments[1].query())
 
     def result(self) -> StepResult:
-        """Wait for the step and return what it sampled."""
-        if self.done:
-            self.done.synchronize()
+        """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
+        took_ms = None
+        if self.moments:
+            self.moments[1].synchronize()
+            took_ms = float(self.moments[0].elapsed_time(self.moments[1]))
+        if self.ranks_state:
+            DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())
         sampled, scored = self.sampled.get(), self.scored.get()
         chunks = []
@@ -62,11 +70,12 @@ class LaunchedStep:
             token_id = None if chunk.sample_index is None else next(tokens)
             given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
             chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
-        return StepResult(tuple(chunks))
+        return StepResult(tuple(chunks), took_ms)
 
 
 class CudaRunner:
-    """One rank's model and KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one, in tests."""
+    """A model, or a rank's part, and its KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one,
+    in tests."""
 
     steps_ahead = 1
 
@@ -88,7 +97,6 @@ class CudaRunner:
             may_be_dense=model.may_be_dense,
             is_batch_invariant=model.is_batch_invariant,
         )
-        self._most = most
         self._places = Places(most.num_places, self._layout.table_blocks)
         largest = _most_numbers(most, self._layout)
         self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
@@ -102,30 +110,21 @@ class CudaRunner:
         self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Have compiled what steps with chunks take, and capture those of decodes. Before the first that is planned."""
-        # No piece of a context, in any size: what is launched here has nothing to attend to.
+    def rehearse_graphs(self) -> None:
+        """Launch what graphs of decodes hold, by themselves, once in each form that kernels have."""
+        for size, shares in self._graphs.forms():
+            self._launch_decodes(size, shares)
+
+    def capture_graphs(self) -> None:
+        """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
+        # No piece of a context, in any size: what is launched before the capture has nothing to attend to.
         self._numbers.zero_()
-        for num_decodes, num_tokens, shares in _WARM_UP_STEPS:
-            num_rows, num_chunks = num_decodes + num_tokens, num_decodes + 1
-            if num_rows > self._most.num_rows or num_chunks > self._most.num_sequences:
-                continue
-            sizes = StepSizes(
-                num_rows=num_rows,
-                num_decodes=num_decodes,
-                num_chunks=num_chunks,
-                num_samples=num_chunks,
-                num_pieces=self._layout.num_pieces(num_decodes),
-                num_tiles=1,
-                table_blocks=self._layout.table_blocks,
-                num_shared_pieces=num_shared_pieces_for(num_decodes) if shares and self._may_share else 0,
-            )
-            self._launch_any(sizes)
         self._graphs.capture_all()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step."""
+        begins = self._moment()
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         prefixes = self._prefixes(chunks)
@@ -137,14 +136,8 @@ class CudaRunner:
         else:
             sizes, tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
             self._give_inputs(chunks, sizes, tiles, prefixes)
-            self._launch_any(sizes)
-        return self._read(plan, self._inputs(sizes), sizes)
-
-    def _launch_any(self, sizes: StepSizes) -> None:
-        """Launch a step kernel by kernel."""
-        # With few rows by the kernels of the graphs.
-        pdl = self._device.type == "cuda" and sizes.num_rows <= MOST_ROWS
-        self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=pdl)
+            self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
+        return self._read(plan, self._inputs(sizes), sizes, begins)
 
     def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
         """What the decodes of a step share, by tiles of the kernel."""
@@ -183,22 +176,43 @@ class CudaRunner:
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
-    def _read(self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes) -> LaunchedStep:
+    def _read(
+        self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes, begins: torch.cuda.Event | None
+    ) -> LaunchedStep:
         """Choose what is not the likeliest token, and send results to the host."""
         model = self._model
         sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
-        logits = model.logits_of(sizes.num_samples)
+        logits = self._logits_of(sampling, sizes.num_samples)
         chosen = Chosen(logits, model.choices, inputs.sample_places, model.tokens, model.last_tokens)
         choose_others(chosen, sampling)
         scoring = Scoring(self._device)
         sampled = scoring.sampled(plan.chunks, logits, model.tokens)
         scored = scoring.given(plan.chunks, model.normed, model.logits)
         tokens = HostCopy(model.tokens[: len(sampling)])
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return LaunchedStep(plan, tokens, sampled, scored, done)
+        ranks_state = HostCopy(model.ranks.state) if model.ranks else None
+        done = self._moment()
+        moments = (begins, done) if begins and done else None
+        return LaunchedStep(plan, tokens, sampled, scored, ranks_state, moments)
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """When the device has done all that was launched so far."""
+        if self._device.type != "cuda":
+            return None
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
+
+    def _logits_of(self, sampling: Sequence[SequenceChunk], num_samples: int) -> Tensor:
+        """Logits of the step's samples; of several ranks, whole rows where more than the likeliest token is wanted."""
+        logits, ranks = self._model.logits_of(num_samples), self._model.ranks
+        if ranks is None:
+            return logits
+        rows = [row for row, chunk in enumerate(sampling) if needs_all_logits(chunk)]
+        if not rows:
+            return logits
+        on_device = to_device(torch.tensor(rows), self._device)
+        of_rows = ranks.whole(logits[on_device])
+        return logits.new_empty((num_samples, of_rows.shape[1])).index_copy_(0, on_device, of_rows)
 
 
 def _most_numbers(most: MostWork, layout: StepLayout) -> int:

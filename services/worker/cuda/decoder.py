@@ -8,9 +8,10 @@ from torch import Tensor
 from services.worker.cuda.dense_attention import dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.matrix import DeviceMatrix, Multiplier
+from services.worker.cuda.ranks import DeviceRanks
 from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
-from services.worker.kernels.choose_token import PartResults, choose_likeliest, part_results
+from services.worker.kernels.choose_token import PartResults, RankPart, choose_likeliest, part_results
 from services.worker.kernels.decode_attention import (
     INVARIANT_PIECE_TOKENS,
     INVARIANT_TUNING,
@@ -56,16 +57,19 @@ class DeviceDecoder:
         shard: Shard,
         most: MostWork,
         kind: torch.dtype,
+        ranks: DeviceRanks | None = None,
         *,
         is_batch_invariant: bool = False,
     ) -> None:
-        """`config` is the whole model's; `kind` is the activations' type.
+        """`config` is the whole model's; `kind` is the activations' type; `ranks`: None if this is the only one.
 
         `is_batch_invariant`: a row's result does not depend on the rows beside it, to the last bit.
         """
+        assert (shard.world_size == 1) == (ranks is None)
         self.config = shard.config(config)
         self._weights = weights
-        self._shard = shard
+        self._tokens_here = shard.vocabulary(config)
+        self.ranks = ranks
         is_fp8 = weights.layers[0].qkv_proj.channel_scales is not None
         self._device = weights.embedding.device
         turns = rotary_table(config.context_tokens, weights.rotary_frequencies.cpu()).to(self._device)
@@ -73,7 +77,15 @@ class DeviceDecoder:
             HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
         self.is_batch_invariant = is_batch_invariant
-        self._room = _Room(self.config, most, kind, self._device, is_fp8=is_fp8, is_batch_invariant=is_batch_invariant)
+        self._room = _Room(
+            self.config,
+            most,
+            kind,
+            self._device,
+            len(self._tokens_here),
+            is_fp8=is_fp8,
+            is_batch_invariant=is_batch_invariant,
+        )
         self._multiplier = Multiplier(config.hidden_size, self._device, is_batch_invariant=is_batch_invariant)
         may_choose = self._device.type == "cuda" and not is_batch_invariant
         self.may_be_dense = may_choose and kind != torch.float32 and config.sliding_window is None
@@ -94,7 +106,7 @@ class DeviceDecoder:
         return self._room.normed
 
     def logits_of(self, num_samples: int) -> Tensor:
-        """Logits of the step's samples: [num_samples, vocabulary_size]."""
+        """Logits of the step's samples: [num_samples, vocabulary_size], of several ranks this one's part."""
         return self._room.logits[:num_samples]
 
     def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
@@ -105,8 +117,7 @@ class DeviceDecoder:
         """
         room, config, num_rows = self._room, self.config, sizes.num_rows
         residual = room.residual[:num_rows]
-        embed(step.token_ids, step.places, self.last_tokens, self._weights.embedding, residual, pdl=pdl)
-        delta: Scaled | None = None
+        delta = self._embed(step, residual, pdl)
         for index, (layer, heads, kv) in enumerate(zip(self._weights.layers, self._heads, cache.layers, strict=True)):
             window = config.sliding_window if index in config.sliding_layers else None
             normed = self._normed(delta, residual, layer.attention_norm, layer.qkv_proj, pdl)
@@ -127,23 +138,45 @@ class DeviceDecoder:
             activated = self._activate(normed, layer, pdl)
             delta = self._back(activated, layer.down_proj, pdl)
         final = Rows(room.normed[: len(residual)])
-        add_rms_norm(delta, residual, self._weights.norm, config.rms_norm_eps, final, pdl=pdl)
+        self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
             return
         if sizes.keeps_all_rows:
             final = Rows(torch.index_select(final.values, 0, step.sample_rows, out=room.sampled[: sizes.num_samples]))
         logits = self.logits_of(sizes.num_samples)
         self._multiply(final, self._weights.lm_head, logits, pdl)
-        choose_likeliest(logits, room.choices, step.sample_places, self.tokens, self.last_tokens, pdl=pdl)
+        part = RankPart(self._tokens_here.start, final.values, self.ranks.choices) if self.ranks else None
+        choose_likeliest(logits, room.choices, step.sample_places, self.tokens, self.last_tokens, part, pdl=pdl)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map last hidden states, [num_rows, hidden_size], to logits in memory of their own."""
+        """Map last hidden states, [num_rows, hidden_size], to whole logits in memory of their own."""
         weight = self._weights.lm_head.values
-        if not self.is_batch_invariant:
-            return hidden @ weight.T
-        logits = torch.empty((len(hidden), len(weight)), dtype=hidden.dtype, device=hidden.device)
-        tile_product(hidden, weight, logits)
-        return logits
+        if self.is_batch_invariant:
+            logits = torch.empty((len(hidden), len(weight)), dtype=hidden.dtype, device=hidden.device)
+            tile_product(hidden, weight, logits)
+            return logits
+        logits = hidden @ weight.T
+        return self.ranks.whole(logits) if self.ranks else logits
+
+    def _embed(self, step: StepInputs[Tensor], residual: Tensor, pdl: bool) -> Scaled | None:
+        """Begin the residual; of several ranks with zeros, to which the first norm adds what each has of the rows."""
+        embedding, first_token = self._weights.embedding, self._tokens_here.start
+        if self.ranks is None:
+            embed(step.token_ids, step.places, self.last_tokens, embedding, residual, pdl=pdl)
+            return None
+        part = self._room.hidden[: len(residual)]
+        embed(step.token_ids, step.places, self.last_tokens, embedding, part, first_token, residual, pdl=pdl)
+        return self._over_ranks(Scaled(part), pdl)
+
+    def _norm(self, delta: Scaled | None, residual: Tensor, weight: Tensor, out: Rows, pdl: bool) -> None:
+        """Add to the residual, over ranks if they have not done so by themselves, and norm it."""
+        seat = self.ranks.sums if self.ranks and self.ranks.are_few(len(residual)) else None
+        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, seat, pdl=pdl)
+
+    def _over_ranks(self, part: Scaled, pdl: bool) -> Scaled:
+        """What a rank has of a sum: of few rows as it is, for the norm to add up."""
+        num_rows = part.product.shape[-2]
+        return self.ranks.sum(part, pdl=pdl) if self.ranks and not self.ranks.are_few(num_rows) else part
 
     def _only_sampled(
         self, attended: Tensor, residual: Tensor, step: StepInputs[Tensor], sizes: StepSizes
@@ -161,7 +194,7 @@ class DeviceDecoder:
         """Add to the residual, and norm it for a product."""
         room, num_rows = self._room, len(residual)
         normed = room.rows(room.normed, room.normed_fp8, num_rows, self._multiplier.wants_fp8(then, num_rows))
-        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, normed, pdl=pdl)
+        self._norm(delta, residual, weight, normed, pdl)
         return normed
 
     def _rounded(self, attended: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
@@ -189,9 +222,8 @@ class DeviceDecoder:
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
         """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
-        if self._shard.world_size > 1:
-            raise NotImplementedError("ranks on GPUs are not connected yet")
-        return self._multiply(rows, matrix, self._room.hidden, pdl, may_split=True)
+        may_split = self.ranks is None or self.ranks.are_few(len(rows.values))
+        return self._over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=may_split), pdl)
 
     def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
         return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
@@ -238,10 +270,13 @@ class _Room:
         most: MostWork,
         kind: torch.dtype,
         device: torch.device,
+        num_tokens: int,
         *,
         is_fp8: bool,
         is_batch_invariant: bool,
     ) -> None:
+        """`num_tokens`: of the vocabulary, that logits are of."""
+
         def rows(size: int, dtype: torch.dtype = kind) -> Tensor:
             # Cleared: rows that are computed for nothing must not hold NaN.
             return torch.zeros((most.num_rows, size), dtype=dtype, device=device)
@@ -272,7 +307,7 @@ class _Room:
         )
         self.sampled = torch.zeros((most.num_sequences, config.hidden_size), dtype=kind, device=device)
         self.sampled_attended = torch.zeros((most.num_sequences, config.q_size), dtype=kind, device=device)
-        self.logits = torch.zeros((most.num_sequences, config.vocabulary_size), dtype=kind, device=device)
+        self.logits = torch.zeros((most.num_sequences, num_tokens), dtype=kind, device=device)
         self.choices = part_results(most.num_sequences, config.vocabulary_size, device)
 
     def rows(self, plain: Tensor, fp8: Tensor | None, num_rows: int, rounds: bool) -> Rows:

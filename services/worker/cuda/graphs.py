@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -37,6 +38,16 @@ class DecodeGraphs:
         index = bisect_left(self._sizes, num_decodes)
         return self._sizes[index] if index < len(self._sizes) else None
 
+    def forms(self) -> list[tuple[int, bool]]:
+        """Return sizes, and whether prefixes are shared, that together have all forms of kernels: those are chosen by
+        powers of two of their rows."""
+        sizes = [size for below, size in pairwise([0, *self._sizes]) if below.bit_length() != size.bit_length()]
+        return [(size, shares) for size in sizes for shares in self._kinds(size)]
+
+    def _kinds(self, size: int) -> tuple[bool, ...]:
+        may_share = self._shares_from is not None and size >= self._shares_from
+        return (False, True) if may_share else (False,)
+
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Capture all sizes, the largest first: the others fit into its memory."""
@@ -45,8 +56,7 @@ class DecodeGraphs:
         pool = None
         stream = torch.cuda.Stream()
         for size in reversed(self._sizes):
-            may_share = self._shares_from is not None and size >= self._shares_from
-            for shares in (False, True) if may_share else (False,):
+            for shares in self._kinds(size):
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS if size == self._sizes[-1] or size == 1 else 1):
                         self._launch(size, shares)

@@ -10,10 +10,7 @@ from services.worker.kernels import tile_product
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
 from services.worker.kernels.small_product import MOST_ROWS, ProductTuning, fits, small_product
-
-DeviceWeightFormat = Literal["float32", "bf16", "fp8"]
-"""How the device holds the matrices of the layers. fp8: rounded to e4m3 with a scale for each output; what they are
-multiplied with is rounded row by row, and all else is bf16."""
+from services.worker.weight_format import DeviceWeightFormat
 
 ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
     "float32": torch.float32,

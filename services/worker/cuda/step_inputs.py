@@ -35,6 +35,7 @@ LEAST_PIECE_TOKENS = 64
 _LEAST_SHARED_PIECE_TOKENS = 256
 _SHARED_PIECES = 32
 """Into how many pieces prefixes are cut: with 8 key heads, programs for all 132 processors, two on each."""
+_GRANULE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class StepSizes:
     @property
     def num_numbers(self) -> int:
         """Length of the whole piece."""
-        return sum(map(_room_for, self.shapes))
+        return sum(map(_room, self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +110,16 @@ def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     parts, begin = [], 0
     for shape in sizes.shapes:
         parts.append(numbers[begin : begin + math.prod(shape)].reshape(shape))
-        begin += _room_for(shape)
+        begin += _room(shape)
     return StepInputs(*parts)
 
 
-def _room_for(shape: tuple[int, ...]) -> int:
-    """Length of a part with what is behind it. All begin at 16 bytes: Triton compiles a kernel again for pointers that
-    do not, in each combination, in the midst of a step."""
-    return -(-math.prod(shape) // 4) * 4
+def _room(shape: tuple[int, ...]) -> int:
+    """Numbers that a part takes: the next one begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for a pointer that is no such multiple: in the middle of a request, that would be.
+    """
+    return -(-math.prod(shape) // _GRANULE) * _GRANULE
 
 
 @dataclass(frozen=True, slots=True)

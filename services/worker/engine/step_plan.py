@@ -115,3 +115,5 @@ class StepResult:
 
     chunks: tuple[ChunkResult, ...]
     """One for each chunk of the plan, in its order."""
+    took_ms: float | None = None
+    """What the device took, from the step before it or its launch, whichever is later. None: it does not say."""

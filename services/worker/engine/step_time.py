@@ -25,6 +25,8 @@ class StepTimeCoefficients(NamedTuple):
 
 
 INITIAL = StepTimeCoefficients()
+ON_A_GPU = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6, ms_per_scored_token=0.005)
+"""An 8B model on one H200."""
 
 
 @dataclass(frozen=True, slots=True)
