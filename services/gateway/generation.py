@@ -112,7 +112,8 @@ class Generation:
             prompt = await self._encode(valid.text, caller, span)
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
-        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
+        allowed = caller.identity.max_tokens_per_minute
+        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room(), allowed)
         move = self._move(valid, prompt, max_tokens, caller, span.traceparent)
         if self._limits.log_prompts:
             asked = list(prompt) if valid.text is None else str(valid.text)
@@ -159,6 +160,9 @@ class Generation:
             deadline_ms=_earlier_deadline_ms(valid.deadline_ms, caller.time_left_s()),
             backlog_limit=self._limits.backlog_limit,
             tenant_limit=caller.identity.max_in_flight,
+            tokens_per_minute=caller.identity.max_tokens_per_minute,
+            prompt_tokens=len(prompt),
+            reserved_tokens=valid.n * max_tokens,
         )
 
     def _payload(

@@ -13,7 +13,7 @@ from services.common.record.reader import Acceptance, Reader, Refused
 from services.common.record.record import Attempt, Record
 from services.common.record.run import Diverged, MaySample, Run
 from services.common.record.states import ON_WORKER, RequestState
-from services.common.record.transitions import Answer, EnterIntake, Pool, Transition, Verdict
+from services.common.record.transitions import Answer, Effect, EnterIntake, Pool, Transition, Verdict
 from simulator.protocol import commands as c
 from simulator.protocol import leader, redis_model, worker
 from simulator.protocol.engine import Engine
@@ -362,6 +362,23 @@ def _submit_ignores_the_quota() -> list[Patch]:
     return [(transitions, "_submit", any_number)]
 
 
+def _submit_ignores_the_tokens() -> list[Patch]:
+    return [(transitions, "short_ms", lambda back_at_ms, now_ms: 0)]
+
+
+def _end_gives_no_tokens_back() -> list[Patch]:
+    return [(transitions, "_give_back", lambda record, pool: ())]
+
+
+def _end_gives_all_tokens_back() -> list[Patch]:
+    give_back = transitions._give_back
+
+    def all_of_them(record: Record, pool: Pool) -> tuple[Effect, ...]:
+        return give_back(replace(record, journal=()), pool)
+
+    return [(transitions, "_give_back", all_of_them)]
+
+
 def _any_reader_may_leave() -> list[Patch]:
     leave = transitions._leave
 
@@ -504,6 +521,9 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _attach_leaves_the_reader_away,
         _sweep_ignores_the_resume_time,
         _submit_ignores_the_quota,
+        _submit_ignores_the_tokens,
+        _end_gives_no_tokens_back,
+        _end_gives_all_tokens_back,
         _any_reader_may_leave,
         _finish_over_a_gap,
         _gateway_takes_tokens_over_a_gap,

@@ -26,6 +26,7 @@ BEAT_MS = 500
 WATCH_MS = 300
 TRIES = 8
 LOST_AFTER_MISSES = 60
+PROMPT_TOKENS = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +64,8 @@ class Gateway(Process):
         self.timing = Timing()
         self.tenant_limit = 0
         """Most requests of a tenant in flight; 0: any number."""
+        self.tokens_per_minute = 0
+        """Of a tenant; 0: any number."""
 
     def boot(self) -> None:
         """Begin with no stream."""
@@ -131,6 +134,9 @@ class Gateway(Process):
             deadline_ms=deadline_ms,
             backlog_limit=BACKLOG_LIMIT,
             tenant_limit=self.tenant_limit,
+            tokens_per_minute=self.tokens_per_minute,
+            prompt_tokens=PROMPT_TOKENS,
+            reserved_tokens=spec.max_tokens * spec.num_choices,
         )
         self._attaching[key] += 1
         answered = yield from self._try(submit)

@@ -1,5 +1,9 @@
-"""deploy/compose: one command, and a gRPC client is answered."""
+"""deploy/compose: one command, and a gRPC client is answered; here with the worker's model dealt out to two processes.
 
+With one process it is run by tests/quickstart, as the document has it.
+"""
+
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +12,7 @@ from typing import Any
 import pytest
 
 import shoal
-from tests.docker.conftest import BUILD_LIMIT_S, run
+from tests.docker.images import BUILD_LIMIT_S, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_LIMIT_S + 120)]
 
@@ -25,11 +29,18 @@ class Composed:
         self._words += ["-p", f"shoal-test-{os.getpid()}", "-f", "deploy/compose/docker-compose.yml"]
 
     def __call__(self, *words: str) -> str:
-        return run(*self._words, *words, limit_s=START_LIMIT_S, SHOAL_PORT="0", SHOAL_HTTP_PORT="0")
+        users = {"SHOAL_PORT": "0", "SHOAL_HTTP_PORT": "0", "SHOAL_SHARDS": "2"}
+        return run(*self._words, *words, limit_s=START_LIMIT_S, **users)
 
     @property
     def address(self) -> str:
         return self("port", "gateway", "50051").strip()
+
+    def engine_pids(self) -> list[int]:
+        """Of the worker's engine, a process for each shard: as the worker has told last, in its container's numbers."""
+        said = self("logs", "--no-color", "worker").splitlines()
+        last = json.loads([line[line.index("{") :] for line in said if '"rank_pids"' in line][-1])
+        return [last["engine_pid"], *last["rank_pids"]]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +58,18 @@ def case(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
     return next(case for case in greedy_cases if case["name"] == "chat_capital")
 
 
+@pytest.fixture(scope="module")
+def story(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """A case of many tokens."""
+    return next(case for case in greedy_cases if case["name"] == "chat_code_python")
+
+
+def begin(client: shoal.Client, case: dict[str, Any]) -> shoal.Stream:
+    return client.generate(messages=case["messages"], temperature=0, max_tokens=case["max_tokens"])
+
+
 def ask(client: shoal.Client, case: dict[str, Any]) -> shoal.Stream:
-    stream = client.generate(messages=case["messages"], temperature=0, max_tokens=case["max_tokens"])
+    stream = begin(client, case)
     stream.read()
     return stream
 
@@ -66,7 +87,23 @@ def test_redis_comes_back_with_what_it_knew(compose: Composed, case: dict[str, A
         assert list(ask(client, case).token_ids) == case["output_token_ids"]
 
 
-def test_nothing_in_it_ended_or_was_found_ill(compose: Composed) -> None:
+def test_processes_of_a_worker_leave_dev_shm_alone(compose: Composed) -> None:
+    assert len(compose.engine_pids()) == 2
+    assert not compose("exec", "-T", "worker", "ls", "-A", "/dev/shm")
+
+
+def test_an_answer_goes_on_when_a_process_of_its_worker_is_killed(compose: Composed, story: dict[str, Any]) -> None:
+    with shoal.Client(compose.address, retries=PATIENT) as client:
+        before = compose.engine_pids()
+        stream = begin(client, story)
+        next(iter(stream))
+        compose("exec", "-T", "worker", "python", "-c", f"import os; os.kill({before[1]}, 9)")
+        stream.read()
+    assert list(stream.token_ids) == story["output_token_ids"]
+    assert not set(before) & set(compose.engine_pids()), "all of its processes are new"
+
+
+def test_no_container_of_it_ended_or_was_found_ill(compose: Composed) -> None:
     states = run(
         "docker", "inspect", "--format", "{{.State.Status}} {{.RestartCount}} {{.State.Health.Status}}",
         *compose("ps", "-q").split(),

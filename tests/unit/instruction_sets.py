@@ -6,7 +6,7 @@ import pytest
 
 from services.worker.cpu_kernels import library
 
-_WIDEST_FIRST = ("avx512", "avx2", "generic")
+_WIDEST_FIRST = ("amx", "avx512", "avx2", "generic")
 AVAILABLE = _WIDEST_FIRST[_WIDEST_FIRST.index(library.instruction_set()) :]
 
 

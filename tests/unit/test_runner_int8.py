@@ -44,9 +44,12 @@ def test_a_product_is_off_by_about_a_hundredth(num_rows: int) -> None:
     assert float(error.norm() / exact.norm()) < 0.015
 
 
-def test_a_row_is_bit_for_bit_the_same_in_any_company() -> None:
-    linear = pack_int8(a_matrix(96, 640), None)
-    rows = a_matrix(9, 640, seed=3) * torch.logspace(-6, 6, 9)[:, None]
+@pytest.mark.parametrize("num_inputs", [64, 640, 644])
+@pytest.mark.parametrize("num_rows", [8, 9, 16, 17, 32, 33, 300])
+def test_a_row_is_bit_for_bit_the_same_in_any_company(num_rows: int, num_inputs: int) -> None:
+    """Also of the processor's tiles, which take many rows, and the vectors, which take few."""
+    linear = pack_int8(a_matrix(100, num_inputs), a_matrix(100, seed=1))
+    rows = a_matrix(num_rows, num_inputs, seed=3) * torch.logspace(-6, 6, num_rows)[:, None]
     together = linear(rows)
     for row, result in zip(rows, together, strict=True):
         assert torch.equal(linear(row[None])[0], result)

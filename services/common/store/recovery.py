@@ -64,14 +64,14 @@ class Recovery:
     async def unfinished(self) -> AsyncIterator[Record]:
         """Every record that has not ended, in no order; some perhaps twice. Walks all keys of the server."""
         prefix = self._keys.request(RequestKey(""))
-        cursor: int = 0
+        cursor = b"0"
         while True:
             cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", SCAN_COUNT)
             for name in names:
                 record = await self._live_record(RequestKey(name.decode().removeprefix(prefix)))
                 if record is not None:
                     yield record
-            if not cursor:
+            if cursor == b"0":
                 return
 
     async def complete(self, run_id: str, fence: str) -> bool:

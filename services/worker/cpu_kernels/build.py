@@ -14,7 +14,12 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 LIBRARIES = SOURCES / "lib"
 TARGETS = {
-    "x86_64": {"avx512": "x86_64_v4+avx512vnni", "avx2": "x86_64_v3", "generic": "x86_64_v2"},
+    "x86_64": {
+        "amx": "x86_64_v4+avx512vnni+amx_tile+amx_int8",
+        "avx512": "x86_64_v4+avx512vnni",
+        "avx2": "x86_64_v3",
+        "generic": "x86_64_v2",
+    },
     "aarch64": {"generic": "generic"},
 }
 """For each architecture, its instruction sets and their names in the compiler's words."""

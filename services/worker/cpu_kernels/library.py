@@ -11,6 +11,8 @@ from services.common.config import ConfigError
 
 _LIBRARIES = Path(__file__).parent / "lib"
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = map(ctypes.c_long, (158, 0x1023, 18))
+"""A system call of x86-64, and what is asked by it (the kernel's Documentation/arch/x86/xstate.rst)."""
 _SIGNATURES = {
     "shoal_attention": [*[_POINTER] * 4, _INT64, _POINTER, _INT],
     "shoal_forward": [*[_POINTER] * 5, _INT],
@@ -47,10 +49,15 @@ def kernels() -> ctypes.CDLL:
 
 def instruction_set() -> str:
     """Return the widest instruction set with kernels that this processor has; not above ATEN_CPU_CAPABILITY."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_vnni"):
-        return "avx512"
+    capability, features = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    if capability == "AVX512" and features.get("avx512_vnni"):
+        return "amx" if features.get("amx_int8") and _may_use_tiles() else "avx512"
     return "avx2" if capability in ("AVX512", "AVX2") else "generic"
+
+
+def _may_use_tiles() -> bool:
+    """Ask the system to keep AMX's tiles, 8 KiB a thread, for this process: until then, using them ends it."""
+    return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
 
 
 def address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:

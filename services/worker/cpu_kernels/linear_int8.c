@@ -3,8 +3,7 @@
 // A panel holds, for four inputs at a time, the weights of its outputs, four bytes each. The products are whole
 // numbers: the order in which they are added does not matter.
 #include "exponential.h"
-#include "matrix.h"
-#include "panels.h"
+#include "int8.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -12,10 +11,6 @@
 #define ROWS_OF_A_TASK (PIECES_OF_A_TASK * INT8_ROWS_AT_ONCE)
 #define INPUTS_AT_ONCE 1024
 #define LINES_AHEAD 16
-
-// The largest rounded activation. They are stored unsigned, around ZERO, which is what VNNI's products take.
-#define LARGEST 127
-#define ZERO (LARGEST + 1)
 
 // Add the products of four inputs, bytes of each lane of x, and of each lane's weights to that lane.
 #if defined(__AVX512VNNI__)
@@ -130,20 +125,8 @@ static void multiply(const uint8_t *rows, int64_t num_inputs, int64_t part, cons
     }
 }
 
-static inline floats scaled(ints sums, const int32_t *weight_sums, const float *weight_scales, float row_scale) {
-    const ints without_zero = sums - ZERO * *(const unaligned_ints *)weight_sums;
-    return __builtin_convertvector(without_zero, floats) * (row_scale * load(weight_scales));
-}
-
-typedef struct {
-    const matrix *m;
-    rounded_rows rows;
-    float *out;
-    int adds;
-} product;
-
 static void multiply_task(const void *of, task t) {
-    const product *p = of;
+    const int8_product *p = of;
     const matrix *m = p->m;
     ints sums[PANELS_OF_A_TASK][ROWS_OF_A_TASK][2];
     const int64_t num_inputs = m->num_inputs, first = first_row(&t, t.piece), end = first_row(&t, t.end_piece);
@@ -159,18 +142,15 @@ static void multiply_task(const void *of, task t) {
         }
     }
     for (int64_t row = first; row < end; row++)
-        for (int64_t n = 0; n < t.num_panels; n++) {
-            const ints *sum = sums[n][row - first];
-            const int64_t output = (t.panel + n) * PANEL;
-            const float row_scale = p->rows.scales[row];
-            finish(scaled(sum[0], m->sums + output, m->scales + output, row_scale),
-                   scaled(sum[1], m->sums + output + LANES, m->scales + output + LANES, row_scale),
-                   m->bias ? m->bias + output : 0, p->out + row * m->num_outputs + output, m->num_outputs - output,
-                   p->adds);
-        }
+        for (int64_t n = 0; n < t.num_panels; n++)
+            finish_int8(p, sums[n][row - first], row, t.panel + n);
 }
 
 void multiply_own_int8(const matrix *m, rounded_rows rows, int64_t num_rows, float *out, int adds) {
-    const product p = {m, rows, out, adds};
+    const int8_product p = {m, rows, out, adds};
+    if (tiles_take(m, num_rows)) {
+        multiply_own_tiles(&p, num_rows);
+        return;
+    }
     do_own_tasks(m->num_outputs, num_rows, INT8_ROWS_AT_ONCE, multiply_task, &p);
 }
