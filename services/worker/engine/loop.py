@@ -139,7 +139,8 @@ class EngineLoop:
         self._launched.append(_LaunchedStep(plan, running, launched_ms, now_ms - launched_ms))
         if not plan.has_prefill:
             lead_ms = LEAD_MARGIN * (now_ms - began_ms)
-            self._lead_ms += LEAD_SHARE * (lead_ms - self._lead_ms)
+            # Longer at once, shorter by and by: too early costs somebody's place in a step, too late the device's time.
+            self._lead_ms = max(lead_ms, self._lead_ms + LEAD_SHARE * (lead_ms - self._lead_ms))
 
     def _finish(self, step: _LaunchedStep) -> None:
         result = step.running.result()
