@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median, quantiles
 
 import pytest
@@ -121,9 +122,7 @@ def test_prompts_are_not_cut_to_pieces_that_take_longer_to_launch_than_to_comput
 
 
 def pauses_ms(clients: Clients) -> list[float]:
-    return [
-        after - before for came in clients.tokens_ms.values() for before, after in zip(came, came[1:], strict=False)
-    ]
+    return [after - before for came in clients.tokens_ms.values() for before, after in pairwise(came)]
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
