@@ -14,8 +14,8 @@ from services.common.errors import ShoalError, from_rpc, from_status
 from services.gateway.tokenizer_link import TokenizerLink
 
 MOST_BYTES = 1_024
-"""Of an input that goes with others: 0.3 ms of a tokenizer's work, so that waiting for all of them is short, also where one
-name stands for many tokenizers, which longer inputs spread over."""
+"""Of an input that goes with others: 0.3 ms of a tokenizer's work, so that waiting for all of them is short, also where
+one name stands for many tokenizers, which longer inputs spread over."""
 MOST_INPUTS = 64
 
 
