@@ -8,7 +8,7 @@ import pytest
 
 from gen.shoal.fleet.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from services.common import rpc
-from services.common.errors import DeadlineExceeded, InvalidRequest, to_status
+from services.common.errors import DeadlineExceeded, Internal, InvalidRequest, to_status
 from services.gateway.tokenizer_client import TokenizerClient
 from services.gateway.tokenizer_link import TokenizerLink
 from tests.contract.gateway_fleet import FakeTokenizer
@@ -23,13 +23,14 @@ class Tokenizer(FakeTokenizer):
         super().__init__()
         self.batches: list[int] = []
         self.num_alone = 0
+        self.num_left_out = 0
         self.answers = asyncio.Event()
         self.answers.set()
 
     async def EncodeAll(self, request: tokenizer_pb2.EncodeAllRequest, context: Any) -> Any:  # noqa: N802
         self.batches.append(len(request.inputs))
         await self.answers.wait()
-        return tokenizer_pb2.EncodeAllResponse(results=[_encoded(each) for each in request.inputs])
+        return tokenizer_pb2.EncodeAllResponse(results=[_encoded(each) for each in request.inputs[self.num_left_out :]])
 
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> Any:  # noqa: N802
         self.num_alone += 1
@@ -88,6 +89,16 @@ async def test_a_long_input_and_one_that_is_traced_go_alone(client: TokenizerCli
     assert len(await client.encode(a_prompt("x" * 5_000))) == 5_000
     assert await client.encode(a_prompt("a"), traceparent=f"00-{1:032x}-{1:016x}-01") == (ord("a"),)
     assert (tokenizer.num_alone, tokenizer.batches) == (2, [])
+
+
+async def test_a_tokenizer_that_leaves_inputs_out_fails_those_calls_and_no_later_one(
+    client: TokenizerClient, tokenizer: Tokenizer
+) -> None:
+    tokenizer.num_left_out = 1
+    with pytest.raises(Internal, match="0 inputs of 1"):
+        await client.encode(a_prompt("a"))
+    tokenizer.num_left_out = 0
+    assert await client.encode(a_prompt("b")) == (ord("b"),)
 
 
 async def test_a_caller_whose_time_is_over_waits_for_no_other(client: TokenizerClient, tokenizer: Tokenizer) -> None:
