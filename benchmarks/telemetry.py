@@ -1,4 +1,4 @@
-"""What telemetry costs: `python -m benchmarks.telemetry --pairs 20`.
+"""What telemetry costs: `python -m benchmarks.telemetry --pairs 8`.
 
 One fleet of one of each service, whose processes all serve metrics and have a tracer, is asked for the same answers in
 turns. On: every request is traced to a receiver over OTLP, and every process is scraped each 5 s, three times as often
@@ -71,9 +71,9 @@ class Load:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=64)
     arguments = parser.parse_args()
     with receiver() as (endpoint, batches), fleet(endpoint) as asked:
         load(asked, arguments.streams, 8, told=True)  # warm

@@ -13,6 +13,7 @@ from services.common.ids import GatewayId, new_nonce, new_request_id, request_ke
 from services.common.log import about
 from services.common.record import moves
 from services.common.telemetry import conventions
+from services.common.telemetry.trace_context import is_sampled
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
 from services.gateway.admission import Backlog
@@ -123,9 +124,9 @@ class Generation:
     async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:
         asked_at_s = self._clock()
         encode = self._tracer.begin("encode", span.traceparent, side=Side.CLIENT)
-        traceparent = encode.traceparent if self._tracer.enabled else ""
+        recorded = self._tracer.enabled and is_sampled(encode.traceparent)
         try:
-            prompt = await self._tokenizer.encode(text, caller.time_left_s(), traceparent)
+            prompt = await self._tokenizer.encode(text, caller.time_left_s(), encode.traceparent if recorded else "")
         except ShoalError as error:
             spans.end_refused(encode, error)
             raise

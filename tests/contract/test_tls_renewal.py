@@ -140,8 +140,10 @@ async def test_redis_is_reached_anew_with_new_files(redis_server: RedisServer, f
     async with redis_over_tls(redis_server, files) as address:
         redis = await connect(f"rediss://{address}", files)
         renew(files)
-        await redis.connection_pool.disconnect()
+        await redis.shared.close()
         assert await command(redis, "PING")
+        await redis.connection_pool.disconnect()
+        assert await redis.info("memory")
         await redis.aclose()
 
 

@@ -1,7 +1,4 @@
-"""deploy/compose: one command, and a gRPC client is answered; here with the worker's model dealt out to two processes.
-
-With one process it is run by tests/quickstart, as the document has it.
-"""
+"""deploy/compose: one command, and a gRPC client is answered; also with the worker's model on two processes."""
 
 import json
 import os
@@ -28,9 +25,8 @@ class Composed:
         self._words = ["docker-compose"] if v1 else ["docker", "compose"]
         self._words += ["-p", f"shoal-test-{os.getpid()}", "-f", "deploy/compose/docker-compose.yml"]
 
-    def __call__(self, *words: str) -> str:
-        users = {"SHOAL_PORT": "0", "SHOAL_HTTP_PORT": "0", "SHOAL_SHARDS": "2"}
-        return run(*self._words, *words, limit_s=START_LIMIT_S, **users)
+    def __call__(self, *words: str, **environ: str) -> str:
+        return run(*self._words, *words, limit_s=START_LIMIT_S, SHOAL_PORT="0", SHOAL_HTTP_PORT="0", **environ)
 
     @property
     def address(self) -> str:
@@ -54,6 +50,13 @@ def compose(images: dict[str, str]) -> Iterator[Composed]:
 
 
 @pytest.fixture(scope="module")
+def sharded(compose: Composed) -> Composed:
+    """The same once its user has asked for two processes: only the worker is made anew."""
+    compose("up", "-d", "--no-build", SHOAL_SHARDS="2")
+    return compose
+
+
+@pytest.fixture(scope="module")
 def case(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
     return next(case for case in greedy_cases if case["name"] == "chat_capital")
 
@@ -61,7 +64,7 @@ def case(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def story(greedy_cases: list[dict[str, Any]]) -> dict[str, Any]:
     """A case of many tokens."""
-    return next(case for case in greedy_cases if case["name"] == "chat_code_python")
+    return next(case for case in greedy_cases if case["name"] == "chat_multi_turn")
 
 
 def begin(client: shoal.Client, case: dict[str, Any]) -> shoal.Stream:
@@ -87,20 +90,22 @@ def test_redis_comes_back_with_what_it_knew(compose: Composed, case: dict[str, A
         assert list(ask(client, case).token_ids) == case["output_token_ids"]
 
 
-def test_processes_of_a_worker_leave_dev_shm_alone(compose: Composed) -> None:
-    assert len(compose.engine_pids()) == 2
-    assert not compose("exec", "-T", "worker", "ls", "-A", "/dev/shm")
-
-
-def test_an_answer_goes_on_when_a_process_of_its_worker_is_killed(compose: Composed, story: dict[str, Any]) -> None:
-    with shoal.Client(compose.address, retries=PATIENT) as client:
-        before = compose.engine_pids()
+def test_an_answer_goes_on_when_a_process_of_a_sharded_worker_is_killed(
+    sharded: Composed, story: dict[str, Any]
+) -> None:
+    with shoal.Client(sharded.address, retries=PATIENT) as client:
         stream = begin(client, story)
         next(iter(stream))
-        compose("exec", "-T", "worker", "python", "-c", f"import os; os.kill({before[1]}, 9)")
+        before = sharded.engine_pids()
+        assert len(before) == 2
+        sharded("exec", "-T", "worker", "python", "-c", f"import os; os.kill({before[1]}, 9)")
         stream.read()
     assert list(stream.token_ids) == story["output_token_ids"]
-    assert not set(before) & set(compose.engine_pids()), "all of its processes are new"
+    assert not set(before) & set(sharded.engine_pids()), "all of its processes are new"
+
+
+def test_processes_of_a_sharded_worker_leave_dev_shm_alone(sharded: Composed) -> None:
+    assert not sharded("exec", "-T", "worker", "ls", "-A", "/dev/shm")
 
 
 def test_no_container_of_it_ended_or_was_found_ill(compose: Composed) -> None:

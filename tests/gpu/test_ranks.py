@@ -17,9 +17,9 @@ from tests.gpu.devices import DEVICE, IS_CUDA
 from tests.gpu.test_cuda_runner import generate, greedy, prompts
 from tests.unit.tiny_models import reference_greedy, save, tiny_model
 
-FAMILIES = ["mistral-window", "qwen2-tied"]
 # The interpreter takes seconds a step.
-NUM_TOKENS = 6 if IS_CUDA else 3
+FAMILIES = ["mistral-window", "qwen2-tied", "qwen3"] if IS_CUDA else ["qwen2-tied"]
+NUM_LAYERS, NUM_TOKENS = (2, 6) if IS_CUDA else (1, 3)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def ranks_of(folder: Path, world_size: int) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_give_the_references_tokens(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family, num_hidden_layers=2)
+    model = tiny_model(family, num_hidden_layers=NUM_LAYERS)
     asked = prompts() if IS_CUDA else prompts()[:2]
     # The second comes while the first one decodes: a step of a decode and a chunk.
     later = [greedy(number, prompt, NUM_TOKENS) for number, prompt in enumerate(asked[1:], 2)]

@@ -8,7 +8,7 @@ from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.step_plan import StepPlan, StepResult
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel
 from tests.unit.engine_builders import (
     PretendedFront,
     PretendedRunner,
@@ -205,3 +205,33 @@ def test_a_step_that_is_thought_to_take_longer_leaves_the_device_idle_for_a_mome
     device = run_ahead((0, add_command(add(1, 2, max_tokens=60))), (400, shutdown_command()))
     assert device.idle_ms <= 0.5 * len(device.plans)
     assert len(device.plans) >= 400 / 10.5
+
+
+def test_tokens_do_not_wait_for_the_launch_of_a_step_with_a_prompt() -> None:
+    """It takes the host longer than the device still takes for the step in flight: so that is delivered first."""
+    limits = limits_of(64)
+    device = SlowToLaunch(limits)
+    step_time = StepTimeModel(StepTimeCoefficients(fixed_ms=10.0, ms_per_token=0.01))
+    commands = [
+        (0.0, add_command(add(1, 2, max_tokens=50))),
+        (100.0, add_command(add(2, 8))),
+        (200.0, add_command(add(3, 8))),
+    ]
+    front = TimedFront([], time=device.time, due=[*commands, (300.0, shutdown_command())])
+    EngineLoop(Planner(limits, step_time), step_time, device, front, device.time).run()
+    assert step_time.launch_ms == pytest.approx(15)
+    begun = {event.begins.step: at for at, event in enumerate(front.events) if event.HasField("begins")}
+    done = {event.done.step: at for at, event in enumerate(front.events) if event.HasField("done")}
+    (step,) = (plan.step for plan in device.plans if plan.has_prefill and plan.chunks[-1].sequence_id == 3)
+    assert done[step - 1] < begun[step]
+
+
+@dataclass
+class SlowToLaunch(Device):
+    """The host takes 15 ms to launch a step with a prompt, and the device waits for it."""
+
+    def launch(self, plan: StepPlan) -> "DeviceStep":
+        if plan.has_prefill:
+            self.time.now_ms += 15
+            self.ends_ms = self.time.now_ms - 10
+        return super().launch(plan)

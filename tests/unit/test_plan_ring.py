@@ -116,7 +116,9 @@ def test_a_rank_that_takes_no_plans_is_waited_for_only_so_long(ring: Ring) -> No
 
 
 def test_a_rank_that_is_gone_is_named(ring: Ring) -> None:
+    assert not ring.writer.is_a_rank_gone()
     ring.sockets[3].close()
+    assert ring.writer.is_a_rank_gone()
     with pytest.raises(RanksLostError, match="rank 2 is gone"):
         ring.writer.send(plan_of_bytes(1, 1))
 

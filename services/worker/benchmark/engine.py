@@ -110,10 +110,10 @@ class WatchedStepTime(StepTimeModel):
         super().__init__(ON_A_GPU)
         self.steps: list[tuple[float, float]] = []
 
-    def observe(self, plan: StepPlan, took_ms: float) -> None:
+    def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
         """Learn from a step; what was thought of it is what the model says just before."""
         self.steps.append((self.predict_ms(plan), took_ms))
-        super().observe(plan, took_ms)
+        super().observe(plan, took_ms, launch_ms)
 
 
 def _command(number: int, token_ids: Sequence[int], max_tokens: int) -> engine_pb2.AddSequence:

@@ -34,14 +34,15 @@ typedef struct {
     int64_t stride; // of queries and sums: head_dim, rounded up to whole vectors
 } work;
 
-static ALWAYS_INLINE void score(work *w, int first, int count, const float *keys, int64_t head_dim, int64_t block_size,
-                                ints key_positions, ints is_key, int64_t window) {
+static ALWAYS_INLINE void score(work *w, int first, int count, const float *keys, const float *next_keys,
+                                int64_t head_dim, int64_t block_size, ints key_positions, ints is_key, int64_t window) {
     floats scores[QUERIES_AT_ONCE];
     UNROLL
     for (int q = 0; q < count; q++)
         scores[q] = 0;
     for (int64_t d = 0; d < head_dim; d++) {
         const floats k = load(keys + d * block_size);
+        __builtin_prefetch(next_keys + d * block_size, 0, 2);
         UNROLL
         for (int q = 0; q < count; q++)
             scores[q] = multiply_add((floats)w->queries[(first + q) * w->stride + d], k, scores[q]);
@@ -62,7 +63,7 @@ static ALWAYS_INLINE void score(work *w, int first, int count, const float *keys
 }
 
 static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, int vectors, const float *values,
-                                     int64_t head_dim, int first_key, int end_key) {
+                                     const float *next_values, int64_t head_dim, int first_key, int end_key) {
     floats sums[VALUE_QUERIES_AT_ONCE][VECTORS_AT_ONCE];
     UNROLL
     for (int q = 0; q < count; q++)
@@ -72,8 +73,10 @@ static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, i
     for (int key = first_key; key < end_key; key++) {
         floats value[VECTORS_AT_ONCE];
         UNROLL
-        for (int v = 0; v < vectors; v++)
+        for (int v = 0; v < vectors; v++) {
             value[v] = load(values + key * head_dim + d + v * LANES);
+            __builtin_prefetch(next_values + key * head_dim + d + v * LANES, 0, 2);
+        }
         UNROLL
         for (int q = 0; q < count; q++) {
             const floats weight = ((const float *)&w->weights[first + q])[key];
@@ -90,9 +93,10 @@ static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, i
 }
 
 #define SCORE(n)                                                                                                       \
-    case n: score(w, q, n, keys, h->head_dim, h->block_size, key_positions, is_key, window); break
+    case n: score(w, q, n, keys, next_keys, h->head_dim, h->block_size, key_positions, is_key, window); break
 
-static void score_all(work *w, const float *keys, const heads *h, ints key_positions, ints is_key, int64_t window) {
+static void score_all(work *w, const float *keys, const float *next_keys, const heads *h, ints key_positions,
+                      ints is_key, int64_t window) {
     for (int q = 0; q < w->count; q += QUERIES_AT_ONCE)
         switch (w->count - q) {
             SCORE(1);
@@ -102,14 +106,17 @@ static void score_all(work *w, const float *keys, const heads *h, ints key_posit
             SCORE(5);
             SCORE(6);
             SCORE(7);
-            default: score(w, q, QUERIES_AT_ONCE, keys, h->head_dim, h->block_size, key_positions, is_key, window);
+            default:
+                score(w, q, QUERIES_AT_ONCE, keys, next_keys, h->head_dim, h->block_size, key_positions, is_key,
+                      window);
         }
 }
 
 #define ADD(n, vectors)                                                                                                \
-    case n: add_values(w, q, n, d, vectors, values, h->head_dim, first_key, end_key); break
+    case n: add_values(w, q, n, d, vectors, values, next_values, h->head_dim, first_key, end_key); break
 
-static void add_all_values(work *w, const float *values, const heads *h, int first_key, int end_key) {
+static void add_all_values(work *w, const float *values, const float *next_values, const heads *h, int first_key,
+                           int end_key) {
     for (int q = 0; q < w->count; q += VALUE_QUERIES_AT_ONCE) {
         const int count = w->count - q < VALUE_QUERIES_AT_ONCE ? w->count - q : VALUE_QUERIES_AT_ONCE;
         int64_t d = 0;
@@ -170,51 +177,75 @@ static ints lane_numbers(void) {
     return lanes;
 }
 
-// Ask for a head's keys and values of a block: they are computed with when those of the block before it are done. The
-// blocks of a sequence lie anywhere, so that the processor cannot guess the next one.
-static void prefetch(const attention *a, int64_t block, int64_t kv_head) {
-    const float *keys = a->cache + keys_at(a->heads, block, kv_head);
-    const float *values = a->cache + values_at(a->heads, block, kv_head);
-    for (int64_t i = 0; i < a->heads->block_size * a->heads->head_dim; i += 16) {
-        __builtin_prefetch(keys + i, 0, 2);
-        __builtin_prefetch(values + i, 0, 2);
-    }
+// Where a head's keys and values of a block are.
+typedef struct {
+    const float *keys, *values;
+} place;
+
+static place place_of(const attention *a, int64_t block, int64_t kv_head) {
+    return (place){a->cache + keys_at(a->heads, block, kv_head), a->cache + values_at(a->heads, block, kv_head)};
 }
 
-static void attend(work *w, const attention *a, const tile *t, int64_t kv_head) {
+// The first position that a tile's first query sees.
+static int64_t first_seen(const attention *a, const tile *t) {
+    return t->first_position - a->window + 1 > 0 ? t->first_position - a->window + 1 : 0;
+}
+
+// A tile's queries that share a head of keys.
+typedef struct {
+    const tile *tile;
+    int64_t kv_head;
+} task;
+
+static place first_place(const attention *a, task t) {
+    const int64_t *table = a->batch->block_tables + t.tile->table_start;
+    return place_of(a, table[first_seen(a, t.tile) / a->heads->block_size], t.kv_head);
+}
+
+// While a block is computed with, the one after it is asked for, line by line: the blocks of a sequence lie anywhere,
+// so that the processor cannot guess the next one. `behind` is what is read after this task.
+static void attend(work *w, const attention *a, task of, place behind) {
     const heads *h = a->heads;
-    const int64_t last = t->first_position + t->num_rows - 1;
-    const int64_t first = t->first_position - a->window + 1 > 0 ? t->first_position - a->window + 1 : 0;
+    const tile *t = of.tile;
+    const int64_t last = t->first_position + t->num_rows - 1, first = first_seen(a, t);
     const int64_t *table = a->batch->block_tables + t->table_start, last_block = last / h->block_size;
     const ints lanes = lane_numbers();
-    prefetch(a, table[first / h->block_size], kv_head);
-    take_queries(w, a, t, kv_head);
+    take_queries(w, a, t, of.kv_head);
     for (int64_t block = first / h->block_size; block <= last_block; block++) {
-        if (block < last_block) prefetch(a, table[block + 1], kv_head);
-        const float *keys = a->cache + keys_at(h, table[block], kv_head);
-        const float *values = a->cache + values_at(h, table[block], kv_head);
-        for (int64_t place = 0; place < h->block_size; place += LANES) {
-            const int64_t position = block * h->block_size + place;
+        const place here = place_of(a, table[block], of.kv_head);
+        const place next = block < last_block ? place_of(a, table[block + 1], of.kv_head) : behind;
+        for (int64_t in_block = 0; in_block < h->block_size; in_block += LANES) {
+            const int64_t position = block * h->block_size + in_block;
             if (position > last || position + LANES <= first) continue;
-            const int64_t left = h->block_size - place;
-            score_all(w, keys + place, h, lanes + (int32_t)position, lanes < (int32_t)left, a->window);
+            const int64_t left = h->block_size - in_block;
+            score_all(w, here.keys + in_block, next.keys + in_block, h, lanes + (int32_t)position,
+                      lanes < (int32_t)left, a->window);
             const int64_t seen = last - position + 1 < left ? last - position + 1 : left;
-            const int64_t unseen = first > position ? first - position : 0;
-            add_all_values(w, values + place * h->head_dim, h, (int)unseen, (int)(seen < LANES ? seen : LANES));
+            const int64_t unseen = first > position ? first - position : 0, from = in_block * h->head_dim;
+            add_all_values(w, here.values + from, next.values + from, h, (int)unseen,
+                           (int)(seen < LANES ? seen : LANES));
         }
     }
-    give_results(w, a, t, kv_head);
+    give_results(w, a, t, of.kv_head);
 }
+
+// The task with this number. A prompt's later tiles see more keys: they come first.
+static task task_of(const attention *a, int64_t number) {
+    const batch *b = a->batch;
+    return (task){b->tiles + b->num_tiles - 1 - number / a->heads->num_kv_heads, number % a->heads->num_kv_heads};
+}
+
+static int64_t take(int64_t *next_task) { return __atomic_fetch_add(next_task, 1, __ATOMIC_RELAXED); }
 
 void attend_own(const heads *h, const batch *b, const float *qkv, const float *cache, int64_t window, float *out,
                 int64_t *next_task) {
     const attention a = {h, b, qkv, cache, out, window, 1 / __builtin_sqrtf((float)h->head_dim)};
+    const int64_t num_tasks = b->num_tiles * h->num_kv_heads;
     work w;
-    // A prompt's later tiles see more keys: they come first.
-    for (;;) {
-        const int64_t task = __atomic_fetch_add(next_task, 1, __ATOMIC_RELAXED);
-        if (task >= b->num_tiles * h->num_kv_heads) return;
-        attend(&w, &a, b->tiles + b->num_tiles - 1 - task / h->num_kv_heads, task % h->num_kv_heads);
+    for (int64_t number = take(next_task), next; number < num_tasks; number = next) {
+        next = take(next_task);
+        const task t = task_of(&a, number);
+        attend(&w, &a, t, first_place(&a, next < num_tasks ? task_of(&a, next) : t));
     }
 }
 

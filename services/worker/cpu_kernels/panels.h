@@ -1,8 +1,9 @@
 // How a product y = x W^T + b is cut into tasks.
 //
 // A weight is packed into panels of PANEL outputs, the last one filled up. Rows are cut into pieces, which are computed
-// together, as few and as even as there can be. A task is some panels and some pieces: a piece's inputs stay in the
-// cache of the first level while its panels go by, and the panels in that of the second while the pieces do.
+// together, as few and as even as there can be. A task is some panels and some pieces. If there are many pieces, one's
+// inputs stay in the cache of the first level while the task's panels go by, and the panels in that of the second while
+// the pieces do. If there are few, a task is one panel for all rows: meanwhile the next one is fetched from memory.
 #ifndef SHOAL_PANELS_H
 #define SHOAL_PANELS_H
 
@@ -14,7 +15,7 @@
 #define PIECES_OF_A_TASK 8
 
 typedef struct {
-    int64_t panel, num_panels, piece, end_piece, num_pieces, num_rows;
+    int64_t panel, num_panels, end_of_own_panels, piece, end_piece, num_pieces, num_rows;
 } task;
 
 static inline int64_t num_panels(int64_t num_outputs) { return (num_outputs + PANEL - 1) / PANEL; }
@@ -32,10 +33,10 @@ static ALWAYS_INLINE void do_own_tasks(int64_t num_outputs, int64_t num_rows, in
     for (int64_t n = own.first; n < own.end;) {
         const int64_t part = n % parts, whole_panels = part ? 0 : (own.end - n) / parts;
         const int64_t end_part = whole_panels ? parts : least(parts, part + own.end - n);
-        // One piece alone gains nothing by being in the cache, and memory is read best in one line.
-        const int64_t panels = whole_panels && pieces > 1 ? least(whole_panels, PANELS_OF_A_TASK) : 1;
+        const int64_t panels = whole_panels && parts > 1 ? least(whole_panels, PANELS_OF_A_TASK) : 1;
         for (int64_t p = part; p < end_part; p++)
-            compute(product, (task){n / parts, panels, pieces * p / parts, pieces * (p + 1) / parts, pieces, num_rows});
+            compute(product, (task){n / parts, panels, own.end / parts, pieces * p / parts, pieces * (p + 1) / parts,
+                                    pieces, num_rows});
         n += panels * (end_part - part);
     }
 }

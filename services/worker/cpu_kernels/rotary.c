@@ -24,12 +24,23 @@ static void store_row(const heads *h, const float *keys, const float *values, in
     }
 }
 
+// Ask for the lines that a row's keys and values are going to: those of a key are one for each dimension.
+static void prefetch_slot(const heads *h, int64_t slot, float *cache) {
+    const int64_t block = slot / h->block_size, place = slot % h->block_size;
+    for (int64_t head = 0; head < h->num_kv_heads; head++)
+        for (int64_t i = 0; i < h->head_dim; i++) {
+            __builtin_prefetch(cache + keys_at(h, block, head) + place + i * h->block_size, 1);
+            if (i % 16 == 0) __builtin_prefetch(cache + values_at(h, block, head) + place * h->head_dim + i, 1);
+        }
+}
+
 void rotate_and_store_own(const heads *h, const batch *b, float *qkv, const float *turns, const float *norm,
                           float epsilon, float *cache) {
     const int64_t num_turned = h->num_heads + h->num_kv_heads;
     const range own = own_share(b->num_rows);
     for (int64_t row = own.first; row < own.end; row++) {
         float *of_row = qkv + row * qkv_size(h);
+        prefetch_slot(h, b->slots[row], cache);
         for (int64_t head = 0; head < num_turned; head++) {
             float *x = of_row + head * h->head_dim;
             if (norm) normalize(x, norm + head * h->head_dim, x, h->head_dim, epsilon);

@@ -56,7 +56,8 @@ class DeviceRanks:
         self._first_columns = torch.tensor(
             [*(part.start for part in parts), config.vocabulary_size], dtype=torch.int32, device=device
         )
-        # NCCL refuses ranks that share a device; then all sums are small ones.
+        # NCCL refuses ranks that share a device; then all sums are small ones. Programs beyond those that a device
+        # holds at once begin in their order on every rank, so that the first one that waits is always met.
         self._nccl = Nccl(file) if has_own_device else None
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
         self._state[MOST_LOOKS] = LOOKS if device.type == "cuda" else PRETENDED_LOOKS

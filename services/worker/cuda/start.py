@@ -102,6 +102,9 @@ def start_cuda_runner(
     if device.type == "cuda":
         on_stage("compiling kernels")
         compile_kernels(runner_with(1), limits_with(1), torch.get_num_threads())
+        if file:
+            # The first step waits for other ranks in kernels, which do so for seconds only.
+            file.board.exchange(b"compiled")
     num_blocks = options.num_blocks
     if num_blocks is None:
         block_bytes = kv_block_bytes(rank_config, options.block_size_tokens, options.kv_dtype)

@@ -19,8 +19,6 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.step_plan import StepPlan
 from services.worker.engine.step_time import StepTimeModel
 
-_TIMED_STEPS = 3
-
 
 @contextmanager
 def compiled_only(threads: int) -> Iterator[None]:
@@ -54,17 +52,16 @@ def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) 
     for plan in every_kind(limits):
         runner.launch(plan).result()
     for plan in usual(limits):
-        step_time.observe(plan, step_ms(runner, plan))
+        step_time.observe(plan, *timed_ms(runner, plan))
 
 
-def step_ms(runner: CudaRunner, plan: StepPlan) -> float:
-    """Return what a step takes that follows others."""
-    runner.launch(plan).result()
+def timed_ms(runner: CudaRunner, plan: StepPlan) -> tuple[float, float]:
+    """Return what a step takes that follows another, and of it what the host takes to launch it (0: not asked)."""
     before, began_s = runner.launch(plan), time.monotonic()
-    for _ in range(_TIMED_STEPS - 1):
-        # One ahead, as in the loop.
-        running = runner.launch(plan)
-        before.result()
-        before = running
+    step = runner.launch(plan)
+    launch_ms = 1000 * (time.monotonic() - began_s)
     before.result()
-    return 1000 * (time.monotonic() - began_s) / _TIMED_STEPS
+    result = step.result()
+    if result.took_ms is None:
+        return 1000 * (time.monotonic() - began_s), 0.0
+    return result.took_ms, launch_ms

@@ -14,7 +14,7 @@ from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.rank_runner import LeadingRunner, follow, watch_ranks
 from services.worker.cuda.source import open_source
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
-from services.worker.cuda.warm_up import step_ms, warm_up
+from services.worker.cuda.warm_up import timed_ms, warm_up
 from services.worker.cuda.weights import weights_bytes
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.step_time import StepTimeModel
@@ -99,7 +99,7 @@ def _start(
     else:
         # The interpreter takes up to a second: who expects the milliseconds of a GPU takes this worker for dead.
         plan = made_up_step(1, [2], limits.block_size_tokens)
-        took_ms = step_ms(runner, plan)
+        took_ms, _ = timed_ms(runner, plan)
         for _ in range(_TOLD_TIMES):
             step_time.observe(plan, took_ms)
     return limits, runner

@@ -20,7 +20,8 @@ PREPARED_LOOK_MS = 1.0
 
 SURE_SHARE = 0.95
 """Of what a step is predicted to take, so much is waited for."""
-LONGEST_LOOK_MS = 0.5
+SHORTEST_LOOK_MS, LONGEST_LOOK_MS = 0.01, 0.5
+"""How long the front is waited for at a time, before the step that runs is looked at again."""
 FIRST_LEAD_MS = 3.0
 LEAD_MARGIN = 1.5
 """Of what planning and launching decodes took of late."""
@@ -51,6 +52,8 @@ class _LaunchedStep:
     plan: StepPlan
     running: RunningStep
     launched_ms: float
+    launch_ms: float
+    """What launching it took."""
 
 
 class EngineLoop:
@@ -79,6 +82,9 @@ class EngineLoop:
         """
         busy = False
         while self._obey_until_turn(busy):
+            if self._finishes_first():
+                self._finish(self._launched.popleft())
+                continue
             began_ms = self._clock()
             self._planner.expire(began_ms)
             plan = self._planner.plan()
@@ -96,21 +102,29 @@ class EngineLoop:
         A command ends the wait: to launch a step with a prompt takes longer than to launch decodes.
         """
         commands = self._front.take(0 if busy else self._idle_ms())
-        while not commands and (early_ms := self._early_ms()) > 0:
-            # Not longer at a time: a step that ends sooner than was thought leaves the device idle.
+        while not commands and (early_ms := self._early_ms()) > SHORTEST_LOOK_MS:
+            # A step that ends sooner than was thought leaves the device idle.
             commands = self._front.take(min(early_ms, LONGEST_LOOK_MS))
         return self._obey(commands)
 
     def _early_ms(self) -> float:
         """How long a step that is planned now would lie behind the one that runs, for nothing."""
-        if not self._launched or self._runner.steps_ahead == 0 or self._planner.waiting_prefill_tokens:
+        if not self._launched or self._runner.steps_ahead == 0 or self._planner.prefills_next:
             return 0.0
+        return self._left_ms(SURE_SHARE) - self._lead_ms
+
+    def _finishes_first(self) -> bool:
+        """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that."""
+        ahead = bool(self._launched) and self._runner.steps_ahead > 0 and self._planner.prefills_next
+        return ahead and self._left_ms() < self._step_time.launch_ms
+
+    def _left_ms(self, share: float = 1.0) -> float:
+        """How long the step that runs still takes, if it takes this share of what is predicted."""
         running = self._launched[0]
         if running.running.is_done():
             return 0.0
         begun_ms = max(running.launched_ms, self._last_done_ms)
-        ends_ms = begun_ms + SURE_SHARE * self._step_time.predict_ms(running.plan)
-        return ends_ms - self._lead_ms - self._clock()
+        return begun_ms + share * self._step_time.predict_ms(running.plan) - self._clock()
 
     def _launch(self, plan: StepPlan, began_ms: float) -> None:
         begins = engine_pb2.StepBegins(
@@ -120,20 +134,25 @@ class EngineLoop:
         )
         self._front.send(engine_pb2.EngineEvent(begins=begins))
         launched_ms = self._clock()
-        self._launched.append(_LaunchedStep(plan, self._runner.launch(plan), launched_ms))
-        if plan.num_tokens == len(plan.chunks):
-            lead_ms = LEAD_MARGIN * (self._clock() - began_ms)
-            self._lead_ms += LEAD_SHARE * (lead_ms - self._lead_ms)
+        running = self._runner.launch(plan)
+        now_ms = self._clock()
+        self._launched.append(_LaunchedStep(plan, running, launched_ms, now_ms - launched_ms))
+        if not plan.has_prefill:
+            lead_ms = LEAD_MARGIN * (now_ms - began_ms)
+            # Longer at once, shorter by and by: too early costs somebody's place in a step, too late the device's time.
+            self._lead_ms = max(lead_ms, self._lead_ms + LEAD_SHARE * (lead_ms - self._lead_ms))
 
     def _finish(self, step: _LaunchedStep) -> None:
         result = step.running.result()
         now_ms = self._clock()
-        took_ms = result.took_ms
-        if took_ms is None:
+        if result.took_ms is None:
             # One that was launched behind another began when that was done.
             took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
+            self._step_time.observe(step.plan, took_ms)
+        else:
+            took_ms = result.took_ms
+            self._step_time.observe(step.plan, took_ms, step.launch_ms)
         self._last_done_ms = now_ms
-        self._step_time.observe(step.plan, took_ms)
         outputs = self._planner.take_ended() + self._planner.complete(step.plan, result)
         self._deliver(step.plan.step, took_ms, outputs)
 

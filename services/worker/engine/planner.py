@@ -71,6 +71,8 @@ class Planner:
         self._num_in_flight = 0
         self._num_preemptions = 0
         self._num_prefilled_tokens = 0
+        self._is_full = False
+        """Who is to be admitted next found no room, and no block was released since."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -101,6 +103,12 @@ class Planner:
     def is_preparing(self) -> bool:
         """Whether `plan` may find more to do in a moment, without another command."""
         return bool(self._preparing)
+
+    @property
+    def prefills_next(self) -> bool:
+        """Whether the next step is to hold a prompt, or a part of one. O(sequences)."""
+        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._running.values())
+        return begun or (bool(self._waiting) and not self._is_full)
 
     @property
     def waiting_prefill_tokens(self) -> int:
@@ -294,6 +302,7 @@ class Planner:
     def _release_blocks(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_table)
         sequence.block_table = ()
+        self._is_full = False
 
     # Admission
 
@@ -380,7 +389,7 @@ class Planner:
     def _budget_ms(self) -> float:
         """How long a step with decodes may take. Longer, while more waits than is prefilled soon: larger chunks take
         less time a token, and first tokens that are late by many steps weigh more than tokens late by one."""
-        budget_ms = self._limits.step_budget_ms
+        budget_ms = max(self._limits.step_budget_ms, self._step_time.launch_ms)
         backlog_ms = self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
         return budget_ms * min(MOST_STRETCH, max(1.0, backlog_ms / (BACKLOG_BUDGETS * budget_ms)))
 
@@ -398,6 +407,7 @@ class Planner:
                 yield running.popleft()
             elif not self._admit(first):
                 may_admit = False
+                self._is_full = True
             elif first.wants_step_alone:
                 return  # The next step is its own.
             elif first.num_ready_tokens > 0:

@@ -77,6 +77,11 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
+    def has_prefill(self) -> bool:
+        """Whether a chunk is more than a token."""
+        return self.num_tokens > len(self.chunks)
+
+    @property
     def num_attended_tokens(self) -> int:
         """Pairs of a computed token and a token that it attends to."""
         return sum(chunk.num_attended_tokens for chunk in self.chunks)

@@ -13,13 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
-from services.worker.kernels.peers import DIFFERENT, Seat, give, slot_of, take
+from services.worker.kernels.peers import DIFFERENT, Seat, give, note, slot_of, take
 from services.worker.runner.noise import gumbel_noise
 
 _PART = 4096
 """Candidates of a program."""
 RANK_WORDS = 4
 """That a rank gives of a row: its best logit, which token that is, and a checksum of the row's hidden state."""
+
+_DIFFERENT = tl.constexpr(DIFFERENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ def choose_likeliest(
         None, room.best, room.token_ids, room.largest, places, tokens, last_tokens, num_parts,
         part and _bits(part.hidden), hidden_size, part and part.first_token,
         seat and seat.addresses, seat and seat.counts, seat and seat.state, seat and seat.num_places,
-        RANK=seat.rank if seat else 0, WORLD=seat.world_size if seat else 1, WORDS=RANK_WORDS, DIFFER=DIFFERENT,
+        RANK=seat.rank if seat else 0, WORLD=seat.world_size if seat else 1, WORDS=RANK_WORDS,
         HIDDEN=triton.next_power_of_2(hidden_size),
         BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, launch_pdl=pdl, num_warps=4 if part else 1,
     )  # fmt: skip
@@ -133,7 +135,7 @@ def draw_tokens(
     )  # fmt: skip
     _best_of_rows[(num_draws,)](
         draws.rows, room.best, room.token_ids, None, places, tokens, last_tokens, num_parts,
-        None, 1, None, None, None, None, None, RANK=0, WORLD=1, WORDS=RANK_WORDS, DIFFER=DIFFERENT, HIDDEN=1,
+        None, 1, None, None, None, None, None, RANK=0, WORLD=1, WORDS=RANK_WORDS, HIDDEN=1,
         BLOCK=triton.next_power_of_2(num_parts), PDL=False, num_warps=1,
     )  # fmt: skip
 
@@ -212,7 +214,6 @@ def _best_of_rows(
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     WORDS: tl.constexpr,
-    DIFFER: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -228,7 +229,7 @@ def _best_of_rows(
         # A logit's own type is float32 at most: nothing of it is lost.
         top, token = _best_of_ranks(
             top.to(tl.float32), token + first_token, hidden + index.to(tl.int64) * hidden_size, hidden_size, index,
-            addresses, counts, state, num_places, RANK, WORLD, WORDS, DIFFER, HIDDEN,
+            addresses, counts, state, num_places, RANK, WORLD, WORDS, HIDDEN,
         )  # fmt: skip
     row = index
     if rows is not None:
@@ -255,7 +256,6 @@ def _best_of_ranks(
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
     WORDS: tl.constexpr,
-    DIFFER: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
     """Return the best logit of all ranks and its token; of equal ones the first."""
@@ -275,8 +275,8 @@ def _best_of_ranks(
             theirs = take(slot + rank * WORDS + words, everywhere, number, addresses, state, RANK)
         logit = tl.sum(tl.where(words == 0, theirs, 0)).to(tl.float32, bitcast=True)
         candidate = tl.sum(tl.where(words == 1, theirs, 0))
-        if (tl.sum(tl.where(words == 2, theirs, 0)) != checksum) & (tl.load(state + 1, volatile=True) == 0):
-            tl.store(state + 1, DIFFER)
+        if tl.sum(tl.where(words == 2, theirs, 0)) != checksum:
+            note(state, _DIFFERENT)
         # Before the first there is none, whatever its logit is.
         is_better = (logit > best) | (chosen < 0)
         best = tl.where(is_better, logit, best)

@@ -50,9 +50,12 @@ class Seat:
 
 MOST_LOOKS, BROKEN = 0, 1
 STATE_SIZE = 2
-"""The state: how often a program looks for what another rank gives; whether one looked in vain (1), or ranks differ
-(2): from then on nobody waits, and what is computed means nothing."""
+"""The state: how often a program looks for what another rank gives; and 0, or what was seen first of LOST and
+DIFFERENT: from then on nobody waits, and what is computed means nothing."""
 LOST, DIFFERENT = 1, 2
+_LOST = tl.constexpr(LOST)
+_MOST_LOOKS = tl.constexpr(MOST_LOOKS)
+_BROKEN = tl.constexpr(BROKEN)
 
 
 @triton.jit
@@ -87,14 +90,21 @@ def take(words, inside, number, addresses, state, RANK: tl.constexpr):
     places = words_of(RANK, addresses) + words
     packed = tl.load(places, inside, other=0, volatile=True)
     num_missing = tl.sum((inside & ((packed >> 32).to(tl.int32) != number)).to(tl.int32))
-    looks = tl.where(tl.load(state + 1, volatile=True) == 0, tl.load(state + 0, volatile=True), 0)
+    looks = tl.where(tl.load(state + _BROKEN, volatile=True) == 0, tl.load(state + _MOST_LOOKS), 0)
     while (num_missing > 0) & (looks > 0):
         packed = tl.load(places, inside, other=0, volatile=True)
         num_missing = tl.sum((inside & ((packed >> 32).to(tl.int32) != number)).to(tl.int32))
         looks -= 1
     if num_missing > 0:
-        tl.store(state + 1, 1)
+        note(state, _LOST)
     return packed.to(tl.int32)
+
+
+@triton.jit
+def note(state, what):
+    """Say what is broken, if nothing was before."""
+    if tl.load(state + _BROKEN, volatile=True) == 0:
+        tl.store(state + _BROKEN, what)
 
 
 @triton.jit
