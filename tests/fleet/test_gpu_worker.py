@@ -11,13 +11,16 @@ from tests.fleet.conftest import Fleet, run_shoal
 from tests.unit.tiny_models import save, tiny_model
 
 END = 299
+SMALLEST = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+SMALLEST |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+"""Of a model that the interpreter computes in a fraction of a second a step."""
 PROMPT = [5, 6, 7, 8]
 SIZES = {"KV_CACHE_BYTES": 1 << 20, "BLOCK_SIZE_TOKENS": 16, "MAX_SEQUENCES": 4, "MAX_PREFILL_TOKENS_PER_STEP": 64}
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return tiny_model("llama", vocab_size=300, eos_token_id=END, num_hidden_layers=1)
+    return tiny_model("llama", vocab_size=300, eos_token_id=END, **SMALLEST)
 
 
 @pytest.fixture(scope="module")

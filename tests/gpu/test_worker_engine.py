@@ -21,6 +21,9 @@ from tests.unit.engine_builders import add, add_command
 from tests.unit.tiny_models import save, tiny_model
 from tests.unit.tiny_tokenizers import KINDS
 
+SMALLEST = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+SMALLEST |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+"""Of a model that the interpreter computes in a fraction of a second a step."""
 LONGEST_WAIT_S = 240
 SIZES = {
     "kv_cache_bytes": 1 << 20,
@@ -34,7 +37,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = tiny_model("llama", vocab_size=300, eos_token_id=299, num_hidden_layers=1)
+    model = tiny_model("llama", vocab_size=300, eos_token_id=299, **SMALLEST)
     save(model, folder)
     KINDS["llama3"](folder)
     return folder
