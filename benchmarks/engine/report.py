@@ -59,14 +59,14 @@ def memory_lines(engines: Sequence[Engine], figures: Sequence[Figure], weight_by
 
 def agreement_lines(engines: Sequence[Engine], figures: Sequence[Figure]) -> str:
     """How many streams are, token by token, those of Shoal's engine in float32: whether they compute the same model."""
-    ours = {(figure.workload, figure.round_number): figure.token_ids for figure in figures if figure.engine == "shoal"}
+    ours = {_asked(figure): figure.token_ids for figure in figures if figure.engine == "shoal"}
     lines = []
     for engine in engines:
         pairs = [
             pair
             for figure in figures
-            if figure.engine == engine.name and (figure.workload, figure.round_number) in ours
-            for pair in zip(figure.token_ids, ours[figure.workload, figure.round_number], strict=True)
+            if figure.engine == engine.name and _asked(figure) in ours
+            for pair in zip(figure.token_ids, ours[_asked(figure)], strict=True)
         ]
         if pairs and engine.name != "shoal":
             same_first = sum(theirs[0] == our[0] for theirs, our in pairs)
@@ -75,6 +75,11 @@ def agreement_lines(engines: Sequence[Engine], figures: Sequence[Figure]) -> str
                 f"the first token of {same_first}"
             )
     return "\n".join(["the same tokens as shoal's:", *lines]) if lines else ""
+
+
+def _asked(figure: Figure) -> tuple[str, int, int]:
+    """What decides which prompts an engine was given."""
+    return figure.workload, figure.round_number, figure.try_number
 
 
 def step_table(kinds: Sequence[StepParts]) -> str:

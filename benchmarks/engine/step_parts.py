@@ -184,7 +184,7 @@ def main() -> None:
 def measure(engine: ShoalEngine, kind: StepKind, vocabulary_size: int) -> StepParts:
     """Run steps of a kind without timers, then with."""
     workload = Workload(kind.name, kind.num_streams, kind.prompt_tokens, kind.output_tokens, 2 * REPEATS + 1, "ms")
-    warm_up, *prompts = workload.prompts(0, 0, vocabulary_size)
+    warm_up, *prompts = workload.prompts(0, 0, 0, vocabulary_size)
     _steps(engine, kind, warm_up, PartTimer())
     load = LoadMeter.start(os.getpid())
     bare = [sum(parts.values()) for of_run in prompts[:REPEATS] for parts in _steps(engine, kind, of_run, PartTimer())]

@@ -1,7 +1,7 @@
 """What every engine is asked, and the figure that comes of it.
 
-Prompts are random tokens of a seed, the same for all engines, and other ones in each round: nobody's prefix cache has
-any. Answers are greedy, and an end token does not end them.
+Prompts are random tokens of a seed, the same for all engines, and other ones in each round and each try: nobody's
+prefix cache has any. Answers are greedy, and an end token does not end them.
 """
 
 import random
@@ -31,9 +31,9 @@ class Workload:
         """Whether the figure is a time."""
         return self.unit == "ms"
 
-    def prompts(self, seed: int, round_number: int, vocabulary_size: int) -> list[list[list[int]]]:
+    def prompts(self, seed: int, round_number: int, try_number: int, vocabulary_size: int) -> list[list[list[int]]]:
         """Return the prompts of each repeat: [repeats][num_streams][prompt_tokens]."""
-        rng = random.Random(f"{seed}/{round_number}/{self.name}")
+        rng = random.Random(f"{seed}/{round_number}/{try_number}/{self.name}")
         return [
             [rng.choices(range(FIRST_TOKEN, vocabulary_size), k=self.prompt_tokens) for _ in range(self.num_streams)]
             for _ in range(self.repeats)

@@ -3,6 +3,6 @@
 `paced_engine`, `paced_worker`  a real worker whose engine only keeps time
 `fleet`                         one of each service, as processes
 `streams`                       many streams at once
-`hops`                          where a token's time goes
+`hops`, `noted`                 where a token's time goes
 `figures`                       what is measured, and its bounds
 """

@@ -75,21 +75,30 @@ def behind() -> list[Figure]:
 
 
 def requests() -> list[Figure]:
-    """Intake to end, everything on this machine, this client included."""
+    """Intake to end, everything on this machine, this client included: by the clock, and by processor time."""
     ask = Ask(max_tokens=8, prompt=PROMPT, ignore_eos=True)
+    number = 3_000
 
-    async def measure(fleet: Fleet) -> float:
+    def cpu_ms(fleet: Fleet) -> dict[str, float]:
+        return {"client": time.process_time() * 1000, **{kind: fleet.cpu_s(kind) * 1000 for kind in fleet.pids}}
+
+    async def measure(fleet: Fleet) -> tuple[float, dict[str, float]]:
         target = ShoalTarget([fleet.gateway], "", TIMEOUT_S)
         await _answered(target, [ask] * OPEN, OPEN)
-        began_s = time.perf_counter()
-        answers = await _answered(target, [ask] * 3_000, OPEN)
+        before_ms, began_s = cpu_ms(fleet), time.perf_counter()
+        await _answered(target, [ask] * number, OPEN)
+        took_s = time.perf_counter() - began_s
+        cost_ms = {name: (after_ms - before_ms[name]) / number for name, after_ms in cpu_ms(fleet).items()}
         await target.close()
-        return len(answers) / (time.perf_counter() - began_s)
+        return number / took_s, cost_ms
 
     with _fleet(step_ms=20) as fleet:
-        per_s = uvloop.run(measure(fleet))
-    note = f"{os.cpu_count()} cores"
-    return [Figure(f"requests / s, 8 tokens each, {OPEN} open", per_s, 400, True, "", note)]
+        per_s, cost_ms = uvloop.run(measure(fleet))
+    each = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(cost_ms.items(), key=lambda item: -item[1]))
+    return [
+        Figure(f"requests / s, 8 tokens each, {OPEN} open", per_s, 400, True, "", f"{os.cpu_count()} cores"),
+        Figure("processor time of such a request", sum(cost_ms.values()), 5, False, "ms", each),
+    ]
 
 
 def added_latency() -> list[Figure]:

@@ -9,11 +9,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from benchmarks.gateway.noted import NOTES_VARIABLE, SEAMS
 from benchmarks.gateway.paced_engine import STEP_MS_VARIABLE
 from services.common.model.location import default_model_path
 from shoal.fleet.kind import Kind
@@ -36,9 +37,11 @@ class Fleet:
     pids: Mapping[Kind, int]
 
     def cpu_s(self, kind: Kind) -> float:
-        """Processor time that a process has taken so far, in user and system mode."""
-        times = psutil.Process(self.pids[kind]).cpu_times()
-        return float(times.user + times.system)
+        """Processor time that a process has taken so far, in user and system mode; a tokenizer's with its pool's."""
+        processes = [psutil.Process(self.pids[kind])]
+        if kind is Kind.TOKENIZER:
+            processes += processes[0].children()
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     def memory_bytes(self, kind: Kind) -> int:
         """Resident memory of a process."""
@@ -46,24 +49,33 @@ class Fleet:
 
 
 @contextmanager
-def paced_fleet(step_ms: float, flags: Mapping[Kind, Sequence[str]]) -> Iterator[Fleet]:
-    """A fleet whose engine makes a step each `step_ms`; `flags`: further ones, by kind. Raises RuntimeError."""
+def paced_fleet(step_ms: float, flags: Mapping[Kind, Sequence[str]], notes: Path | None = None) -> Iterator[Fleet]:
+    """A fleet whose engine makes a step each `step_ms`; `flags`: further ones, by kind. Raises RuntimeError.
+
+    `notes`: where its services write what they note (`noted`) when they have ended; None: they note nothing.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         state = StateDir(Path(folder))
         state.logs.mkdir()
         plan = plan_fleet(FleetOptions(default_model_path()), state, random.Random())
-        yield _started(plan, step_ms, flags, processes)
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), STEP_MS_VARIABLE: str(step_ms)}
+        services = [_paced(each) for each in plan.services]
+        if notes is not None:
+            environment[NOTES_VARIABLE] = str(notes)
+            services = [_noted(each) for each in services]
+        yield _started(plan, services, environment, flags, processes)
 
 
-def _started(plan: FleetPlan, step_ms: float, flags: Mapping[Kind, Sequence[str]], processes: ExitStack) -> Fleet:
+def _started(
+    plan: FleetPlan, services: Sequence[ProcessPlan], environment: Mapping[str, str],
+    flags: Mapping[Kind, Sequence[str]], processes: ExitStack,
+) -> Fleet:  # fmt: skip
     assert plan.redis, "an embedded one"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), STEP_MS_VARIABLE: str(step_ms)}
     redis = processes.enter_context(_process(plan.redis, (), environment))
     _await_port(plan.redis.address)
     pids = {Kind.REDIS: redis.pid}
     running = {
-        each.kind: processes.enter_context(_process(_paced(each), flags.get(each.kind, ()), environment))
-        for each in plan.services
+        each.kind: processes.enter_context(_process(each, flags.get(each.kind, ()), environment)) for each in services
     }
     for kind, process in running.items():
         pids[kind] = process.pid
@@ -77,7 +89,13 @@ def _paced(plan: ProcessPlan) -> ProcessPlan:
     if plan.kind is not Kind.WORKER:
         return plan
     command = tuple(PACED_WORKER if part == "services.worker" else part for part in plan.command)
-    return ProcessPlan(plan.kind, plan.name, command, plan.address, plan.log)
+    return replace(plan, command=command)
+
+
+def _noted(plan: ProcessPlan) -> ProcessPlan:
+    command = plan.command
+    place = next(place for place, part in enumerate(command) if part in SEAMS)
+    return replace(plan, command=(*command[:place], "benchmarks.gateway.noted", *command[place:]))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from services.worker import engine_process
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.runner import Runner
 from services.worker.engine.step_plan import ChunkResult, StepPlan, StepResult
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.pipe import EnginePipe
 
@@ -42,6 +43,10 @@ class PacedStep:
         self._plan = plan
         self._ends_at_s = ends_at_s
 
+    def is_done(self) -> bool:
+        """Whether its time is over."""
+        return time.perf_counter() >= self._ends_at_s
+
     def result(self) -> StepResult:
         """Wait for its end."""
         time.sleep(max(0.0, self._ends_at_s - time.perf_counter()))
@@ -61,7 +66,7 @@ def age_us(token_id: int, now_us: int) -> int:
     return (now_us // TICK_US - (token_id - FIRST_TOKEN)) % NUM_TOKENS * TICK_US
 
 
-def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
+def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
     """In place of the real engine's: nothing is loaded."""
     model = read_stored_model(config.model_path)
     limits = EngineLimits(

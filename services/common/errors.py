@@ -144,21 +144,33 @@ def from_rpc(error: grpc.RpcError) -> ShoalError:
     return kind(str(error.details() or code.name), reason=reason, field=field_name, retry_after_ms=retry_after_ms)
 
 
+def from_status(serialized: bytes) -> ShoalError:
+    """The error that `to_status` made this of, serialized."""
+    status = status_pb2.Status.FromString(serialized)
+    kind = next((kind for code, kind in ERRORS.items() if code.value[0] == status.code), Internal)
+    reason, field_name, retry_after_ms = _told(status)
+    return kind(status.message, reason=reason, field=field_name, retry_after_ms=retry_after_ms)
+
+
 def _details(metadata: object) -> tuple[str, str, int]:
-    reason, field_name, retry_after_ms = "", "", 0
     for key, value in metadata or ():  # type: ignore[attr-defined]
-        if key != "grpc-status-details-bin":
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            info, bad, retry = (
-                error_details_pb2.ErrorInfo(),
-                error_details_pb2.BadRequest(),
-                error_details_pb2.RetryInfo(),
-            )
-            if detail.Unpack(info):
-                reason = info.reason
-            elif detail.Unpack(bad) and bad.field_violations:
-                field_name = bad.field_violations[0].field
-            elif detail.Unpack(retry):
-                retry_after_ms = retry.retry_delay.ToMilliseconds()
+        if key == "grpc-status-details-bin":
+            return _told(status_pb2.Status.FromString(value))
+    return "", "", 0
+
+
+def _told(status: status_pb2.Status) -> tuple[str, str, int]:
+    reason, field_name, retry_after_ms = "", "", 0
+    for detail in status.details:
+        info, bad, retry = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.BadRequest(),
+            error_details_pb2.RetryInfo(),
+        )
+        if detail.Unpack(info):
+            reason = info.reason
+        elif detail.Unpack(bad) and bad.field_violations:
+            field_name = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            retry_after_ms = retry.retry_delay.ToMilliseconds()
     return reason, field_name, retry_after_ms

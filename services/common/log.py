@@ -17,6 +17,7 @@ from services.common.ids import RequestKey
 from services.common.telemetry.trace_context import trace_id_of
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_TO_JSON = json.JSONEncoder(default=str)
 _HIDDEN = "(its text may quote a prompt: --log-prompts true shows it)"
 
 
@@ -25,6 +26,9 @@ def configure(service: str, level: str = "INFO", *, log_prompts: bool = False) -
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(service, log_prompts))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # Shown in no line, and a quarter of what one costs (Python's Logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     sys.excepthook = _log_end
 
 
@@ -82,4 +86,4 @@ class _JsonLines(logging.Formatter):
         line.update({name: value for name, value in vars(record).items() if name not in _STANDARD})
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = described(record.exc_info[1], with_text=self._log_prompts)
-        return json.dumps(line, default=str)
+        return _TO_JSON.encode(line)

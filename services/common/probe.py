@@ -1,7 +1,8 @@
 """Asks the service in this container whether it serves: `python -m services.common.probe`. Status 0 if it does.
 
-The image's health check. It reads where the service listens, and its TLS files, from the same variables as the service
-does: SHOAL_LISTEN, SHOAL_TLS_CA, ... So it shows the service's own certificate.
+The image's health check, and a pod's where a kubelet's own speaks no TLS. It reads where the service listens, and its
+TLS files, from the same variables as the service does: SHOAL_LISTEN, SHOAL_TLS_CA, ... So it shows the service's own
+certificate.
 """
 
 import sys
@@ -23,6 +24,7 @@ class ProbeConfig(TlsOptions):
     """Asks a service for its gRPC health."""
 
     listen: str = option(..., "host:port that the service listens on")
+    health_name: str = option("", "what is asked for: empty: whether it takes work; live: whether it lives")
     probe_timeout_ms: int = option(3_000, "longest wait for its answer", minimum=1)
 
     public_tls_certificate: str = option("", "a gateway's certificate for clients, if it has one of its own")
@@ -51,7 +53,7 @@ def main() -> None:
     with _channel(config) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=config.probe_timeout_ms / 1000
+                health_pb2.HealthCheckRequest(service=config.health_name), timeout=config.probe_timeout_ms / 1000
             )
         except grpc.RpcError as error:
             sys.exit(f"nobody serves at {config.target}: {error.code().name}, {error.details()}")

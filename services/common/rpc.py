@@ -207,17 +207,21 @@ def host_and_port(listen: str) -> tuple[str, int]:
 @asynccontextmanager
 async def channel(address: str, tls: FleetTls | None = None) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to another service, closed at the end. `tls`: None: in plain."""
-    if tls is None:
-        opened = grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
-    else:
-        options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
-        if tls.server_name:
-            options.append(("grpc.ssl_target_name_override", tls.server_name))
-        opened = grpc.aio.secure_channel(address, channel_credentials(tls.files), options=options)
+    opened = open_channel(address, tls)
     try:
         yield opened
     finally:
         await opened.close(None)
+
+
+def open_channel(address: str, tls: FleetTls | None = None) -> grpc.aio.Channel:
+    """A channel to another service, with its TLS files as they are now; whoever opens it closes it."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    options: list[tuple[str, int | str]] = list(CHANNEL_OPTIONS)
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(address, channel_credentials(tls.renewing.now()), options=options)
 
 
 def termination() -> asyncio.Event:

@@ -199,6 +199,16 @@ def tenant_full(tenant: str, num_in_flight: int, limit: int) -> Exhausted:
     )
 
 
+def tokens_used_up(tenant: str, tokens: int, limit: int, wait_ms: int) -> Exhausted:
+    """What a caller is told when its tenant has not so many tokens left in this minute as the request may take."""
+    return Exhausted(
+        f"the request may take {tokens} tokens (prompt, and max_tokens of each choice), and tenant {tenant!r} has "
+        f"fewer left of the {limit} a minute that its key allows; come back in {wait_ms} ms, or ask for fewer",
+        reason="TOKEN_LIMIT",
+        retry_after_ms=wait_ms,
+    )
+
+
 def draining() -> Unavailable:
     """What a caller is told while the gateway stops."""
     return Unavailable(

@@ -86,7 +86,7 @@ class Authentication:
         if info is None:
             self._known.pop(digest, None)
             raise Unauthenticated("the API key is unknown, expired or revoked", reason="KEY_UNKNOWN")
-        identity = Identity(info.tenant, info.max_in_flight)
+        identity = Identity(info.tenant, info.max_in_flight, info.max_tokens_per_minute)
         self._known[digest] = _Known(identity, now_s + FRESH_S, now_s + LIFE_S)
         self._known.move_to_end(digest)
         if len(self._known) > MAX_KNOWN:

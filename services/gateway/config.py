@@ -97,12 +97,12 @@ class GatewayConfig(ServiceOptions):
     def client_credentials(self) -> grpc.ServerCredentials | None:
         """For the gRPC port of clients."""
         tls = self.public_tls()
-        return server_credentials(tls, tls.ca_pem) if tls else None
+        return server_credentials(tls, tls.ca is not None) if tls else None
 
     def http_context(self) -> ssl.SSLContext | None:
         """For the HTTP port."""
         tls = self.public_tls()
-        return http_context(tls, tls.ca_pem) if tls else None
+        return http_context(tls, tls.ca is not None) if tls else None
 
     def tokenizer_addresses(self) -> list[str]:
         """Addresses of all tokenizers. Raises ConfigError if there is none."""

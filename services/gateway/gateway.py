@@ -48,6 +48,7 @@ from services.gateway.replay import Replay
 from services.gateway.requests import Requests
 from services.gateway.server import InferenceService
 from services.gateway.tokenizer_client import TokenizerClient
+from services.gateway.tokenizer_link import TokenizerLink
 from services.gateway.wakes import Wakes
 from services.gateway.watch import Watch
 
@@ -90,8 +91,11 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
         tracer = resources.enter_context(tracing(config.otlp_endpoint, "gateway"))
         redis = await _until_there(lambda: connect(config.redis_url, config.tls_files), config, stop)
         resources.push_async_callback(redis.aclose)
-        channels = [await resources.enter_async_context(rpc.channel(each, config.fleet_tls())) for each in addresses]
-        tokenizer = TokenizerClient(channels, config.tokenizer_timeout_ms / 1000)
+        tls, timeout_s = config.fleet_tls(), config.tokenizer_timeout_ms / 1000
+        links = [TokenizerLink(address, tls, timeout_s) for address in addresses]
+        for link in links:
+            resources.push_async_callback(link.close)
+        tokenizer = TokenizerClient(links, timeout_s)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
         await _serve(config, redis, tokenizer, model, metrics, tracer, stop, ready)
 
@@ -146,6 +150,7 @@ async def _serve(
         background = [
             tasks.create_task(part.run())
             for part in (
+                tokenizer,
                 departures,
                 hints,
                 wakes,

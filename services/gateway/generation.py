@@ -13,6 +13,7 @@ from services.common.ids import GatewayId, new_nonce, new_request_id, request_ke
 from services.common.log import about
 from services.common.record import moves
 from services.common.telemetry import conventions
+from services.common.telemetry.trace_context import is_sampled
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
 from services.gateway.admission import Backlog
@@ -112,7 +113,8 @@ class Generation:
             prompt = await self._encode(valid.text, caller, span)
         if valid.response_format is not None:
             await self._formats.check(valid.response_format, caller.time_left_s())
-        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room())
+        allowed = caller.identity.max_tokens_per_minute
+        max_tokens = fitted_max_tokens(len(prompt), valid, self._model, await self._capacity.room(), allowed)
         move = self._move(valid, prompt, max_tokens, caller, span.traceparent)
         if self._limits.log_prompts:
             asked = list(prompt) if valid.text is None else str(valid.text)
@@ -122,9 +124,9 @@ class Generation:
     async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:
         asked_at_s = self._clock()
         encode = self._tracer.begin("encode", span.traceparent, side=Side.CLIENT)
-        traceparent = encode.traceparent if self._tracer.enabled else ""
+        recorded = self._tracer.enabled and is_sampled(encode.traceparent)
         try:
-            prompt = await self._tokenizer.encode(text, caller.time_left_s(), traceparent)
+            prompt = await self._tokenizer.encode(text, caller.time_left_s(), encode.traceparent if recorded else "")
         except ShoalError as error:
             spans.end_refused(encode, error)
             raise
@@ -159,6 +161,9 @@ class Generation:
             deadline_ms=_earlier_deadline_ms(valid.deadline_ms, caller.time_left_s()),
             backlog_limit=self._limits.backlog_limit,
             tenant_limit=caller.identity.max_in_flight,
+            tokens_per_minute=caller.identity.max_tokens_per_minute,
+            prompt_tokens=len(prompt),
+            reserved_tokens=valid.n * max_tokens,
         )
 
     def _payload(

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gen.shoal.fleet.v1 import request_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -25,7 +25,11 @@ CAUSE = "Redis is recovered"
 
 
 class HoldingsPoster:
-    """States what is held as soon as a recovery is needed, and again until it is complete."""
+    """States what is held as soon as a recovery is needed, and again until it is complete.
+
+    Afterwards too, of streams that Redis does not know: this gateway stood still through the whole recovery, or spoke
+    just as it ended. The leader looks for such statements.
+    """
 
     def __init__(
         self,
@@ -57,19 +61,34 @@ class HoldingsPoster:
         run_id = await self._recovery.needed()
         if run_id is None:
             await self._readiness.ready(CAUSE)
+            await self._state_unknown()
             return
         await self._readiness.unready(CAUSE)
-        if (run_id, self._clock() - self._posted_at_s < REPEAT_S) == (self._posted, True):
+        if self._stated_of_late(run_id):
             return
-        await self._recovery.post(await self._holdings(), run_id)
-        self._posted, self._posted_at_s = run_id, self._clock()
+        await self._state(self._streams, run_id)
         # Redis may have lost a change of reader, or the leader may have taken this gateway for dead meanwhile.
         for stream in self._streams:
             stream.doubted = True
 
-    async def _holdings(self) -> request_pb2.Holdings:
+    async def _state_unknown(self) -> None:
+        unknown = [stream for stream in self._streams if stream.unknown_since_s is not None]
+        if not unknown:
+            return
+        run_id = await self._recovery.generation()
+        if run_id and not self._stated_of_late(run_id):
+            await self._state(unknown, run_id)
+
+    def _stated_of_late(self, run_id: str) -> bool:
+        return run_id == self._posted and self._clock() - self._posted_at_s < REPEAT_S
+
+    async def _state(self, streams: Iterable[Stream], run_id: str) -> None:
+        await self._recovery.post(await self._holdings(streams), run_id)
+        self._posted, self._posted_at_s = run_id, self._clock()
+
+    async def _holdings(self, streams: Iterable[Stream]) -> request_pb2.Holdings:
         holdings = request_pb2.Holdings(holder=self._gateway)
-        for count, stream in enumerate(self._streams, start=1):
+        for count, stream in enumerate(streams, start=1):
             if stream.end is None:
                 holdings.requests.append(self._held(stream))
             if count % STREAMS_A_TURN == 0:

@@ -23,6 +23,8 @@ class Identity:
     tenant: TenantId
     max_in_flight: int = 0
     """Most requests of the tenant in flight in the pool; 0: any number."""
+    max_tokens_per_minute: int = 0
+    """Most tokens that its requests may take in the pool; 0: any number."""
 
 
 def bearer_of(metadata: Metadata) -> str:

@@ -19,7 +19,7 @@ from services.common.store.ids import claim_id, pool_of
 from services.common.store.requests import Peek, RequestStore
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
-from services.gateway.admission import backlog_full, tenant_full
+from services.gateway.admission import backlog_full, tenant_full, tokens_used_up
 from services.gateway.departures import Departures
 from services.gateway.joining import Joining, completed
 from services.gateway.metrics import GatewayMetrics
@@ -53,7 +53,7 @@ class Requests:
     async def submit(self, move: moves.Submit, num_prompt_tokens: int, span: Span) -> Stream:
         """Accept a request, and open its stream. A known one is read from its first token. `span`: of the call.
 
-        Raises Exhausted if the backlog or the tenant is full, AlreadyExists for an id that is taken.
+        Raises Exhausted if the backlog or one of the tenant's quotas is full, AlreadyExists for an id that is taken.
         """
         tenant, _, request_id = move.key.partition("/")
         owner = await retried(lambda: claim_id(self._redis, tenant, request_id, self._pool))
@@ -86,6 +86,9 @@ class Requests:
                     return await self._attach(move.key, (), move.gateway, span)
                 case Verdict.QUOTA:
                     raise tenant_full(tenant, submitted.answer.index, move.tenant_limit)
+                case Verdict.TOKENS:
+                    tokens = move.prompt_tokens + move.reserved_tokens
+                    raise tokens_used_up(tenant, tokens, move.tokens_per_minute, submitted.answer.index)
                 case Verdict.FULL:
                     raise backlog_full(submitted.answer.index, move.backlog_limit)
                 case Verdict.CONFLICT:

@@ -129,10 +129,13 @@ def encodable(request: inference_pb2.GenerateRequest | inference_pb2.CountTokens
     return tokenizer_pb2.EncodeRequest(chat=request.chat)
 
 
-def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model, room: Room | None) -> int:
+def fitted_max_tokens(
+    num_prompt_tokens: int, valid: ValidRequest, model: Model, room: Room | None, tokens_per_minute: int = 0
+) -> int:
     """Most tokens a choice may have: as asked, or what is left. Raises InvalidRequest if it does not fit.
 
     `room`: of the smallest worker; None: none is registered, so only the model's own context counts.
+    `tokens_per_minute`: what the caller's key allows; 0: any number.
     """
     context_tokens = min(model.context_tokens, room.context_tokens) if room else model.context_tokens
     if num_prompt_tokens == 0:
@@ -145,6 +148,16 @@ def fitted_max_tokens(num_prompt_tokens: int, valid: ValidRequest, model: Model,
         if held < (valid.max_tokens or 1):
             raise _too_large_for_workers(num_prompt_tokens, valid, room)
         most = min(most, held)
+    if tokens_per_minute:
+        allowed = (tokens_per_minute - num_prompt_tokens) // valid.n
+        if allowed < (valid.max_tokens or 1):
+            raise InvalidRequest(
+                f"{num_prompt_tokens} tokens of the prompt and {valid.n} x max_tokens {valid.max_tokens or 1} are more "
+                f"than the {tokens_per_minute} a minute that the API key allows; ask for less",
+                reason="EXCEEDS_TOKEN_LIMIT",
+                field="max_tokens",
+            )
+        most = min(most, allowed)
     told = _most_told(num_prompt_tokens, valid)
     if told is not None:
         if told < (valid.max_tokens or 1):

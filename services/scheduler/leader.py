@@ -26,7 +26,7 @@ from services.scheduler.deposed import Deposed
 from services.scheduler.ledger import Reservation
 from services.scheduler.placement import Placement
 from services.scheduler.pool_store import PoolStore
-from services.scheduler.recovery import recover
+from services.scheduler.recovery import recover, restore_late
 from services.scheduler.scaling import keep_telling
 from services.scheduler.sweeper import Sweeper
 from services.scheduler.telemetry import Telemetry
@@ -136,6 +136,7 @@ class Reign:
                 more = await self._place()
                 if self._clock() >= self._next_check_ms:
                     await self._check_registrations()
+                    await restore_late(self._store, self._fence)
                     more = True
                 liveness.woke(self._clock(), read_at_ms)
 

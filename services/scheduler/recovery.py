@@ -107,6 +107,15 @@ async def recover(store: PoolStore, fence: str, window: Window, clock: Clock, se
     return True
 
 
+async def restore_late(store: PoolStore, fence: str) -> None:
+    """Put back what gateways state after a recovery that did not hear them. Repeatable. Raises Deposed, StoreError."""
+    run_id = await store.recovery.generation()
+    stated = await store.recovery.posted(run_id) if run_id else []
+    if run_id and stated:
+        await _restore(store, fence, Claims(stated), found=set())
+        await store.recovery.forget(run_id)
+
+
 async def _collect(store: PoolStore, run_id: str, window: Window, clock: Clock, seen_life: bool) -> Claims:
     began_ms = clock()
     known = seen_life or await store.recovery.generation() is not None

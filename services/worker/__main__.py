@@ -34,6 +34,7 @@ async def serve(parsed: Parsed[WorkerConfig]) -> None:
 
 async def _serve(parsed: Parsed[WorkerConfig], metrics: Metrics, tracer: Tracer) -> None:
     config = parsed.config
+    config.check()
     logger.info("starting", extra={"config": parsed.describe()})
     vocabulary = read_vocabulary(read_stored_model(config.model_path))
     redis = await connect(config.redis_url, config.tls_files)

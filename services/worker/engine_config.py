@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from services.worker.weight_format import WeightFormat
+from services.worker.weight_format import Device, DeviceWeightFormat, KvFormat, WeightFormat
 
 RANKS_LOST_STATUS = os.EX_TEMPFAIL
 """The exit status of a rank that waited for another one in vain."""
@@ -19,13 +19,22 @@ class EngineConfig:
 
     fd: int = field(metadata={"help": "the engine's end of a pair of connected stream sockets"})
     model_path: Path = field(metadata={"help": "a GGUF file, or a folder in the layout of Hugging Face"})
-    kv_cache_bytes: int = field(metadata={"help": "memory of the KV cache, taken at start"})
+    kv_cache_bytes: int = field(metadata={"help": "memory of the KV cache, taken at start; 0: what a GPU has left"})
     block_size_tokens: int = field(metadata={"help": "token slots a block"})
     max_sequences: int = field(metadata={"help": "most sequences in a step"})
     max_prefill_tokens_per_step: int = field(metadata={"help": "most prompt tokens in a step"})
     step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes"})
     threads: int = field(metadata={"help": "threads that compute"})
     weights: WeightFormat = field(metadata={"help": "how weights are held", "choices": get_args(WeightFormat)})
+    device: Device = field(default="cpu", metadata={"help": "what computes", "choices": get_args(Device)})
+    dtype: DeviceWeightFormat = field(
+        default="bf16", metadata={"help": "how a GPU holds weights", "choices": get_args(DeviceWeightFormat)}
+    )
+    kv_dtype: KvFormat = field(
+        default="auto", metadata={"help": "how a GPU holds keys and values", "choices": get_args(KvFormat)}
+    )
+    dummy: bool = field(default=False, metadata={"help": "whether weights are random"})
+    context_tokens: int = field(default=0, metadata={"help": "most tokens of a sequence; 0: the model's"})
     shards: int = field(default=1, metadata={"help": "ranks that the model is dealt out to, a process each"})
     rank: int = field(default=0, metadata={"help": "which of them this is; 0 plans"})
     memory_fd: int = field(default=0, metadata={"help": "memory that all ranks map"})
@@ -56,12 +65,17 @@ class EngineConfig:
         return [text for declared in fields(self) for text in (_flag(declared.name), str(getattr(self, declared.name)))]
 
 
+_MAY_BE_0 = ("fd", "rank", "memory_fd", "kv_cache_bytes", "context_tokens")
+
+
 def _converter(declared: "Field[object]") -> Callable[[str], object]:
     if declared.type is Path:
         return Path
     if declared.type is str or "choices" in declared.metadata:
         return str
-    return _whole_number if declared.name in ("fd", "rank", "memory_fd") else _positive
+    if declared.type is bool:
+        return lambda text: {"True": True, "False": False}[text]
+    return _whole_number if declared.name in _MAY_BE_0 else _positive
 
 
 def _flag(name: str) -> str:

@@ -14,11 +14,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.text.grammar import GrammarCompiler
@@ -28,7 +29,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import RanksLostError, Runner
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_time import INITIAL, ON_A_GPU, StepTimeModel
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.pipe import EnginePipe
 from services.worker.plan_ring import PlanReader, PlanWriter
@@ -46,10 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if config.rank > 0:
             return follow(config, pipe)
-        limits, runner = load(config, pipe)
-        pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
-        step_time = StepTimeModel()
+        # Reads the vocabulary beside the loading: right behind it, it would take the first requests' time.
         grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(read_stored_model(config.model_path))))
+        step_time = StepTimeModel(ON_A_GPU if config.device == "cuda" else INITIAL)
+        limits, runner = load(config, step_time, pipe)
+        collect_rarely()
+        pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
         EngineLoop(Planner(limits, step_time, grammars), step_time, runner, pipe, monotonic_ms).run()
     except FrontGoneError:
         print("engine: the front is gone", file=sys.stderr)
@@ -66,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
-    """Load the model and allocate the KV cache, telling the front how far it is.
+def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
+    """Load the model and allocate the KV cache, telling the front how far it is. `step_time` may be taught.
 
     Raises ConfigError and ModelFileError.
     """
@@ -77,6 +80,10 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
 
     report("starting torch", 0.0)
     # Imported here, as it takes longer than all the rest and the front should not hear nothing until then.
+    if config.device == "cuda":
+        from services.worker.cuda.worker_start import start_worker_runner
+
+        return start_worker_runner(config, step_time, report)
     from services.worker.runner.rank_runner import ShardedRunner
     from services.worker.runner.start import start_cpu_runner, start_rank
 
@@ -92,17 +99,31 @@ def follow(config: EngineConfig, pipe: EnginePipe) -> int:
 
     Raises ConfigError, ModelFileError and RanksLostError.
     """
-    from services.worker.runner.start import start_rank
+    if config.device == "cuda":
+        from services.worker.cuda.worker_start import start_following
 
-    limits, rank, memory = start_rank(read_stored_model(config.model_path), config, lambda share: None)
+        limits, follow_plans = start_following(config, pipe.connection)
+    else:
+        limits, follow_plans = _start_following_on_cpu(config, pipe.connection)
     pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
-    (bell,) = config.bells
-    plans = PlanReader(memory, config.rank, socket.socket(fileno=bell), pipe.connection)
-    while plan := plans.take():
-        rank.compute(plan)
+    follow_plans()
     # The front asks the first that ends why; that is rank 0 here, if it is not the front itself.
     pipe.wait(REASON_S)
     return 1
+
+
+def _start_following_on_cpu(config: EngineConfig, front: socket.socket) -> tuple[EngineLimits, Callable[[], None]]:
+    from services.worker.runner.start import start_rank
+
+    limits, rank, memory = start_rank(read_stored_model(config.model_path), config, lambda share: None)
+    (bell,) = config.bells
+    plans = PlanReader(memory, config.rank, socket.socket(fileno=bell), front)
+
+    def follow_plans() -> None:
+        while plan := plans.take():
+            rank.compute(plan)
+
+    return limits, follow_plans
 
 
 def ready(limits: EngineLimits) -> engine_pb2.EngineReady:

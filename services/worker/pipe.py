@@ -5,7 +5,6 @@ EngineCommand, the engine EngineEvent. The front's side is asyncio, the engine's
 """
 
 import asyncio
-import math
 import select
 import socket
 import struct
@@ -56,8 +55,6 @@ class EnginePipe:
         """Take over a connected stream socket."""
         connection.setblocking(True)
         self._connection = connection
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN)
         self._received = bytearray()
 
     def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
@@ -65,9 +62,9 @@ class EnginePipe:
 
         What came before the front's end is still returned. Raises FrontGoneError after that, and BrokenFrameError.
         """
-        # Rounded up: a wait that ends before its time would be repeated until the time has come.
         front_gone = False
-        if self._poll.poll(None if timeout_ms is None else math.ceil(timeout_ms)):
+        # Not by poll(2), which waits for whole milliseconds.
+        if select.select([self._connection], [], [], None if timeout_ms is None else timeout_ms / 1000)[0]:
             front_gone = self._receive_until_end()
         commands = list(self._complete_frames())
         if front_gone and not commands:
@@ -87,7 +84,7 @@ class EnginePipe:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until the front says something or is gone."""
-        self._poll.poll(timeout_s * 1000)
+        select.select([self._connection], [], [], timeout_s)
 
     def close(self) -> None:
         """Close this end; the front then reads the end of the stream."""

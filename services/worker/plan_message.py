@@ -1,13 +1,15 @@
 """A step's plan as a message, from rank 0 to the others, and back."""
 
+from functools import lru_cache
+
 from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
-from services.worker.engine.step_plan import BlockCopy, SeenTokens, SequenceChunk, StepPlan
+from services.worker.engine.step_plan import PENDING_TOKEN, BlockCopy, SeenTokens, SequenceChunk, StepPlan
 
 
 def plan_message(plan: StepPlan) -> rank_pb2.RankPlan:
-    """Say a plan. No token of it may be pending: the ranks that are told know of no step before."""
+    """Say a plan."""
     return rank_pb2.RankPlan(
         step=plan.step,
         chunks=map(_chunk_message, plan.chunks),
@@ -28,9 +30,11 @@ def plan_of(message: rank_pb2.RankPlan) -> StepPlan:
 
 def _chunk_message(chunk: SequenceChunk) -> rank_pb2.RankChunk:
     seen = chunk.seen
+    is_pending = chunk.token_ids[-1:] == (PENDING_TOKEN,)
     return rank_pb2.RankChunk(
         sequence_id=chunk.sequence_id,
-        token_ids=chunk.token_ids,
+        token_ids=chunk.token_ids[:-1] if is_pending else chunk.token_ids,
+        has_pending_token=is_pending,
         first_position=chunk.first_position,
         block_table=chunk.block_table,
         sample_index=chunk.sample_index,
@@ -45,10 +49,10 @@ def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
     seen = message.seen
     return SequenceChunk(
         sequence_id=SequenceId(message.sequence_id),
-        token_ids=tuple(message.token_ids),
+        token_ids=(*message.token_ids, PENDING_TOKEN) if message.has_pending_token else tuple(message.token_ids),
         first_position=message.first_position,
         block_table=tuple(map(BlockId, message.block_table)),
-        sampling=_sampling_of(message.sampling),
+        sampling=_sampling_of(message.sampling.SerializeToString()),
         sample_index=message.sample_index if message.HasField("sample_index") else None,
         scored_token_ids=tuple(message.scored_token_ids),
         seen=SeenTokens(tuple(seen.prompt), tuple(seen.generated)) if message.HasField("seen") else None,
@@ -74,7 +78,10 @@ def _sampling_message(sampling: SamplingParameters) -> rank_pb2.RankSampling:
     )
 
 
-def _sampling_of(message: rank_pb2.RankSampling) -> SamplingParameters:
+@lru_cache(maxsize=4096)
+def _sampling_of(data: bytes) -> SamplingParameters:
+    """Read a message, `data`: the same, step after step, as long as a sequence is in the running set."""
+    message = rank_pb2.RankSampling.FromString(data)
     return SamplingParameters(
         temperature=message.temperature,
         top_k=message.top_k,

@@ -56,6 +56,10 @@ class PlanWriter:
         for first in range(0, len(data), _PART_BYTES):
             self._send_part(data[first : first + _PART_BYTES], is_last=first + _PART_BYTES >= len(data))
 
+    def is_a_rank_gone(self) -> bool:
+        """Whether one has let go of its bell."""
+        return any(select.select([bell], [], [], 0)[0] for bell in self._bells)
+
     def _beat(self) -> None:
         """Count as long as this process runs: that no plan comes does not say whether there is one to wait for."""
         for beat in itertools.count(1):

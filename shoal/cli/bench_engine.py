@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.cli.device_flags import add_device_flags
 from shoal.fleet.errors import FleetError
 
 _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("--device", {"metavar": "NAME", "help": "a torch device (cuda)"}),
-    ("--dtype", {"choices": ("float32", "bf16", "fp8"), "help": "of the weights (bf16)"}),
-    ("--kv-dtype", {"choices": ("auto", "fp8"), "help": "of the KV cache (auto: as what is computed)"}),
+    ("--shards", {"type": int, "metavar": "N", "help": "ranks that the model is dealt out to, a device each (1)"}),
     ("--block-size", {"type": int, "metavar": "N", "help": "tokens of a block (64)"}),
     ("--num-blocks", {"type": int, "metavar": "N", "help": "of the KV cache (what the memory holds)"}),
     ("--max-sequences", {"type": int, "metavar": "N", "help": "most sequences in a step (512)"}),
@@ -62,13 +61,15 @@ def run_profile(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model's folder")
-    parser.add_argument("--dummy", action="store_true", help="random weights of the folder's shape")
+    parser.add_argument("--device", metavar="NAME", help="a torch device (cuda)")
+    add_device_flags(parser)
     for flag, settings in _OPTIONS:
         parser.add_argument(flag, **settings)
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
     """Those that were given, as the engine takes them."""
-    named = [(flag, getattr(arguments, flag.removeprefix("--").replace("-", "_"))) for flag, _ in _OPTIONS]
+    flags = ("--device", "--dtype", "--kv-dtype", *(flag for flag, _ in _OPTIONS))
+    named = [(flag, getattr(arguments, flag.removeprefix("--").replace("-", "_"))) for flag in flags]
     given = [part for flag, value in named if value is not None for part in (flag, str(value))]
     return [*given, "--dummy"] if arguments.dummy else given

@@ -35,6 +35,10 @@ def add_to(commands: Any) -> None:
         "--max-in-flight", type=_limit, default=0, metavar="N", help="most requests of the tenant at once (any number)"
     )
     create.add_argument(
+        "--max-tokens-per-minute", type=_rate, default=0, metavar="N",
+        help="most tokens that the tenant's requests take a minute (any number)",
+    )  # fmt: skip
+    create.add_argument(
         "--expires-in", type=_lifetime_ms, default=0, metavar="TIME", help="as 30m, 12h or 90d (it does not expire)"
     )
     create.set_defaults(run=_create)
@@ -49,7 +53,9 @@ def add_to(commands: Any) -> None:
 
 def _create(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     async def create(keys: "ApiKeys") -> None:
-        key, info = await keys.create(arguments.tenant, arguments.max_in_flight, arguments.expires_in)
+        key, info = await keys.create(
+            arguments.tenant, arguments.max_in_flight, arguments.expires_in, arguments.max_tokens_per_minute
+        )
         print(json.dumps({"key": key, **_shown(info)}))
 
     _with_keys(arguments, create)
@@ -106,9 +112,17 @@ def _time(at_ms: int) -> str:
 
 
 def _limit(text: str) -> int:
+    return _number(text, 1_000_000)
+
+
+def _rate(text: str) -> int:
+    return _number(text, 1_000_000_000)
+
+
+def _number(text: str, most: int) -> int:
     number = int(text)
-    if not 1 <= number <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"{number} is not in 1 to 1000000")
+    if not 1 <= number <= most:
+        raise argparse.ArgumentTypeError(f"{number} is not in 1 to {most}")
     return number
 
 

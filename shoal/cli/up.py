@@ -11,7 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shoal.cli.device_flags import add_device_flags
 from shoal.fleet.detach import start_detached
+from shoal.fleet.dummy_model import with_tokenizer
+from shoal.fleet.errors import FleetError
 from shoal.fleet.model_file import find_model
 from shoal.fleet.options import FleetOptions
 from shoal.fleet.plan import FleetPlan, plan_fleet
@@ -38,6 +41,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--shards", type=_count, default=1, metavar="N", help="processes that each worker's model is dealt out to (1)"
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what workers compute on: cuda is a GPU (cpu)"
+    )
+    add_device_flags(parser)
     for kind in ("gateways", "schedulers", "tokenizers"):
         parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
     parser.add_argument(
@@ -68,10 +75,14 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         return 0
     least, most = arguments.autoscale or (arguments.workers, arguments.workers)
     options = FleetOptions(
-        model_path=find_model(arguments.model),
+        model_path=_model(arguments, state),
         workers=least,
         spare_workers=most - least,
         shards=arguments.shards,
+        device=arguments.device,
+        dtype=arguments.dtype or "",
+        kv_dtype=arguments.kv_dtype or "",
+        dummy=arguments.dummy,
         gateways=arguments.gateways,
         schedulers=arguments.schedulers,
         tokenizers=arguments.tokenizers,
@@ -95,6 +106,15 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         plan = plan_fleet(options, state, random.Random())
         asyncio.run(_run(plan, state))
     return 0
+
+
+def _model(arguments: argparse.Namespace, state: StateDir) -> Path:
+    asked = [flag for flag in ("dtype", "kv_dtype", "dummy") if getattr(arguments, flag)]
+    if asked and arguments.device == "cpu":
+        raise FleetError(f"--{asked[0].replace('_', '-')} is of a GPU: give --device cuda with it")
+    model = find_model(arguments.model)
+    # Under the model's own name: the pool's is made of it.
+    return with_tokenizer(model, state.dummy_models / model.name) if arguments.dummy else model
 
 
 async def _run(plan: FleetPlan, state: StateDir) -> None:

@@ -19,6 +19,14 @@ class FleetOptions:
     """Further ones, that run while the scheduler wants them."""
     shards: int = 1
     """Processes that each worker's model is dealt out to."""
+    device: str = "cpu"
+    """What workers compute on: cpu or cuda."""
+    dtype: str = ""
+    """How a GPU holds weights; empty: the workers' default."""
+    kv_dtype: str = ""
+    """How a GPU holds keys and values; empty: the workers' default."""
+    dummy: bool = False
+    """Random weights, on a GPU."""
     gateways: int = 1
     schedulers: int = 1
     tokenizers: int = 1

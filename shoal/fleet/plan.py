@@ -82,10 +82,9 @@ class _Planner:
             for number in range(options.schedulers)
         ]
         threads = max(1, (os.cpu_count() or 1) // self._num_workers)
-        shards = ("--shards", str(options.shards)) if options.shards > 1 else ()
+        engine = ("--threads", str(threads), *_engine_flags(options))
         workers = [
-            self._service(Kind.WORKER, number, *common, *pool, *model, "--threads", str(threads), *shards)
-            for number in range(self._num_workers)
+            self._service(Kind.WORKER, number, *common, *pool, *model, *engine) for number in range(self._num_workers)
         ]
         gateways = self._gateways((*common, *pool), tokenizers)
         # Started in this order: loading the model takes longest.
@@ -154,6 +153,20 @@ class _Planner:
 
     def _address(self) -> str:
         return f"{HOST}:{next(self._ports)}"
+
+
+def _engine_flags(options: FleetOptions) -> tuple[str, ...]:
+    """What was asked of the engines: the rest is left to the workers' own defaults and variables."""
+    shards = str(options.shards) if options.shards > 1 else ""
+    device = options.device if options.device != "cpu" else ""
+    asked = (
+        ("--shards", shards),
+        ("--device", device),
+        ("--dtype", options.dtype),
+        ("--kv-dtype", options.kv_dtype),
+        ("--dummy", "true" if options.dummy else ""),
+    )
+    return tuple(part for flag, value in asked if value for part in (flag, value))
 
 
 def _tls_flags(tls: Tls) -> tuple[str, ...]:

@@ -6,6 +6,7 @@
   log/           one file a process
   redis/         the embedded Redis' data
   tls/           certificates of `shoal up --tls`, new at each start
+  dummy/         models of `shoal up --dummy`: a shape, and a tokenizer that is made up
 """
 
 import fcntl
@@ -44,6 +45,11 @@ class StateDir:
     def certificates(self) -> Path:
         """Where the certificates of `shoal up --tls` are."""
         return self.path / "tls"
+
+    @property
+    def dummy_models(self) -> Path:
+        """Where models of `shoal up --dummy` are."""
+        return self.path / "dummy"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.record import Attempt, Record
 from services.common.record.states import ON_WORKER, RequestState
+from services.common.record.token_budget import MINUTE_MS
 from services.common.record.transitions import Pool, Transition, Verdict
 from simulator.protocol.commands import Spec
 from simulator.protocol.text import Texts
@@ -30,6 +31,8 @@ LATE_MS = 400
 """No request ends later than this after its deadline, unless something holds it up."""
 STARVED_LOOKS = 6
 QUIET_AFTER_MS = 1000
+ABOUT_TOKENS = 0.1
+"""By so much a tenant's tokens may differ for rounding to ms."""
 
 
 class Violation(Exception):
@@ -66,6 +69,10 @@ class Checks:
         """Ends that came later than they need where nothing goes wrong."""
         self._begun: set[tuple[RequestKey, Attempt]] = set()
         self._readers: dict[RequestKey, int] = {}
+        self._levels: dict[str, tuple[float, float]] = {}
+        """What each tenant had of its tokens a minute, and when."""
+        self._metered: dict[RequestKey, moves.Submit] = {}
+        """Live requests whose tokens are counted."""
 
     @property
     def quiet(self) -> bool:
@@ -89,6 +96,8 @@ class Checks:
         verdict = step.answer.verdict
         self.world.stats[f"{type(move).__name__} {verdict}"] += 1
         after = step.record
+        if isinstance(move, moves.Submit) and move.tokens_per_minute and not self.writes_lost:
+            self._take_tokens(move, verdict)
         if after is None or after is before:
             self._twins(before, move)
             return
@@ -117,6 +126,7 @@ class Checks:
             self._cancelled.setdefault(key, self.world.now)
         if after.ended:
             self._ended(key, after)
+            self._give_back_tokens(key, after)
         self._lists(data, key, after)
 
     def _twins(self, before: Record | None, move: moves.Move) -> None:
@@ -153,6 +163,29 @@ class Checks:
             longest = max(len(tokens) for tokens in record.journal)
             if longest > spec.poison_after + 3:
                 self.fail(f"{key}: a poisonous request finished")
+
+    def _take_tokens(self, move: moves.Submit, verdict: Verdict) -> None:
+        """Its tenant's tokens, reckoned as a level: it is accepted if there are so many, and only then."""
+        tokens = move.prompt_tokens + move.reserved_tokens
+        level = self._level(move.key, move.tokens_per_minute)
+        if verdict == Verdict.TOKENS and level >= tokens + ABOUT_TOKENS:
+            self.fail(f"{move.key}: refused {tokens} tokens, and its tenant had {level:.1f}")
+        if verdict == Verdict.OK:
+            if level < tokens - ABOUT_TOKENS:
+                self.fail(f"{move.key}: accepted with {tokens} tokens, and its tenant had {level:.1f}")
+            self._levels[tenant_of(move.key)] = level - tokens, self.world.now
+            self._metered[move.key] = move
+
+    def _give_back_tokens(self, key: RequestKey, record: Record) -> None:
+        move = self._metered.pop(key, None)
+        if move is not None:
+            unused = move.reserved_tokens - sum(len(tokens) for tokens in record.journal)
+            level = self._level(key, move.tokens_per_minute) + unused
+            self._levels[tenant_of(key)] = level, self.world.now
+
+    def _level(self, key: RequestKey, per_minute: int) -> float:
+        level, since = self._levels.get(tenant_of(key), (float(per_minute), 0.0))
+        return min(per_minute, level + per_minute * (self.world.now - since) / MINUTE_MS)
 
     def _lists(self, data: "Data", key: RequestKey, record: Record) -> None:
         queued = data.intake.get(key)
@@ -218,7 +251,7 @@ class Checks:
         elif end in ("cancelled", "expired", "quarantined", "failed"):
             if all(record.state != end for record in ends):
                 self.fail(f"{key}: {client.name} was told {end}, which its record never was")
-        elif end == "quota":
+        elif end in ("quota", "tokens"):
             if key in self.accepted:
                 self.fail(f"{key}: {client.name} was told of a quota after it was accepted")
         elif end == "superseded":
@@ -281,8 +314,12 @@ class Checks:
 
 def in_flight_of(data: "Data", key: RequestKey) -> int:
     """Requests of the tenant that have not ended."""
-    tenant = key.partition("/")[0]
-    return sum(not record.ended for other, record in data.records.items() if other.partition("/")[0] == tenant)
+    return sum(not record.ended for other, record in data.records.items() if tenant_of(other) == tenant_of(key))
+
+
+def tenant_of(key: RequestKey) -> str:
+    """Whose request it is."""
+    return key.partition("/")[0]
 
 
 def _journals(ends: list[Record]) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:

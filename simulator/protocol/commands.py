@@ -239,6 +239,12 @@ class Posted(NamedTuple):
     run_id: int
 
 
+class Forget(NamedTuple):
+    """Drop what was posted for a run id."""
+
+    run_id: int
+
+
 class Unfinished(NamedTuple):
     """Answer: every record that has not ended."""
 

@@ -13,7 +13,7 @@ from services.common.record.reader import Acceptance, Reader, Refused
 from services.common.record.record import Attempt, Record
 from services.common.record.run import Diverged, MaySample, Run
 from services.common.record.states import ON_WORKER, RequestState
-from services.common.record.transitions import Answer, EnterIntake, Pool, Transition, Verdict
+from services.common.record.transitions import Answer, Effect, EnterIntake, Pool, Transition, Verdict
 from simulator.protocol import commands as c
 from simulator.protocol import leader, redis_model, worker
 from simulator.protocol.engine import Engine
@@ -362,6 +362,23 @@ def _submit_ignores_the_quota() -> list[Patch]:
     return [(transitions, "_submit", any_number)]
 
 
+def _submit_ignores_the_tokens() -> list[Patch]:
+    return [(transitions, "short_ms", lambda back_at_ms, now_ms: 0)]
+
+
+def _end_gives_no_tokens_back() -> list[Patch]:
+    return [(transitions, "_give_back", lambda record, pool: ())]
+
+
+def _end_gives_all_tokens_back() -> list[Patch]:
+    give_back = transitions._give_back
+
+    def all_of_them(record: Record, pool: Pool) -> tuple[Effect, ...]:
+        return give_back(replace(record, journal=()), pool)
+
+    return [(transitions, "_give_back", all_of_them)]
+
+
 def _any_reader_may_leave() -> list[Patch]:
     leave = transitions._leave
 
@@ -461,6 +478,13 @@ def _recovery_trusts_readers() -> list[Patch]:
     return [(leader, "_is_read", there)]
 
 
+def _late_statements_are_not_read() -> list[Patch]:
+    def nothing(self: leader.Leader) -> Task:
+        yield from ()
+
+    return [(leader.Leader, "_restore_late", nothing)]
+
+
 DEFECTS: dict[str, Callable[[], list[Patch]]] = {
     make.__name__.strip("_").replace("_", "-"): make
     for make in (
@@ -485,6 +509,7 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _recovery_trusts_queued_records,
         _recovery_forgets_the_intake_entry,
         _restores_nothing,
+        _late_statements_are_not_read,
         _rebase_keeps_the_journal,
         _suspects_never_quarantined,
         _all_requests_suspected,
@@ -496,6 +521,9 @@ DEFECTS: dict[str, Callable[[], list[Patch]]] = {
         _attach_leaves_the_reader_away,
         _sweep_ignores_the_resume_time,
         _submit_ignores_the_quota,
+        _submit_ignores_the_tokens,
+        _end_gives_no_tokens_back,
+        _end_gives_all_tokens_back,
         _any_reader_may_leave,
         _finish_over_a_gap,
         _gateway_takes_tokens_over_a_gap,
@@ -517,6 +545,7 @@ SHOWN_BY: dict[str, tuple[str, ...]] = {
     "gateway-takes-any-attempt": ("zombie",),
     "gateway-takes-tokens-over-a-gap": ("overtake",),
     "journal-read-before-the-raise": ("freeze_worker", "zombie"),
+    "late-statements-are-not-read": ("restart_redis_unheard",),
     "leader-keeps-its-timers": ("freeze_leader",),
     "nonce-ignored": ("lose_an_attempt",),
     "rebase-keeps-the-journal": ("zombie",),

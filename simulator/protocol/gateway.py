@@ -26,6 +26,7 @@ BEAT_MS = 500
 WATCH_MS = 300
 TRIES = 8
 LOST_AFTER_MISSES = 60
+PROMPT_TOKENS = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +48,7 @@ class Stream:
     waits: int = 0
     """Looks at its record in a row that found tokens which no worker sends."""
     misses: int = 0
-    """How often its record was not there."""
+    """Looks in a row at which its record was not there."""
 
 
 class Gateway(Process):
@@ -63,6 +64,8 @@ class Gateway(Process):
         self.timing = Timing()
         self.tenant_limit = 0
         """Most requests of a tenant in flight; 0: any number."""
+        self.tokens_per_minute = 0
+        """Of a tenant; 0: any number."""
 
     def boot(self) -> None:
         """Begin with no stream."""
@@ -131,6 +134,9 @@ class Gateway(Process):
             deadline_ms=deadline_ms,
             backlog_limit=BACKLOG_LIMIT,
             tenant_limit=self.tenant_limit,
+            tokens_per_minute=self.tokens_per_minute,
+            prompt_tokens=PROMPT_TOKENS,
+            reserved_tokens=spec.max_tokens * spec.num_choices,
         )
         self._attaching[key] += 1
         answered = yield from self._try(submit)
@@ -286,13 +292,11 @@ class Gateway(Process):
 
     def _judge(self, stream: Stream, record: Record | None) -> Task:
         number = stream.reader.number
+        stream.misses = stream.misses + 1 if record is None else 0
         if record is None:
-            stream.misses += 1
-            if stream.misses == 3:
-                self._posted_for = 0
-                yield from self._post_holdings()
-            elif stream.misses > LOST_AFTER_MISSES:
+            if stream.misses > LOST_AFTER_MISSES:
                 self.checks.fail(f"{stream.key}: Redis lost it, and nobody puts it back for its open stream")
+            yield from self._state_unknown()
         elif record.ended:
             self.world.stats["ends found by watching"] += 1
             self.streams.pop(stream.key)
@@ -359,7 +363,8 @@ class Gateway(Process):
             beaten = yield c.Beat(self.id)
             if beaten is not c.LOST:
                 if beaten.recovering or (self._run_id and beaten.run_id != self._run_id):
-                    yield from self._post_holdings()
+                    if beaten.recovering:
+                        yield from self._post_holdings()
                     for stream in self.streams.values():
                         stream.heard_at = 0.0
                 self._run_id = beaten.run_id if not beaten.recovering else self._run_id
@@ -378,8 +383,17 @@ class Gateway(Process):
             return
         self._posted_for = beaten.run_id
         self.world.stats["holdings of gateways"] += 1
-        requests = tuple(self._holding(stream) for stream in self.streams.values())
-        yield from insist(c.Post(beaten.run_id, self.id, requests))
+        yield from self._state(beaten.run_id, list(self.streams.values()))
+
+    def _state_unknown(self) -> Task:
+        """The recovery is over, and did not hear of these: this gateway stood still through it, say."""
+        beaten = yield c.Beat(self.id)
+        if beaten is not c.LOST and not beaten.recovering:
+            yield from self._state(beaten.run_id, [stream for stream in self.streams.values() if stream.misses])
+
+    def _state(self, run_id: int, streams: list[Stream]) -> Task:
+        requests = tuple(self._holding(stream) for stream in streams)
+        yield from insist(c.Post(run_id, self.id, requests))
 
     def _holding(self, stream: Stream) -> c.HeldRequest:
         reader, origin = stream.reader, stream.origin

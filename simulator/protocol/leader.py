@@ -40,7 +40,6 @@ class Leader(Process):
         self.held: dict[WorkerId, set[RequestKey]] = {}
         self._steps: dict[WorkerId, int] = {}
         self._progress_at: dict[WorkerId, float] = {}
-        self._restored_from: set[str] = set()
 
     def _candidate(self) -> Task:
         while True:
@@ -206,7 +205,6 @@ class Leader(Process):
         records = yield c.Unfinished()
         if posted is c.LOST or records is c.LOST:
             return False
-        self._restored_from = set(posted)
         seen = [held for requests in posted.values() for held in requests]
         for record in records:
             if not _runs_as_recorded(record, seen):
@@ -249,11 +247,11 @@ class Leader(Process):
     def _restore_late(self) -> Task:
         """A gateway that was frozen, or cut off, during the recovery says what it serves."""
         posted = yield c.Posted(self._run_id)
-        if posted is c.LOST:
+        if posted is c.LOST or not posted:
             return
-        for holder in sorted(set(posted) - self._restored_from):
-            if (yield from self._restore(list(posted[holder]))):
-                self._restored_from.add(holder)
+        self.world.stats["late holdings"] += 1
+        if (yield from self._restore([held for requests in posted.values() for held in requests])):
+            yield c.Forget(self._run_id)
 
     def _nonce(self) -> str:
         return f"{self.world.rng.getrandbits(48):012x}"

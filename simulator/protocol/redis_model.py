@@ -9,7 +9,7 @@ from services.common.record import moves, transitions
 from services.common.record.record import Attempt, Record
 from services.common.record.transitions import Answer, Pool, Transition, Verdict
 from simulator.protocol import commands as c
-from simulator.protocol.checks import Checks, in_flight_of
+from simulator.protocol.checks import Checks, in_flight_of, tenant_of
 from simulator.protocol.world import Process, Task, World
 
 WORKER_TTL_MS = 2500
@@ -54,6 +54,8 @@ class Data:
     epoch: int = 0
     generation: int = 1
     posted: dict[int, dict[str, tuple[c.HeldRequest, ...]]] = field(default_factory=dict)
+    tokens_back_at_ms: dict[str, int] = field(default_factory=dict)
+    """By tenant."""
 
     def copy(self) -> "Data":
         """A snapshot; records and entries are immutable and shared."""
@@ -68,6 +70,7 @@ class Data:
             closed=set(self.closed),
             gateways=dict(self.gateways),
             posted={run_id: dict(posts) for run_id, posts in self.posted.items()},
+            tokens_back_at_ms=dict(self.tokens_back_at_ms),
         )
 
 
@@ -239,7 +242,7 @@ class RedisModel(Process):
     def move(self, move: moves.Move) -> Answer:
         """Make a move of the protocol: one script."""
         before = self.data.records.get(move.key)
-        pool = self.pool()
+        pool = replace(self.pool(), tokens_back_at_ms=self.data.tokens_back_at_ms.get(tenant_of(move.key), 0))
         if isinstance(move, moves.Submit):
             pool = replace(pool, tenant_in_flight=in_flight_of(self.data, move.key))
         step = transitions.apply(before, move, pool)
@@ -287,6 +290,8 @@ class RedisModel(Process):
                 self._event(c.Released(self._new_entry(), key, worker))
             case transitions.Retain():
                 pass
+            case transitions.TokensBackAt(key, at_ms):
+                data.tokens_back_at_ms[tenant_of(key)] = at_ms
 
     def start_entry(self, record: Record) -> c.Start:
         """A request as its worker is told of it."""
@@ -404,6 +409,10 @@ class RedisModel(Process):
     def _posted(self, command: c.Posted) -> dict[str, tuple[c.HeldRequest, ...]]:
         return dict(self.data.posted.get(command.run_id, {}))
 
+    def _forget(self, command: c.Forget) -> bool:
+        self.data.posted.pop(command.run_id, None)
+        return True
+
     def _unfinished(self, _: c.Unfinished) -> list[Record]:
         return [record for record in self.data.records.values() if not record.ended]
 
@@ -411,6 +420,7 @@ class RedisModel(Process):
         if command.fence != self.fence:
             return False
         self.data.generation = command.run_id
+        self.data.posted.pop(command.run_id, None)
         return True
 
 
@@ -429,6 +439,7 @@ _COMMANDS: dict[type[Any], Callable[[RedisModel, Any], Any]] = {
     c.Beat: RedisModel._beat,
     c.Post: RedisModel._post,
     c.Posted: RedisModel._posted,
+    c.Forget: RedisModel._forget,
     c.Unfinished: RedisModel._unfinished,
     c.Complete: RedisModel._complete,
 }

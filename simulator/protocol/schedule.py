@@ -27,8 +27,10 @@ AWAY_SLACK_MS = 100
 LINGER_MS = 400
 """What is still under way when all has ended gets this long to do harm."""
 QUOTA_EACH = 5
-"""In the last of so many seeds, the tenant may have only QUOTA requests in flight."""
+"""In the last of so many seeds, the tenant may have only QUOTA requests in flight; in the one before, QUOTA_TOKENS."""
 QUOTA = 2
+QUOTA_TOKENS = 120
+"""A minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,7 @@ def run_schedule(seed: int, trace: Callable[[str], None] | None = None, only: Se
     violation = ""
     try:
         fleet.redis.up = True
-        if seed % QUOTA_EACH == QUOTA_EACH - 1:
-            _limit_the_tenant(fleet)
+        _limit_the_tenant(fleet, seed)
         for process in (*fleet.gateways, *fleet.leaders, *fleet.workers):
             process.start()
         _requests(fleet, rng, checks)
@@ -98,9 +99,10 @@ def _fleet(world: World, checks: Checks) -> Fleet:
     return Fleet(world, redis, network, gateways, leaders, workers, [])
 
 
-def _limit_the_tenant(fleet: Fleet) -> None:
+def _limit_the_tenant(fleet: Fleet, seed: int) -> None:
     for gateway in fleet.gateways:
-        gateway.tenant_limit = QUOTA
+        gateway.tenant_limit = QUOTA if seed % QUOTA_EACH == QUOTA_EACH - 1 else 0
+        gateway.tokens_per_minute = QUOTA_TOKENS if seed % QUOTA_EACH == QUOTA_EACH - 2 else 0
 
 
 def _requests(fleet: Fleet, rng: Random, checks: Checks) -> None:
@@ -118,6 +120,8 @@ def _requests(fleet: Fleet, rng: Random, checks: Checks) -> None:
         fleet.world.after(begins_at, client, client.start)
         if fleet.gateways[0].tenant_limit:
             client.expected_ends.add("quota")
+        if fleet.gateways[0].tokens_per_minute:
+            client.expected_ends.add("tokens")
         if poison_after >= 0:
             client.expected_ends.add("quarantined")
         if client.habits.deadline_ms:

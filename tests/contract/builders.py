@@ -68,11 +68,11 @@ def a_place(lease: Lease, key: RequestKey = KEY, attempt: Attempt = FIRST_ATTEMP
     return moves.Place(key, lease.fence, attempt, WORKER)
 
 
-async def a_placed_request(redis: Redis, pool: str, num_choices: int = 1) -> Lease:
+async def a_placed_request(redis: Redis, pool: str, num_choices: int = 1, submit: moves.Submit | None = None) -> Lease:
     """A request with WORKER, under its first attempt."""
     lease = await a_leader(redis, pool)
     await a_worker(redis, pool)
     store = a_store(redis, pool)
-    await store.submit(a_submit(num_choices=num_choices))
+    await store.submit(submit or a_submit(num_choices=num_choices))
     await store.place(a_place(lease))
     return lease

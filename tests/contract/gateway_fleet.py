@@ -38,6 +38,11 @@ VOCABULARY_TOKENS = 1_000
 END_TOKEN = 1
 
 
+def _encoded(request: tokenizer_pb2.EncodeRequest) -> tokenizer_pb2.EncodeResponse:
+    text = request.prompt or "".join(f"{each.role}:{each.content}" for each in request.chat.messages)
+    return tokenizer_pb2.EncodeResponse(token_ids=[ord(character) for character in text])
+
+
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """A token is a character. A stop text is ignored; it is the real tokenizer's."""
 
@@ -49,8 +54,15 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:  # noqa: N802
         await self._maybe_refuse(context)
-        text = request.prompt or "".join(f"{each.role}:{each.content}" for each in request.chat.messages)
-        return tokenizer_pb2.EncodeResponse(token_ids=[ord(character) for character in text])
+        return _encoded(request)
+
+    async def EncodeAll(  # noqa: N802
+        self, request: tokenizer_pb2.EncodeAllRequest, context: Any
+    ) -> tokenizer_pb2.EncodeAllResponse:
+        await self._maybe_refuse(context)
+        asked = [tokenizer_pb2.EncodeRequest.FromString(each) for each in request.inputs]
+        results = [tokenizer_pb2.Encoded(response=_encoded(each).SerializeToString()) for each in asked]
+        return tokenizer_pb2.EncodeAllResponse(results=results)
 
     async def Decode(self, request: tokenizer_pb2.DecodeRequest, context: Any) -> tokenizer_pb2.DecodeResponse:  # noqa: N802
         await self._maybe_refuse(context)

@@ -41,11 +41,19 @@ class Model:
     inboxes: dict[WorkerId, list[InboxMessage]] = field(default_factory=lambda: {worker: [] for worker in WORKERS})
     events: list[Released] = field(default_factory=list)
     retained: set[RequestKey] = field(default_factory=set)
+    tokens_back_at_ms: dict[TenantId, int] = field(default_factory=dict)
 
     def make(self, move: moves.Move) -> Answer:
         """Make a move and apply its effects."""
         before = self.records.get(move.key)
-        pool = Pool(self.now_ms, self.fence, len(self.intake), frozenset(self.workers), len(self.in_flight(move.key)))
+        pool = Pool(
+            self.now_ms,
+            self.fence,
+            len(self.intake),
+            frozenset(self.workers),
+            len(self.in_flight(move.key)),
+            self.tokens_back_at_ms.get(_tenant(move.key), 0),
+        )
         step = transitions.apply(before, move, pool)
         if step.record is not None:
             self.records[move.key] = step.record
@@ -79,10 +87,18 @@ class Model:
                 self.events.append(Released(effect.key, effect.worker))
             case transitions.Retain():
                 self.retained.add(effect.key)
+            case transitions.TokensBackAt(key, at_ms):
+                self.tokens_back_at_ms[_tenant(key)] = at_ms
+                if at_ms <= self.now_ms:
+                    del self.tokens_back_at_ms[_tenant(key)]
 
 
 def _tenant(key: RequestKey) -> TenantId:
     return TenantId(key.split("/")[0])
+
+
+def _text(number: int | None) -> bytes | None:
+    return None if number is None else str(number).encode()
 
 
 def _queued(record: Record) -> Queued:
@@ -198,6 +214,8 @@ class World:
         keys, model = self._keys, self.model
         counted = await command(self._redis, "SMEMBERS", keys.in_flight(_tenant(moved)))
         assert {name.decode() for name in counted} == model.in_flight(moved)
+        back_at_ms = await command(self._redis, "GET", keys.tokens(_tenant(moved)))
+        assert back_at_ms == _text(model.tokens_back_at_ms.get(_tenant(moved)))
         streams = [keys.intake, keys.events, *map(keys.inbox, WORKERS)]
         entries = await read_many(self._redis, dict.fromkeys(streams, FIRST), 0, ALL)
         intake = Intake.parse(entries.get(keys.intake, []))

@@ -11,9 +11,10 @@ from tests.conftest import RedisServer
 
 def test_keys_are_made_listed_and_revoked(own_redis_server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
     at = ("--redis", own_redis_server.url)
-    assert main(["keys", "create", "--tenant", "acme", "--max-in-flight", "4", "--expires-in", "90d", *at]) == 0
+    limits = ("--max-in-flight", "4", "--max-tokens-per-minute", "100000", "--expires-in", "90d")
+    assert main(["keys", "create", "--tenant", "acme", *limits, *at]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert (made["tenant"], made["max_in_flight"]) == ("acme", 4)
+    assert (made["tenant"], made["max_in_flight"], made["max_tokens_per_minute"]) == ("acme", 4, 100_000)
     assert made["created_at"] < made["expires_at"]
     assert main(["keys", "create", "--tenant", "umbrella", *at]) == 0
     other = json.loads(capsys.readouterr().out)

@@ -29,12 +29,15 @@ from services.common.errors import (
 from services.common.ids import fleet_address
 from services.common.record import moves
 from services.common.record.states import RequestState
+from services.common.record.transitions import Verdict
 from services.common.store.connection import StoreUnavailable, command, connect
 from services.common.store.demand import DemandStore
 from services.common.store.ids import claim_id
+from services.common.store.keys import Keys
 from services.common.store.recovery import Recovery
+from services.scheduler.recovery import restoration
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import CONTEXT_TOKENS, Fleet, RunningGateway, a_fleet, tokens_of
+from tests.contract.gateway_fleet import CONTEXT_TOKENS, WITHIN_S, Fleet, RunningGateway, a_fleet, tokens_of
 
 
 @pytest.fixture
@@ -363,6 +366,34 @@ async def test_while_redis_is_away_a_request_with_an_id_is_told_so_and_not_that_
         assert {(type(error), error.reason) for error in errors} == {(Unavailable, "STORE_UNAVAILABLE")}
         own_redis_server.start()
     await client.aclose()
+
+
+async def test_what_redis_lost_without_this_gateway_hearing_of_it_is_stated_until_it_is_put_back(fleet: Fleet) -> None:
+    gateway = await fleet.gateway()
+    answer, other = gateway.generate(request_id="a"), gateway.generate(request_id="b")
+    for each in (answer, other):
+        await each.accepted()
+    # A Redis without its last writes was recovered while this gateway stood still.
+    key = fleet.key("a")
+    await fleet.redis.delete(Keys(fleet.pool).request(key))
+    recovery = Recovery(fleet.redis, fleet.pool)
+    run_id = await recovery.generation()
+    assert run_id is not None
+    for _ in range(2):
+        async with asyncio.timeout(WITHIN_S):
+            while not (stated := await recovery.posted(run_id)):
+                await asyncio.sleep(0.05)
+        (holdings,) = stated
+        (held,) = holdings.requests
+        assert (held.key, held.payload.request_id, held.reader) == (key, "a", 1)
+        await recovery.forget(run_id)
+    restore = restoration(held, fleet.fence, "n", floor=2)
+    assert (await fleet.store.restore(restore)).verdict == Verdict.OK
+    attempt = await fleet.place(key)
+    worker = await fleet.link(gateway)
+    await worker.open(key, attempt)
+    await worker.send(key, attempt, 0, "good")
+    await answer.until_text("good")
 
 
 async def _num_scripts(redis: Redis) -> int:

@@ -17,6 +17,7 @@ from gen.shoal.fleet.v1.request_pb2 import RequestPayload
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import (
     Exhausted,
+    InvalidRequest,
     NotFound,
     PermissionDenied,
     ShoalError,
@@ -212,6 +213,32 @@ async def test_a_request_that_is_sent_again_counts_once(fleet: Fleet) -> None:
     key, _ = await ApiKeys(fleet.redis).create("acme", max_in_flight=1)
     for _ in range(2):
         assert await gateway.generate(api_key=key, request_id="mine").accepted() == "mine"
+
+
+async def test_a_tenant_takes_only_so_many_tokens_a_minute_and_gets_back_what_it_did_not_need(fleet: Fleet) -> None:
+    gateways = [await fleet.gateway(require_keys=True) for _ in range(2)]
+    key, info = await ApiKeys(fleet.redis).create("acme", max_tokens_per_minute=100)
+    other, _ = await ApiKeys(fleet.redis).create("umbrella")
+    assert info.max_tokens_per_minute == 100
+    ids = [await gateway.generate(api_key=key, max_tokens=45).accepted() for gateway in gateways]
+    for gateway in gateways:
+        error = await gateway.generate(api_key=key, max_tokens=45).error()
+        assert (type(error), error.reason) == (Exhausted, "TOKEN_LIMIT")
+        assert 0 < error.retry_after_ms <= 60_000
+        assert "50 tokens" in error.message
+        assert await gateway.generate(api_key=other, max_tokens=45).accepted()
+    await gateways[1].stub.Cancel(pb.CancelRequest(request_id=ids[0]), metadata=bearer(key))
+    assert await gateways[0].generate(api_key=key, max_tokens=40).accepted(), "its prompt's tokens are not given back"
+
+
+async def test_a_request_that_asks_for_more_tokens_than_a_minute_has_is_told_so(fleet: Fleet) -> None:
+    gateway = await fleet.gateway(require_keys=True)
+    key, _ = await ApiKeys(fleet.redis).create("acme", max_tokens_per_minute=100)
+    error = await gateway.generate(api_key=key, max_tokens=48, n=2).error()
+    assert (type(error), error.reason, error.field) == (InvalidRequest, "EXCEEDS_TOKEN_LIMIT", "max_tokens")
+    request_id = await gateway.generate(api_key=key).accepted()
+    record = await fleet.record(fleet.key(request_id, "acme"))
+    assert record.reserved_tokens == 95, "who asks for no number may have all"
 
 
 async def test_http_has_the_same_keys(fleet: Fleet) -> None:

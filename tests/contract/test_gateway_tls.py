@@ -77,17 +77,17 @@ async def test_where_clients_need_a_certificate_only_one_of_that_authority_count
         async with shoal.AsyncClient(gateway.addresses.public, tls=unknown, retries=QUICK) as client:
             with pytest.raises(Unavailable):
                 await client.list_models()
-    assert await _models_over_http(gateway.addresses.http, known) == 200
+    assert await models_over_http(gateway.addresses.http, known) == 200
     for unknown in (shoal.Tls(ca=files.ca), files):
         with pytest.raises(aiohttp.ClientError):
-            await _models_over_http(gateway.addresses.http, unknown)
+            await models_over_http(gateway.addresses.http, unknown)
 
 
 async def test_http_has_the_same_certificate(fleet: Fleet, files: Tls, others: Tls) -> None:
     gateway = await fleet.gateway()
-    assert await _models_over_http(gateway.addresses.http, shoal.Tls(ca=files.ca)) == 200
+    assert await models_over_http(gateway.addresses.http, shoal.Tls(ca=files.ca)) == 200
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
-        await _models_over_http(gateway.addresses.http, shoal.Tls(ca=others.ca))
+        await models_over_http(gateway.addresses.http, shoal.Tls(ca=others.ca))
     async with aiohttp.ClientSession() as session:
         with pytest.raises(aiohttp.ClientError):
             await session.get(f"http://{gateway.addresses.http}/v1/models")
@@ -99,11 +99,11 @@ async def test_only_workers_of_the_fleet_may_deliver_tokens(fleet: Fleet, files:
     strangers: tuple[FleetTls | None, ...] = (None, FleetTls(replace(others, ca=files.ca), True, ""))
     for tls in strangers:
         async with rpc.channel(gateway.fleet_address, tls) as channel:
-            await _cannot_deliver(channel)
+            await cannot_deliver(channel)
     # A client's way in, which asks for no certificate, does not lead to the fleet's port.
     credentials = channel_credentials(Tls(ca=files.ca))
     async with grpc.aio.secure_channel(gateway.fleet_address, credentials) as channel:
-        await _cannot_deliver(channel)
+        await cannot_deliver(channel)
     await started.send(0, "ab")
     await started.end(2)
     await started.answer.end()
@@ -141,7 +141,7 @@ async def test_services_may_be_known_by_a_name_instead_of_their_address(fleet: F
 async def test_redis_is_reached_by_rediss_with_an_authority_of_ones_own(
     redis_server: RedisServer, files: Tls, others: Tls
 ) -> None:
-    async with _redis_over_tls(redis_server, files) as address:
+    async with redis_over_tls(redis_server, files) as address:
         for url, tls in ((f"rediss://{address}", files), (f"rediss://{address}?{_in_url(files)}", others)):
             redis = await connect(url, tls)
             assert await command(redis, "PING")
@@ -156,7 +156,7 @@ async def test_redis_is_reached_by_rediss_with_an_authority_of_ones_own(
                 await connect(wrong_url, wrong_tls)
 
 
-async def _models_over_http(address: str, tls: Tls) -> int:
+async def models_over_http(address: str, tls: Tls) -> int:
     context = ssl.create_default_context(cadata=(tls.ca_pem or b"").decode())
     if tls.certificate:
         context.load_cert_chain(tls.certificate, tls.key)
@@ -164,7 +164,7 @@ async def _models_over_http(address: str, tls: Tls) -> int:
         return answer.status
 
 
-async def _cannot_deliver(channel: grpc.aio.Channel) -> None:
+async def cannot_deliver(channel: grpc.aio.Channel) -> None:
     call = delivery_pb2_grpc.DeliveryServiceStub(channel).Deliver(iter([delivery_pb2.DeliverRequest(worker_id="x")]))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         async for _ in call:
@@ -177,7 +177,7 @@ def _in_url(files: Tls) -> str:
 
 
 @asynccontextmanager
-async def _redis_over_tls(redis_server: RedisServer, files: Tls) -> AsyncIterator[str]:
+async def redis_over_tls(redis_server: RedisServer, files: Tls) -> AsyncIterator[str]:
     """The embedded server has no TLS: this stands in front of it, and demands certificates."""
     behind = urlsplit(redis_server.url)
 
@@ -192,6 +192,6 @@ async def _redis_over_tls(redis_server: RedisServer, files: Tls) -> AsyncIterato
         writer.close()
         redis_writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=http_context(files, files.ca_pem))
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=http_context(files, require_client_certificate=True))
     async with server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -48,6 +48,11 @@ async def test_a_service_that_drains_is_not_healthy(server: tuple[Server, str]) 
     assert "NOT_SERVING" in said
 
 
+async def test_a_service_that_takes_no_work_lives(server: tuple[Server, str]) -> None:
+    await server[0].set_serving(False)
+    assert await probe("--listen", server[1], "--health-name", "live") == (0, "")
+
+
 async def test_where_nobody_serves_it_says_so_in_a_line(server: tuple[Server, str]) -> None:
     await server[0].stop(0)
     status, said = await probe("--listen", server[1])
@@ -75,7 +80,7 @@ async def test_a_service_that_speaks_tls_is_asked_with_its_own_files(tmp_path: P
 async def test_a_gateway_with_a_certificate_for_clients_is_asked_as_they_ask(tmp_path: Path) -> None:
     public, fleet = make_certificates(tmp_path / "public"), make_certificates(tmp_path / "fleet")
     own = ("--tls-ca", f"{fleet.ca}", "--tls-certificate", f"{fleet.certificate}", "--tls-key", f"{fleet.key}")
-    server = Server([], credentials=server_credentials(public, None))
+    server = Server([], credentials=server_credentials(public, require_client_certificate=False))
     address = await server.start("127.0.0.1:0")
     try:
         seen = ("--public-tls-certificate", f"{public.certificate}", "--public-tls-ca", f"{public.ca}")

@@ -71,6 +71,22 @@ async def test_what_redis_lost_is_put_back_by_its_gateway(fleet: SchedulerPool) 
     assert (await worker.finish(lost)).verdict == "stale"
 
 
+async def test_what_a_gateway_states_after_the_recovery_is_put_back_once(fleet: SchedulerPool) -> None:
+    await fleet.a_scheduler()
+    await fleet.recovered()
+    worker = await fleet.a_worker()
+    kept = await fleet.given(worker, "kept")
+    run_id = await fleet.store.recovery.generation()
+    assert run_id is not None
+    stated = [_read_here("kept", ()), _read_here("late", (7, 8, 9))]
+    await fleet.store.recovery.post(Holdings(holder=GATEWAY, requests=stated), run_id)
+    late = await worker.next_start()
+    assert (late.key, late.attempt.number, late.journal, late.reader) == ("acme/late", 2, ((7, 8, 9),), 4)
+    assert (await worker.finish(kept)).verdict == "ok", "what Redis knows is left alone"
+    assert (await worker.finish(late)).verdict == "ok"
+    await until(lambda: _is_forgotten(fleet, run_id))
+
+
 async def test_a_reader_that_no_gateway_states_has_left(fleet: SchedulerPool, own_redis_server: RedisServer) -> None:
     await fleet.a_scheduler()
     await fleet.recovered()
@@ -130,3 +146,7 @@ def _read_here(name: str, delivered: tuple[int, ...], reader: int = 4) -> HeldRe
 
 async def _needs_recovery(fleet: SchedulerPool) -> bool:
     return await fleet.store.recovery.needed() is not None
+
+
+async def _is_forgotten(fleet: SchedulerPool, run_id: str) -> bool:
+    return not await fleet.store.recovery.posted(run_id)

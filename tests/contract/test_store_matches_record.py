@@ -165,7 +165,8 @@ def _wait(world: World, key: RequestKey, a: int, b: int) -> None:
         due_ms = record.deadline_at_ms
     elif record is not None and b < 6 and record.reader_left_at_ms:
         due_ms = record.reader_left_at_ms + record.resume_ms
-    model.now_ms = max(model.now_ms, due_ms + a % 3 - 1 if due_ms else model.now_ms + a)
+    some_ms = a * (10_000 if b == 7 else 1)
+    model.now_ms = max(model.now_ms, due_ms + a % 3 - 1 if due_ms else model.now_ms + some_ms)
 
 
 def _fence(world: World, step: Step) -> str:
@@ -204,6 +205,9 @@ def _submit(world: World, key: RequestKey, step: Step) -> moves.Submit:
         deadline_ms=0 if a < 5 else 20 * b,
         backlog_limit=2 + (7 - d),
         tenant_limit=max(0, c - 4),
+        tokens_per_minute=(0, 0, 0, 40, 70, 100, 997, 0)[a],
+        prompt_tokens=c,
+        reserved_tokens=(1 + b % 3) * (10 + a),
     )
 
 

@@ -1,6 +1,7 @@
 """The request store at its edges: many requests at once, long journals, repeated moves, ids over pools, no Redis."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
@@ -152,14 +153,15 @@ async def test_scripts_are_sent_again_to_a_server_that_forgot_them(redis: Redis,
 
 async def test_scripts_name_keys_as_the_keys_module_does(redis: Redis, pool: str) -> None:
     """One request through its life touches every kind of key; none may have a name that `Keys` does not make."""
-    lease = await a_placed_request(redis, pool)
+    metered = replace(a_submit(), tokens_per_minute=21, prompt_tokens=5, reserved_tokens=16)
+    lease = await a_placed_request(redis, pool, submit=metered)
     store = a_store(redis, pool)
     await store.append([moves.Append(KEY, FIRST_ATTEMPT, 0, 0, (1,))])
     await store.requeue(moves.Requeue(KEY, FIRST_ATTEMPT, "n2", "lost", fence=lease.fence))
     keys = Keys(pool)
     expected = {
         keys.intake, keys.events, keys.leader, keys.epoch, keys.generation, keys.workers, keys.worker(WORKER),
-        keys.inbox(WORKER), keys.request(KEY), keys.journal(KEY, 0), keys.in_flight("acme"),
+        keys.inbox(WORKER), keys.request(KEY), keys.journal(KEY, 0), keys.in_flight("acme"), keys.tokens("acme"),
     }  # fmt: skip
     assert {name.decode() for name in await command(redis, "KEYS", "*")} == expected
 

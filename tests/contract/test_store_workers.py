@@ -12,6 +12,7 @@ from services.common.record.transitions import Verdict
 from services.common.store.events import Events
 from services.common.store.gateways import GatewayLease
 from services.common.store.inbox import Drain, Inbox
+from services.common.store.keys import Keys
 from services.common.store.streams import FIRST
 from services.common.store.workers import WorkerDirectory
 from tests.contract.builders import (
@@ -27,8 +28,6 @@ from tests.contract.builders import (
     a_worker,
 )  # fmt: skip
 
-SHORT_MS = 50
-
 
 async def test_a_registered_worker_is_found_with_what_it_can(redis: Redis, pool: str) -> None:
     directory = await a_worker(redis, pool)
@@ -38,11 +37,11 @@ async def test_a_registered_worker_is_found_with_what_it_can(redis: Redis, pool:
 
 
 async def test_reports_keep_a_worker_registered_and_reach_the_events(redis: Redis, pool: str) -> None:
-    directory = await a_worker(redis, pool, ttl_ms=SHORT_MS)
+    directory = await a_worker(redis, pool, ttl_ms=TTL_MS)
     reports = [WorkerReport(worker_id=WORKER, sequence_number=number) for number in range(4)]
-    for report in reports:
-        assert await directory.report(report, SHORT_MS)
-        await asyncio.sleep(SHORT_MS / 2000)
+    for number, report in enumerate(reports, start=2):
+        assert await directory.report(report, number * TTL_MS)
+        assert await redis.pttl(Keys(pool).worker(WORKER)) > (number - 1) * TTL_MS
     events = Events(redis, pool)
     assert [event for _, event in await events.read(FIRST, 0, 10)] == reports
     assert [event for _, event in await events.newest(2)] == reports[2:]

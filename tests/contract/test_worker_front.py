@@ -15,6 +15,7 @@ from services.common.record.states import RequestState
 from services.common.record.transitions import Answer
 from services.common.store.connection import StoreUnavailable
 from services.worker.front.engine_client import EngineDiedError
+from services.worker.front.gateway_links import FEW
 from services.worker.front.session import LostError
 from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
 
@@ -33,6 +34,18 @@ async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_
     record = await told[0]
     assert record.state == RequestState.FINISHED
     assert record.journal == ((10, 11, 12),)
+
+
+async def test_many_requests_on_one_link_begin_stream_and_end_like_one(bench: Bench) -> None:
+    keys = [await bench.submit(str(number), max_tokens=2) for number in range(FEW + 4)]
+    seen = [bench.gateway.expect(key) for key in keys]
+    for key in keys:
+        await bench.place(key)
+    await bench.engine.until(lambda: len(bench.engine.sequences) == len(keys))
+    bench.engine.step()
+    bench.engine.step()
+    await bench.gateway.until(lambda: all(each.end is not None for each in seen))
+    assert {each.text for each in seen} == {"kl"}
 
 
 async def test_a_second_attempt_samples_nothing_until_the_gateway_said_what_it_delivered(bench: Bench) -> None:

@@ -271,10 +271,10 @@ class Bench:
         if run_id:
             assert await Recovery(self.redis, self.pool).complete(run_id, self.fence)
 
-    async def start_session(self, resume_grace_ms: int = 60_000) -> None:
+    async def start_session(self, resume_grace_ms: int = 60_000, journal_interval_ms: int = 5) -> None:
         config = WorkerConfig(
-            pool=self.pool, model_path=Path("unused"), resume_grace_ms=resume_grace_ms, journal_interval_ms=5,
-            report_interval_ms=50,
+            pool=self.pool, model_path=Path("unused"), resume_grace_ms=resume_grace_ms,
+            journal_interval_ms=journal_interval_ms, report_interval_ms=50,
         )  # fmt: skip
 
         def inbox(worker: WorkerId) -> Inbox:
@@ -354,11 +354,11 @@ async def serve_gateway(gateway: FakeGateway, listen: str = "127.0.0.1:0") -> tu
 
 
 @asynccontextmanager
-async def served(bench: Bench) -> AsyncIterator[Bench]:
+async def served(bench: Bench, journal_interval_ms: int = 5) -> AsyncIterator[Bench]:
     """Lead its pool, and run its gateway and its session until the block is left."""
     server, bench.gateway_address = await serve_gateway(bench.gateway)
     await bench.lead()
-    await bench.start_session()
+    await bench.start_session(journal_interval_ms=journal_interval_ms)
     yield bench
     bench.ended.cancel()
     await asyncio.wait({bench.ended})

@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-OVERLAYS = ("cpu", "gpu")
+OVERLAYS = ("cpu", "gpu", "cpu-shards", "gpu-shards", "cpu-tls")
 SERVICES = ("gateway", "tokenizer", "scheduler", "worker")
 
 
@@ -22,7 +22,13 @@ SERVICES = ("gateway", "tokenizer", "scheduler", "worker")
 class Manifests:
     """All objects of one overlay."""
 
+    overlay: str
     objects: tuple[dict[str, Any], ...]
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether it is for a cluster with GPUs, KEDA, Prometheus and a Redis that is there already."""
+        return self.overlay.startswith("gpu")
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [each for each in self.objects if each["kind"] == kind]
@@ -43,7 +49,7 @@ def render(overlay: str) -> Manifests:
     kubectl = Path(sys.executable).with_name("kubectl")  # of a package in the same environment
     done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    return Manifests(tuple(yaml.safe_load_all(done.stdout)))
+    return Manifests(overlay, tuple(yaml.safe_load_all(done.stdout)))
 
 
 @pytest.fixture(params=OVERLAYS)

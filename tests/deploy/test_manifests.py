@@ -9,6 +9,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from services.common.config import parse
+from services.common.probe import ProbeConfig
 from tests.deploy.conftest import DEPLOY, OVERLAYS, ROOT, SERVICES, Manifests, pod_of, render
 
 VERSIONS = ("1.34", "1.37")
@@ -157,8 +159,20 @@ def test_every_pod_says_what_it_needs_and_how_it_fares(manifests: Manifests) -> 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_is_probed_over_grpc_and_lives_while_it_only_waits(manifests: Manifests, service: str) -> None:
     (container,) = pod_of(manifests.named("Deployment", service))["containers"]
-    assert container["readinessProbe"]["grpc"]["port"] == 50051
-    assert container["livenessProbe"]["grpc"] == {"port": 50051, "service": "live"}
+    assert asked_for(container["readinessProbe"]) == ""
+    assert asked_for(container["livenessProbe"]) == asked_for(container["startupProbe"]) == "live"
+
+
+def asked_for(probe: Mapping[str, Any]) -> str:
+    """The name in gRPC's health that a probe asks for: the kubelet's own or, where there is TLS, a client's."""
+    if "grpc" in probe:
+        assert probe["grpc"]["port"] == 50051
+        return str(probe["grpc"].get("service", ""))
+    python, module, name, *flags = probe["exec"]["command"]
+    assert (python, module, name) == ("python", "-m", "services.common.probe")
+    config = parse(ProbeConfig, name, flags, {"SHOAL_LISTEN": "0.0.0.0:50051"}).config
+    assert probe["timeoutSeconds"] * 1000 > config.probe_timeout_ms
+    return config.health_name
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -231,4 +245,4 @@ def test_images_have_the_projects_version(overlay: str) -> None:
 def test_an_overlay_without_its_own_redis_brings_the_secret(manifests: Manifests) -> None:
     has_redis = bool(manifests.of_kind("StatefulSet"))
     assert has_redis == bool(manifests.of_kind("Secret"))
-    assert has_redis == (manifests is render("cpu"))
+    assert has_redis != manifests.is_for_gpus

@@ -17,8 +17,8 @@ from services.gateway.metrics import GatewayMetrics
 from services.scheduler.metrics import SchedulerMetrics
 from services.tokenizer.metrics import TokenizerMetrics
 from services.worker.front.metrics import WorkerMetrics
-from tests.deploy.conftest import DEPLOY, ROOT, SERVICES, Manifests, image_environment, pod_of, render
-from tests.deploy.test_settings import configured, pod_environment
+from tests.deploy.conftest import DEPLOY, ROOT, SERVICES, Manifests, pod_of, render
+from tests.deploy.test_settings import composed_environment, configured, pod_environment
 
 PORT = 9464
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -107,8 +107,7 @@ def test_composes_prometheus_reads_every_container_of_every_service() -> None:
     assert read == dict.fromkeys(SERVICES, PORT)
     services = composed()["services"]
     for service in SERVICES:
-        environment = image_environment(service) | services[service]["environment"]
-        assert configured(service, environment).config.metrics_port == PORT
+        assert configured(service, composed_environment(service)).config.metrics_port == PORT
         assert not any(str(PORT) in port for port in services[service].get("ports", [])), "not for clients"
 
 
@@ -168,7 +167,7 @@ def test_only_prometheus_namespace_reaches_the_metrics_port(manifests: Manifests
             if {port["port"] for port in rule["ports"]} & {"metrics", PORT}:
                 allowed += rule["from"]
     monitoring = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
-    assert allowed == (monitoring if manifests is render("gpu") else [])
+    assert allowed == (monitoring if manifests.is_for_gpus else [])
 
 
 def test_prometheus_operator_finds_each_services_pods() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.docker.conftest import BUILD_LIMIT_S, SERVICES, inspect, run
+from tests.docker.images import BUILD_LIMIT_S, SERVICES, inspect, run
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(BUILD_LIMIT_S + 60)]
 

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_attention
+from services.worker.cuda.step_inputs import Numbers
 from services.worker.kernels.decode_attention import (
     DecodeBatch,
     cut_contexts,
     decode_attention,
     decode_attention_reference,
+    even_length,
     piece_results,
 )
 from services.worker.kernels.paged_kv import PagedLayer
@@ -50,6 +52,17 @@ def queries_of(dtype: torch.dtype) -> torch.dtype:
     return DTYPES[1] if dtype == torch.float8_e4m3fn else dtype
 
 
+def a_batch(first_tokens: Numbers, contexts: Numbers, most_pieces: int, tables: Tensor) -> DecodeBatch:
+    """What a launch is told of contexts, some pieces for nothing among it."""
+    pieces, splits = cut_contexts(
+        first_tokens, contexts, even_length(contexts - first_tokens, most_pieces, BLOCK, BLOCK)
+    )
+    filled = np.full((most_pieces + 2, 4), -1, dtype=np.int32)
+    filled[: len(pieces)] = pieces
+    splits = np.pad(splits, ((0, 0), (0, 2)))
+    return DecodeBatch(torch.from_numpy(filled).to(DEVICE), torch.from_numpy(splits).to(DEVICE), tables)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize(("most_pieces", "window"), [(6, None), (17, None), (17, BLOCK + 3)])
@@ -60,11 +73,8 @@ def test_a_batch_of_any_lengths_attends_in_one_launch(
     layer, tables = a_cache(LENGTHS, num_kv_heads, head_dim, dtype)
     queries = random(seeded(7), len(LENGTHS), num_heads, head_dim, dtype=queries_of(dtype))
     contexts = np.array(LENGTHS, dtype=np.int32)
-    pieces, splits = cut_contexts(contexts, most_pieces, BLOCK, BLOCK)
-    filled = np.full((most_pieces + 2, 4), -1, dtype=np.int32)
-    filled[: len(pieces)] = pieces
-    batch = DecodeBatch(torch.from_numpy(filled).to(DEVICE), torch.from_numpy(splits).to(DEVICE), tables)
-    room = piece_results(len(filled), len(LENGTHS), num_heads, num_kv_heads, head_dim, DEVICE)
+    batch = a_batch(np.zeros_like(contexts), contexts, most_pieces, tables)
+    room = piece_results(len(batch.pieces), len(LENGTHS), num_heads, num_kv_heads, head_dim, DEVICE)
     room.sums.fill_(math.nan)
     room.log_weights.fill_(math.nan)
     expected = decode_attention_reference(queries, layer, torch.from_numpy(contexts), tables, window)
@@ -80,7 +90,7 @@ def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
     layer, tables = a_cache([3, BLOCK], num_kv_heads, head_dim, torch.float32)
     queries = random(seeded(7), 2, num_heads, head_dim)
     pieces = torch.tensor([[0, 0, 3, 3], [-1, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
-    splits = torch.tensor([[0, 1], [0, 0]], dtype=torch.int32, device=DEVICE)
+    splits = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
     room = piece_results(2, 2, num_heads, num_kv_heads, head_dim, DEVICE)
     out = torch.full_like(queries, 5.0)
     decode_attention(queries, layer, DecodeBatch(pieces, splits, tables), room, out)
@@ -96,7 +106,7 @@ def test_a_launch_without_any_context_leaves_the_counts_as_the_next_one_needs_th
     room = piece_results(4, 1, num_heads, num_kv_heads, head_dim, DEVICE)
     nothing = DecodeBatch(
         torch.zeros((4, 4), dtype=torch.int32, device=DEVICE),
-        torch.zeros((1, 2), dtype=torch.int32, device=DEVICE),
+        torch.zeros((1, 4), dtype=torch.int32, device=DEVICE),
         tables,
     )
     decode_attention(queries, layer, nothing, room, torch.empty_like(queries))
@@ -106,13 +116,14 @@ def test_a_launch_without_any_context_leaves_the_counts_as_the_next_one_needs_th
 @pytest.mark.parametrize("most_pieces", [5, 6, 9, 40, 300])
 def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> None:
     contexts = np.array([1, 700, 64, 65, 4096], dtype=np.int32)
-    pieces, splits = cut_contexts(contexts, most_pieces, 64, 128)
+    first_tokens = np.array([0, 64, 0, 64, 2048], dtype=np.int32)
+    pieces, splits = cut_contexts(first_tokens, contexts, even_length(contexts - first_tokens, most_pieces, 64, 128))
     assert len(pieces) <= most_pieces
     for row, (first, count) in enumerate(splits):
         own = pieces[first : first + count]
         assert (own[:, 0] == row).all()
         assert (own[:, 3] == contexts[row]).all()
-        assert own[0, 1] == 0
+        assert own[0, 1] == first_tokens[row]
         assert own[-1, 2] == contexts[row]
         assert (own[1:, 1] == own[:-1, 2]).all()
         assert (own[:, 1] % 64 == 0).all()

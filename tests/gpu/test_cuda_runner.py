@@ -3,21 +3,26 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.config import ConfigError
 from services.common.model.folder import read_folder
+from services.worker.cuda import cuda_runner, shared_prefixes
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
+from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
 from tests.gpu.devices import DEVICE, IS_CUDA
 from tests.unit.engine_builders import PretendedFront, add, add_command, shutdown_command
@@ -36,7 +41,9 @@ class FinishingFront(PretendedFront):
         return [shutdown_command()] if timeout_ms is None else []
 
 
-def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: int) -> tuple[EngineLimits, CudaRunner]:
+def a_runner(
+    folder: Path, weights: DeviceWeightFormat = "float32", *, is_batch_invariant: bool = False, **options: int
+) -> tuple[EngineLimits, CudaRunner]:
     stored = open_folder_decoder(read_folder(folder))
     return start_cuda_runner(
         stored.config,
@@ -49,6 +56,7 @@ def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: i
             context_tokens=128,
             num_blocks=40,
             has_graphs=IS_CUDA,
+            is_batch_invariant=is_batch_invariant,
             **{"max_prefill_tokens_per_step": 16, **options},  # type: ignore[arg-type]
         ),
         DEVICE,
@@ -56,7 +64,7 @@ def a_runner(folder: Path, weights: DeviceWeightFormat = "float32", **options: i
 
 
 def generate(
-    limits: EngineLimits, runner: CudaRunner, *looks: list[engine_pb2.EngineCommand]
+    limits: EngineLimits, runner: Runner, *looks: list[engine_pb2.EngineCommand]
 ) -> tuple[dict[int, list[int]], FinishingFront]:
     front = FinishingFront([*looks])
     step_time = StepTimeModel()
@@ -86,3 +94,56 @@ def test_every_family_gives_the_references_tokens_in_float32(family: str, tmp_pa
     looks = [[greedy(1, asked[0], num_tokens)], [], later]
     answers, _ = generate(limits, runner, *looks)
     assert answers == {number: reference_greedy(model, prompt, num_tokens) for number, prompt in enumerate(asked, 1)}
+
+
+def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_runner, "_LEAST_SHARING_DECODES", 2)
+    monkeypatch.setattr(shared_prefixes, "LEAST_SHARED_TOKENS", 16)
+    monkeypatch.setattr(shared_prefixes, "LEAST_TOKENS_SAVED", 1)
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    limits, runner = a_runner(save(model, tmp_path), max_prefill_tokens_per_step=64)
+    begin = prompts()[3]
+    asked = [begin, [*begin, 7, 8, 9], [*begin, 11]]
+    members: set[int] = set()
+    tiles_of = shared_prefixes.tiles_of
+
+    def watched(*arguments: Any) -> list[SharedPrefix]:
+        tiles = tiles_of(*arguments)
+        members.update(len(tile.members) for tile in tiles)
+        return tiles
+
+    monkeypatch.setattr(cuda_runner, "tiles_of", watched)
+    # The second and the third find the first one's blocks in the step that computes them.
+    answers, front = generate(limits, runner, [greedy(number, prompt, 4) for number, prompt in enumerate(asked, 1)])
+    assert answers == {number: reference_greedy(model, prompt, 4) for number, prompt in enumerate(asked, 1)}
+    assert [output.cached_tokens for output in front.outputs[:3]] == [0, 32, 32]
+    assert 3 in members
+
+
+# The interpreter rounds to bf16 and fp8 in ways of its own, but adds up in one order as well.
+@pytest.mark.parametrize("weights", ["float32", "bf16", "fp8"] if IS_CUDA else ["float32"])
+def test_in_the_batch_invariant_mode_neighbours_change_nothing(weights: DeviceWeightFormat, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model("qwen3", num_hidden_layers=2, **sizes)
+    # Chunks of at most 24 tokens: beside others the third prompt comes in two, its last token alone.
+    limits, runner = a_runner(save(model, tmp_path), weights, is_batch_invariant=True, max_prefill_tokens_per_step=24)
+    asked = [prompts()[0], prompts()[1][:7], prompts()[3][:13], prompts()[3][:30]]
+
+    def ask(number: int, place: int) -> engine_pb2.EngineCommand:
+        return add_command(add(number, asked[place], max_tokens=4, stop_token_ids=(), logprobs=3))
+
+    def told(front: FinishingFront, number: int) -> list[tuple[int, float]]:
+        outputs = [output for output in front.outputs if output.sequence_id == number]
+        return [(top.token_id, top.logprob) for output in outputs for given in output.logprobs for top in given.top]
+
+    _, together = generate(limits, runner, [ask(place + 1, place) for place in range(len(asked))])
+    for place in range(len(asked)):
+        _, alone = generate(limits, runner, [ask(10 + place, place)])
+        assert told(alone, 10 + place) == told(together, place + 1), f"prompt {place}"
+        assert len(told(together, place + 1)) == 12
+
+
+def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1), tmp_path)
+    with pytest.raises(ConfigError, match="multiples of 16 bytes"):
+        a_runner(folder, "float32", is_batch_invariant=True)

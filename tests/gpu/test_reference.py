@@ -9,11 +9,11 @@ import pytest
 from services.common.model.gguf import read_gguf
 from services.common.model.location import default_model_path
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
 from services.worker.engine.limits import EngineLimits
 from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from tests.gpu.devices import DEVICE, IS_CUDA
 from tests.gpu.test_cuda_runner import generate

@@ -115,6 +115,19 @@ def test_a_token_that_only_the_device_knows_is_embedded() -> None:
     assert torch.equal(out, embed_reference(token_ids, places, last_tokens, embedding))
 
 
+def test_of_a_token_that_is_in_another_ranks_part_the_row_is_zeros() -> None:
+    part = random(seeded(1), 20, 72)
+    token_ids = torch.tensor([10, 29, 9, 30, -1], dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([0, 0, 0, 0, 1], dtype=torch.int32, device=DEVICE)
+    last_tokens = torch.tensor([9, 11], dtype=torch.int32, device=DEVICE)
+    out, cleared = torch.full((2, 5, 72), math.nan, device=DEVICE)
+    embed(token_ids, places, last_tokens, part, out, 10, cleared)
+    assert torch.equal(out, embed_reference(token_ids, places, last_tokens, part, 10))
+    zeros = torch.zeros(72, device=DEVICE)
+    assert torch.equal(out, torch.stack((part[0], part[19], zeros, zeros, part[1])))
+    assert (cleared == 0).all()
+
+
 # Query heads, key heads, length of a head.
 HEADS = [(32, 8, 128), (9, 3, 64), (5, 1, 20)] if IS_CUDA else [(4, 2, 16), (9, 3, 20)]
 

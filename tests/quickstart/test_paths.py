@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.conftest import BUILD_LIMIT_S, docker, images
+from tests.docker.images import BUILD_LIMIT_S
 from tests.quickstart.document import ROOT, paths, setup
-
-__all__ = ["docker", "images"]
 
 MAX_COMMANDS = 5
 PATH_LIMIT_S = 240

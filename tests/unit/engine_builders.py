@@ -108,6 +108,9 @@ def shutdown_command() -> engine_pb2.EngineCommand:
 class PretendedStep:
     _result: StepResult
 
+    def is_done(self) -> bool:
+        return True
+
     def result(self) -> StepResult:
         return self._result
 

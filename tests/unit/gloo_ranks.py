@@ -1,5 +1,5 @@
-"""Ranks that meet through gloo, as a reference: `python -m tests.unit.gloo_ranks RANK WORLD_SIZE STORE` takes part in
-the reference cases, and prints as rank 0 what was answered, as JSON.
+"""Ranks that meet through gloo, as a reference: `python -m tests.unit.gloo_ranks RANK WORLD_SIZE STORE NAMES` takes
+part in reference cases ("a,b", or "all": two minutes), and rank 0 prints what was answered, as JSON, by name.
 """
 
 import ctypes
@@ -77,7 +77,8 @@ class GlooRunner:
         return FinishedStep(result)
 
 
-def main(rank: int, world_size: int, store: str) -> None:
+def main(rank: int, world_size: int, store: str, names: str) -> None:
+    cases = [case for case in CASES if names == "all" or case["name"] in names.split(",")]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     stored = open_decoder(read_stored_model(default_model_path()))
@@ -86,9 +87,9 @@ def main(rank: int, world_size: int, store: str) -> None:
     cache = PagedKvCache(decoder.config, NUM_BLOCKS, BLOCK_SIZE_TOKENS)
     runner = RankRunner(decoder, cache, ranks, DealtVocabulary(ranks, stored.config))
     if rank == 0:
-        answers = generate(GlooRunner(stored.config, runner), [greedy(n, case) for n, case in enumerate(CASES, 1)])
+        answers = generate(GlooRunner(stored.config, runner), [greedy(n, case) for n, case in enumerate(cases, 1)])
         dist.broadcast_object_list([None], src=0)
-        print(json.dumps({number: tokens for number, (tokens, _) in answers.items()}))
+        print(json.dumps({cases[number - 1]["name"]: tokens for number, (tokens, _) in answers.items()}))
         return
     told: list[StepPlan | None] = [None]
     while True:
@@ -99,4 +100,4 @@ def main(rank: int, world_size: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

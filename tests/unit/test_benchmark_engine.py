@@ -53,15 +53,14 @@ def test_an_engine_that_did_less_than_it_was_asked_to_has_no_figure(wrong: Answe
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
-def test_prompts_are_the_same_for_every_engine_and_new_in_each_round(workload: object) -> None:
+def test_prompts_are_the_same_for_every_engine_and_new_in_each_round_and_try(workload: object) -> None:
     assert isinstance(workload, type(DECODE))
-    prompts = workload.prompts(0, 1, 49152)
-    assert prompts == workload.prompts(0, 1, 49152)
+    prompts = workload.prompts(0, 1, 0, 49152)
+    assert prompts == workload.prompts(0, 1, 0, 49152)
     assert [len(repeat) for repeat in prompts] == [workload.num_streams] * workload.repeats
-    all_prompts = [
-        tuple(prompt) for number in (1, 2) for repeat in workload.prompts(0, number, 49152) for prompt in repeat
-    ]
-    assert len({prompt[:16] for prompt in all_prompts}) == 2 * workload.num_streams * workload.repeats
+    draws = [workload.prompts(0, round_number, try_number, 49152) for round_number in (1, 2) for try_number in (0, 1)]
+    first_tokens = {tuple(prompt[:16]) for draw in draws for repeat in draw for prompt in repeat}
+    assert len(first_tokens) == len(draws) * workload.num_streams * workload.repeats
 
 
 # Ratios

@@ -1,12 +1,14 @@
 """The engine's loop: commands between steps, what is said before and after each step, and how it waits and ends."""
 
+from dataclasses import dataclass, field, replace
+
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
-from services.worker.engine.step_plan import StepPlan
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_plan import StepPlan, StepResult
+from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel
 from tests.unit.engine_builders import (
     PretendedFront,
     PretendedRunner,
@@ -131,3 +133,105 @@ def test_an_exception_in_a_step_is_not_swallowed() -> None:
     with pytest.raises(RuntimeError, match="on fire"):
         EngineLoop(Planner(limits, step_time), step_time, BrokenRunner(limits), front, Time()).run()
     assert [event.WhichOneof("event") for event in front.events] == ["begins"]
+
+
+# One step ahead
+
+
+@dataclass
+class Device(PretendedRunner):
+    """Takes 10 ms a step, one behind the other, while the loop goes on."""
+
+    steps_ahead: int = 1
+    time: Time = field(default_factory=Time)
+    ends_ms: float = 0.0
+    idle_ms: float = 0.0
+
+    def launch(self, plan: StepPlan) -> "DeviceStep":
+        step = super().launch(plan)
+        self.idle_ms += max(0.0, self.time.now_ms - self.ends_ms)
+        self.ends_ms = max(self.time.now_ms, self.ends_ms) + 10
+        return DeviceStep(step.result(), self.time, self.ends_ms)
+
+
+@dataclass
+class DeviceStep(PretendedStep):
+    time: Time
+    ends_ms: float
+
+    def is_done(self) -> bool:
+        return self.time.now_ms >= self.ends_ms
+
+    def result(self) -> StepResult:
+        self.time.now_ms = max(self.time.now_ms, self.ends_ms)
+        return replace(super().result(), took_ms=10.0)
+
+
+@dataclass
+class TimedFront(PretendedFront):
+    """Gives each command at its time."""
+
+    time: Time = field(default_factory=Time)
+    due: list[tuple[float, engine_pb2.EngineCommand]] = field(default_factory=list)
+
+    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
+        next_ms = self.due[0][0]
+        self.time.now_ms = min(
+            self.time.now_ms + (1e9 if timeout_ms is None else timeout_ms), max(self.time.now_ms, next_ms)
+        )
+        return [self.due.pop(0)[1]] if self.due[0][0] <= self.time.now_ms else []
+
+
+def run_ahead(*due: tuple[float, engine_pb2.EngineCommand]) -> Device:
+    """Run a loop on a device; commands come at these times, ms."""
+    limits = limits_of(64)
+    device = Device(limits)
+    step_time = StepTimeModel()
+    front = TimedFront([], time=device.time, due=list(due))
+    EngineLoop(Planner(limits, step_time), step_time, device, front, device.time).run()
+    return device
+
+
+def test_who_arrives_while_a_step_runs_is_in_the_next_one() -> None:
+    device = run_ahead(
+        (0, add_command(add(1, 2, max_tokens=40))), (205, add_command(add(2, 2))), (300, shutdown_command())
+    )
+    first = next(plan for plan in device.plans if any(chunk.sequence_id == 2 for chunk in plan.chunks))
+    assert first.step == 22, "the 21st runs from 200 to 210 ms"
+
+
+def test_a_step_that_is_thought_to_take_longer_leaves_the_device_idle_for_a_moment_at_most() -> None:
+    """30 ms are predicted of a step, by the model that no step has taught."""
+    device = run_ahead((0, add_command(add(1, 2, max_tokens=60))), (400, shutdown_command()))
+    assert device.idle_ms <= 0.5 * len(device.plans)
+    assert len(device.plans) >= 400 / 10.5
+
+
+def test_tokens_do_not_wait_for_the_launch_of_a_step_with_a_prompt() -> None:
+    """It takes the host longer than the device still takes for the step in flight: so that is delivered first."""
+    limits = limits_of(64)
+    device = SlowToLaunch(limits)
+    step_time = StepTimeModel(StepTimeCoefficients(fixed_ms=10.0, ms_per_token=0.01))
+    commands = [
+        (0.0, add_command(add(1, 2, max_tokens=50))),
+        (100.0, add_command(add(2, 8))),
+        (200.0, add_command(add(3, 8))),
+    ]
+    front = TimedFront([], time=device.time, due=[*commands, (300.0, shutdown_command())])
+    EngineLoop(Planner(limits, step_time), step_time, device, front, device.time).run()
+    assert step_time.launch_ms == pytest.approx(15)
+    begun = {event.begins.step: at for at, event in enumerate(front.events) if event.HasField("begins")}
+    done = {event.done.step: at for at, event in enumerate(front.events) if event.HasField("done")}
+    (step,) = (plan.step for plan in device.plans if plan.has_prefill and plan.chunks[-1].sequence_id == 3)
+    assert done[step - 1] < begun[step]
+
+
+@dataclass
+class SlowToLaunch(Device):
+    """The host takes 15 ms to launch a step with a prompt, and the device waits for it."""
+
+    def launch(self, plan: StepPlan) -> "DeviceStep":
+        if plan.has_prefill:
+            self.time.now_ms += 15
+            self.ends_ms = self.time.now_ms - 10
+        return super().launch(plan)

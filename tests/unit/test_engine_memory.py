@@ -37,6 +37,16 @@ def test_a_prompt_that_was_computed_before_begins_behind_its_full_blocks() -> No
     assert cached_tokens(engine, 2) == 12
 
 
+@pytest.mark.parametrize(("most_tokens", "steps"), [(13, [[13], [1]]), (64, [[13, 1]]), (8, [[8], [5, 1]])])
+def test_what_a_step_computes_is_found_by_the_next_prompt_at_once(most_tokens: int, steps: list[list[int]]) -> None:
+    engine = engine_of(max_prefill_tokens_per_step=most_tokens)
+    engine.planner.add(add(1, PROMPT, max_tokens=1), now_ms=0)
+    engine.planner.add(add(2, PROMPT, max_tokens=1), now_ms=0)
+    # None of them is done before the next one is planned.
+    plans = [engine.planner.plan() for _ in steps]
+    assert [[len(chunk.token_ids) for chunk in plan.chunks] for plan in plans if plan] == steps
+
+
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     engine = engine_of()
     run(engine, add(1, PROMPT[:12], max_tokens=1))
@@ -136,9 +146,9 @@ def test_a_new_sequence_is_not_admitted_at_the_price_of_those_that_run() -> None
 
 def test_a_sequence_that_needs_every_block_is_computed_after_all_others_gave_way() -> None:
     engine = engine_of(num_blocks=4)
-    run(engine, add(1, prompt=4, max_tokens=12), add(2, prompt=4, max_tokens=12), add(3, prompt=2, max_tokens=14))
+    run(engine, *(add(number, prompt=4, max_tokens=12) for number in (1, 2, 3)))
     assert [output.sequence_id for output in engine.outputs if output.end] == [1, 2, 3]
-    assert [len(engine.tokens(sequence_id)) for sequence_id in (1, 2, 3)] == [12, 12, 14]
+    assert [len(engine.tokens(sequence_id)) for sequence_id in (1, 2, 3)] == [12, 12, 12]
 
 
 def test_a_preempted_sequence_may_be_aborted_or_expire() -> None:
@@ -229,6 +239,19 @@ def test_prefill_is_cut_to_the_steps_time_while_others_decode_but_goes_on(budget
     assert plan is not None
     (_, prefill) = plan.chunks
     assert len(prefill.token_ids) == pytest.approx(tokens, abs=2)
+
+
+@pytest.mark.parametrize(("backlog_tokens", "chunk"), [(100, 9), (240, 29), (320, 48), (600, 48)])
+def test_a_backlog_stretches_the_steps_time_to_twice_at_most(backlog_tokens: int, chunk: int) -> None:
+    """40 ms, as long as 160 would do for what waits; then as much longer as that would be exceeded."""
+    limits = limits_of(200, 4, max_prefill_tokens_per_step=64, context_tokens=800, step_budget_ms=40.0)
+    engine = Engine(limits)
+    engine.planner.add(add(1, prompt=4, max_tokens=50), now_ms=0)
+    engine.step()
+    engine.planner.add(add(2, prompt=[7] * backlog_tokens, max_tokens=1), now_ms=0)
+    plan = engine.step()
+    assert plan is not None
+    assert len(plan.chunks[1].token_ids) == pytest.approx(chunk, abs=2)
 
 
 def test_a_prompt_alone_is_not_cut_to_a_time() -> None:

@@ -1,4 +1,4 @@
-"""What a step holds: every decode, then prefill chunks in order of arrival."""
+"""What a step holds: every decode, then prefill chunks, short prompts first."""
 
 import pytest
 
@@ -30,6 +30,28 @@ def test_prompts_share_a_steps_prefill_tokens_in_order_of_arrival() -> None:
     assert engine.steps() == [[(1, 5), (2, 3)], [(2, 2), (3, 5)]]
 
 
+def test_a_short_prompt_goes_before_a_long_one_that_has_begun() -> None:
+    engine = Engine(limits_of(max_prefill_tokens_per_step=8))
+    engine.planner.add(add(1, prompt=24, max_tokens=1), now_ms=0)
+    engine.step()
+    engine.planner.add(add(2, prompt=4, max_tokens=1), now_ms=0)
+    assert engine.steps() == [[(2, 4), (1, 4)], [(1, 8)], [(1, 4)]]
+
+
+def test_a_long_prompt_is_overtaken_by_twice_its_tokens_at_most() -> None:
+    engine = Engine(limits_of(64, 4, max_prefill_tokens_per_step=4))
+    engine.planner.add(add(1, prompt=20, max_tokens=1), now_ms=0)
+    num_before = 0
+    for sequence_id in range(2, 30):
+        engine.planner.add(add(sequence_id, prompt=4, max_tokens=1), now_ms=0)
+        plan = engine.step()
+        assert plan is not None
+        if plan.chunks[0].sequence_id == 1:
+            break
+        num_before += 4
+    assert num_before == 2 * 20 - 8, "less by twice what the others are long"
+
+
 def test_no_step_holds_more_sequences_than_allowed() -> None:
     engine = Engine(limits_of(max_sequences=2, max_prefill_tokens_per_step=64))
     for sequence_id in (1, 2, 3):
@@ -37,11 +59,11 @@ def test_no_step_holds_more_sequences_than_allowed() -> None:
     assert engine.steps() == [[(1, 2), (2, 2)], [(1, 1), (2, 1)], [(3, 2)], [(3, 1)]]
 
 
-def test_a_large_sequence_is_not_overtaken_by_small_ones_while_it_waits_for_blocks() -> None:
+def test_the_first_that_waits_for_blocks_is_not_overtaken_by_those_behind_it() -> None:
     engine = Engine(limits_of(num_blocks=4, block_size_tokens=4, max_prefill_tokens_per_step=64))
     engine.planner.add(add(1, prompt=4, max_tokens=4), now_ms=0)
     engine.planner.add(add(2, prompt=8, max_tokens=8), now_ms=0)
-    engine.planner.add(add(3, prompt=1, max_tokens=1), now_ms=0)
+    engine.planner.add(add(3, prompt=8, max_tokens=1), now_ms=0)
     order = list(dict.fromkeys(sequence for step in engine.steps() for sequence, _ in step))
     assert order == [1, 2, 3]
 
@@ -193,8 +215,8 @@ def test_a_suspect_has_its_steps_for_itself_until_it_is_past_the_point_of_suspic
     engine.planner.add(add(1, prompt=4, max_tokens=6), now_ms=0)
     engine.step()
     engine.planner.add(add(2, prompt=10, max_tokens=3, alone_until_tokens=2), now_ms=0)
-    engine.planner.add(add(3, prompt=4, max_tokens=1), now_ms=0)
-    assert engine.steps()[:5] == [[(1, 1)], [(2, 8)], [(2, 2)], [(2, 1)], [(1, 1), (2, 1), (3, 4)]]
+    engine.planner.add(add(3, prompt=10, max_tokens=1), now_ms=0)
+    assert engine.steps()[:5] == [[(1, 1)], [(2, 8)], [(2, 2)], [(2, 1)], [(1, 1), (2, 1), (3, 8)]]
 
 
 def test_a_suspect_starts_at_once_when_nothing_else_is_there() -> None:
@@ -278,11 +300,11 @@ def test_forced_tokens_that_complete_the_answer_have_their_log_probabilities_tol
 def test_tokens_left_to_prefill_are_counted_over_all_sequences() -> None:
     engine = Engine(limits_of(max_sequences=1, max_prefill_tokens_per_step=8))
     engine.planner.add(add(1, prompt=10, max_tokens=3), now_ms=0)
-    engine.planner.add(add(2, prompt=6, max_tokens=3), now_ms=0)
+    engine.planner.add(add(2, prompt=12, max_tokens=3), now_ms=0)
     engine.step()
-    assert engine.planner.waiting_prefill_tokens == 2 + 6
+    assert engine.planner.waiting_prefill_tokens == 2 + 12
     engine.step()
-    assert engine.planner.waiting_prefill_tokens == 6
+    assert engine.planner.waiting_prefill_tokens == 12
 
 
 def test_an_id_in_use_is_a_defect() -> None:

@@ -2,6 +2,7 @@
 exceeded, every sequence ends with the tokens it would have had alone, and the rules of a step hold."""
 
 from collections import Counter, deque
+from itertools import combinations
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -40,7 +41,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.num_sampled: Counter[int] = Counter()
         self.scored_to: dict[int, int] = {}
         """Of those with log-probabilities: position of the next given token to be told of."""
-        self.admitted: list[int] = []
+        self.admitted: dict[int, int] = {}
+        """How long each sequence was when it was admitted for the first time, in that order."""
         self.aborted: set[int] = set()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
@@ -156,7 +158,8 @@ class EngineMachine(RuleBasedStateMachine):
         first_before = next(iter(self.planner._running), None)
         plan = self.planner.plan()
         assert first_before is None or first_before in self.planner._running, "the first had to give way"
-        self.admitted += [sequence_id for sequence_id in self.planner._running if sequence_id not in self.admitted]
+        for sequence_id, sequence in self.planner._running.items():
+            self.admitted.setdefault(sequence_id, sequence.num_tokens)
         if plan:
             self._check(plan)
             self.in_flight.append((plan, self.runner.launch(plan).result()))
@@ -188,13 +191,17 @@ class EngineMachine(RuleBasedStateMachine):
         self._check_writers(plan)
 
     def _check_writers(self, plan: StepPlan) -> None:
-        """What a step writes to has one holder, and nobody can find it by its content."""
+        """What a step writes to has one writer. It has no other holder, nor can be found, unless the step fills it."""
         holders = self._holders()
         size = self.limits.block_size_tokens
+        written = []
         for chunk in plan.chunks:
-            for block in chunk.block_table[chunk.first_position // size : -(-chunk.context_tokens // size)]:
-                assert holders[block] == 1
-                assert block not in self.planner._cache
+            for index in range(chunk.first_position // size, -(-chunk.context_tokens // size)):
+                block = chunk.block_table[index]
+                written.append(block)
+                is_filled = (index + 1) * size <= chunk.context_tokens
+                assert is_filled or (holders[block] == 1 and block not in self.planner._cache)
+        assert len(written) == len(set(written))
 
     def _generated(self, sequence_id: int) -> int:
         return len(self.tokens[sequence_id]) - len(self.commands[sequence_id].payload.prompt_token_ids)
@@ -253,7 +260,9 @@ class EngineMachine(RuleBasedStateMachine):
         self._note(self.planner.take_ended())
         assert not self.commands
         assert self.planner.num_free_blocks == self.limits.num_blocks
-        assert self.admitted == sorted(self.admitted), "one was admitted before another that came earlier"
+        for (first, first_tokens), (second, second_tokens) in combinations(self.admitted.items(), 2):
+            # What is held leaves its last token to be computed later, and so is taken for one shorter.
+            assert first < second or first_tokens <= second_tokens + 1, "one overtook another that was shorter"
 
 
 EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -5,7 +5,7 @@ import pytest
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
-from services.worker.engine.step_time import StepTimeModel, StepWork
+from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel, StepWork
 
 GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
 
@@ -107,3 +107,23 @@ def test_its_coefficients_say_what_it_predicts_also_of_a_machine_that_slowed_dow
     fixed_ms, per_token, per_attended, _ = model.coefficients
     told_ms = fixed_ms + per_token * plan.num_tokens + per_attended * plan.num_attended_tokens
     assert told_ms == pytest.approx(model.predict_ms(plan))
+
+
+def test_a_step_with_a_prompt_takes_as_long_as_its_launch_and_computes_meanwhile_what_it_can() -> None:
+    model = StepTimeModel(StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=0.0))
+    small = a_plan((100, 1), (0, 50))
+    for _ in range(50):
+        model.observe(small, took_ms=15.0, launch_ms=14.9)
+    assert model.coefficients == StepTimeCoefficients(4.0, 0.02, 0.0), "nothing is learned of the device"
+    assert model.predict_ms(small) == pytest.approx(14.9)
+    assert model.predict_ms(a_decode(1)) == pytest.approx(4.02)
+    work = StepWork.of(a_decode(1).chunks)
+    assert model.tokens_within(12.0, work, 0, are_scored=False) == pytest.approx((14.9 - 4.02) / 0.02, abs=1)
+
+
+def test_a_step_that_takes_longer_than_its_launch_is_learned_from() -> None:
+    model = StepTimeModel(StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=0.0))
+    large = a_plan((0, 2000))
+    for _ in range(50):
+        model.observe(large, took_ms=60.0, launch_ms=15.0)
+    assert model.predict_ms(large) == pytest.approx(60.0, rel=0.05)

@@ -13,7 +13,7 @@ from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.runner import RanksLostError
 from services.worker.engine.sequence import SamplingParameters, SequenceId
-from services.worker.engine.step_plan import BlockCopy, SeenTokens, SequenceChunk, StepPlan
+from services.worker.engine.step_plan import PENDING_TOKEN, BlockCopy, SeenTokens, SequenceChunk, StepPlan
 from services.worker.plan_message import plan_message, plan_of
 from services.worker.plan_ring import NUM_SLOTS, SLOT_BYTES, PlanReader, PlanWriter, ring_bytes
 
@@ -40,7 +40,7 @@ blocks = st.lists(numbers.map(BlockId), max_size=5).map(tuple)
 chunks = st.builds(
     SequenceChunk,
     st.integers(1, 2**64 - 1).map(SequenceId),
-    tokens,
+    tokens | tokens.map(lambda known: (*known, PENDING_TOKEN)),
     numbers,
     blocks,
     sampling,
@@ -116,7 +116,9 @@ def test_a_rank_that_takes_no_plans_is_waited_for_only_so_long(ring: Ring) -> No
 
 
 def test_a_rank_that_is_gone_is_named(ring: Ring) -> None:
+    assert not ring.writer.is_a_rank_gone()
     ring.sockets[3].close()
+    assert ring.writer.is_a_rank_gone()
     with pytest.raises(RanksLostError, match="rank 2 is gone"):
         ring.writer.send(plan_of_bytes(1, 1))
 

@@ -58,7 +58,7 @@ def test_the_schedules_reach_every_way_that_a_request_can_end_and_resume() -> No
     for path in (
         "ended finished", "ended cancelled", "ended expired", "ended quarantined", "forced", "rebases", "graces over",
         "recoveries", "workers declared lost", "sessions lost", "client superseded", "Append gap", "Append stale",
-        "Finish stale", "Restore ok", "Place stale",
+        "Finish stale", "Restore ok", "Place stale", "Submit quota", "Submit tokens",
     ):  # fmt: skip
         assert stats[path], f"no schedule reaches: {path}"
 

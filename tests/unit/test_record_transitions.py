@@ -13,6 +13,7 @@ from services.common.record.history import Held
 from services.common.record.record import MAX_DECISIONS, Attempt, Record
 from services.common.record.states import ENDED, TRANSITIONS, IllegalTransitionError, RequestState, check
 from services.common.record.transitions import (
+    Answer,
     EnterIntake,
     LeaveIntake,
     Pool,
@@ -21,6 +22,7 @@ from services.common.record.transitions import (
     SendCancel,
     SendRedirect,
     SendStart,
+    TokensBackAt,
     Verdict,
     apply,
 )
@@ -136,6 +138,33 @@ def test_a_tenant_at_its_limit_is_refused_and_told_how_many_it_has() -> None:
     assert (step.record, step.answer.verdict, step.answer.index) == (None, Verdict.QUOTA, 2)
     assert refused(queued(), limited, a_pool(tenant_in_flight=2)) == Verdict.KNOWN
     assert apply(None, a_submit(), a_pool(tenant_in_flight=1_000)).answer.verdict == Verdict.OK
+
+
+METERED = replace(a_submit(), tokens_per_minute=600, prompt_tokens=100, reserved_tokens=200)
+"""Of a tenant whose tokens come back within 100 ms each."""
+
+
+def a_minute(tokens_back_at_ms: int, **fields: int) -> Pool:
+    return replace(a_pool(**fields), tokens_back_at_ms=tokens_back_at_ms)  # type: ignore[arg-type]
+
+
+def test_a_request_takes_its_tenants_tokens_and_is_refused_while_there_are_not_enough() -> None:
+    assert apply(None, METERED, a_pool()).effects[-1] == TokensBackAt(KEY, 31_000)
+    assert apply(None, METERED, a_minute(31_000)).effects[-1] == TokensBackAt(KEY, 61_000)
+    step = apply(None, METERED, a_minute(31_001, intake_length=3))
+    assert (step.record, step.answer) == (None, Answer(Verdict.TOKENS, index=1)), "in 1 ms there are"
+    assert refused(queued(), METERED, a_minute(1_000_000)) == Verdict.KNOWN
+    assert apply(None, a_submit(), a_minute(1_000_000)).effects == (EnterIntake(KEY),), "nobody counts these"
+
+
+def test_tokens_that_an_answer_did_not_need_come_back_at_its_end() -> None:
+    running = after(METERED, a_place(), an_append(1, 2))
+    assert apply(running, a_requeue(), a_minute(31_000)).effects[-1] == EnterIntake(KEY), "it goes on"
+    all_but_three = TokensBackAt(KEY, 31_000 - 197 * 100)
+    assert apply(running, a_finish(3, start=2), a_minute(31_000)).effects[-1] == all_but_three
+    cancelled = apply(after(METERED), moves.Cancel(KEY, "why"), a_minute(31_000))
+    assert cancelled.effects[-1] == TokensBackAt(KEY, 31_000 - 200 * 100)
+    assert apply(running, a_finish(3, start=2), a_minute(900)).effects[-1] == Retain(KEY), "all are back already"
 
 
 def test_a_known_request_is_known_even_where_the_backlog_is_full() -> None:

@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives import serialization
 
 from services.common.config import ConfigError
 from services.common.tls.files import Tls, TlsError
+from services.common.tls.renewal import Renewing
 from services.gateway.config import GatewayConfig
 from services.scheduler.config import SchedulerConfig
 from shoal.fleet.certificates import make_certificates
@@ -76,6 +77,37 @@ def test_a_certificate_and_its_key_belong_together(files: Tls) -> None:
     with pytest.raises(TlsError, match=r"^certificate is missing"):
         Tls(key=files.key)
     assert Tls().ca_pem is None
+
+
+def test_changed_files_count_once_they_belong_together(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = make_certificates(tmp_path)
+    renewing = Renewing(first)
+    assert renewing.now() is first
+    second = make_certificates(tmp_path)
+    certificate = second.certificate_pem or b""
+    (tmp_path / "service.pem").write_bytes(first.certificate_pem or b"")
+    assert renewing.now() is renewing.now() is first
+    (tmp_path / "service.pem").unlink()
+    assert renewing.now() is first
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2, "each thing that is wrong is told once"
+    (tmp_path / "service.pem").write_bytes(certificate)
+    now = renewing.now()
+    assert (now.certificate_pem, now.key_pem, now.ca_pem) == (certificate, second.key_pem, second.ca_pem)
+    assert renewing.now() is now
+
+
+def test_files_change_by_a_link_as_kubernetes_does_it(tmp_path: Path) -> None:
+    """It writes all into a new folder, and then puts one link in place of another."""
+    make_certificates(tmp_path / "1")
+    make_certificates(tmp_path / "2")
+    (tmp_path / "data").symlink_to("1")
+    for name in ("ca.pem", "service.pem", "service.key"):
+        (tmp_path / name).symlink_to(f"data/{name}")
+    files = Tls(ca=tmp_path / "ca.pem", certificate=tmp_path / "service.pem", key=tmp_path / "service.key")
+    (tmp_path / "new").symlink_to("2")
+    (tmp_path / "new").rename(tmp_path / "data")
+    assert files.renewed().key_pem == (tmp_path / "2" / "service.key").read_bytes()
 
 
 def test_tls_between_services_takes_all_of_three_flags(files: Tls, others: Tls) -> None:

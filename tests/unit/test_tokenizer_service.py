@@ -22,12 +22,14 @@ from gen.shoal.fleet.v1.tokenizer_pb2 import (
     CheckFormatRequest,
     DecodeRequest,
     DescribeRequest,
+    EncodeAllRequest,
     EncodeRequest,
+    EncodeResponse,
     SpellRequest,
 )
 from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage, ResponseFormat
 from services.common import rpc
-from services.common.errors import InvalidRequest, from_rpc
+from services.common.errors import InvalidRequest, from_rpc, from_status
 from tests.unit.eventually import eventually
 
 NAME = "shoal.fleet.v1.TokenizerService"
@@ -123,6 +125,23 @@ async def test_single_tokens_are_spelled(stub: "Stub") -> None:
     tokens = (await stub.Encode(EncodeRequest(prompt="naïve 😀"))).token_ids
     assert b"".join((await stub.Spell(SpellRequest(token_ids=tokens))).spellings).decode() == "naïve 😀"
     assert (await refusal(stub.Spell(SpellRequest(token_ids=[1 << 31])))).field == "token_ids"
+
+
+async def test_inputs_that_come_together_are_answered_as_if_each_had_come_alone(stub: "Stub") -> None:
+    inputs = [EncodeRequest(prompt=f"text {number}") for number in range(64)]
+    asked = [*inputs[:63], EncodeRequest(chat=Chat())]
+    response = await stub.EncodeAll(EncodeAllRequest(inputs=[each.SerializeToString() for each in asked]))
+    for each, result in zip(inputs[:63], response.results, strict=False):
+        assert EncodeResponse.FromString(result.response) == await stub.Encode(each)
+    refused = from_status(response.results[63].error)
+    assert isinstance(refused, InvalidRequest)
+    alone = await refusal(stub.Encode(EncodeRequest(chat=Chat())))
+    assert (refused.message, refused.reason, refused.field) == (alone.message, alone.reason, alone.field)
+
+
+async def test_too_many_inputs_or_too_long_ones_do_not_come_together(stub: "Stub") -> None:
+    for inputs in ([b""] * 65, [b"", b"x" * 4_097]):
+        assert (await refusal(stub.EncodeAll(EncodeAllRequest(inputs=inputs)))).field == "inputs"
 
 
 async def test_an_empty_prompt_is_no_error(stub: "Stub") -> None:

@@ -25,6 +25,12 @@ class Submit:
     """Most entries of the intake."""
     tenant_limit: int = 0
     """Most requests of its tenant in flight in the pool; 0: any number."""
+    tokens_per_minute: int = 0
+    """Tokens a minute that its tenant may take in the pool; 0: any number, and these are not counted."""
+    prompt_tokens: int = 0
+    """Tokens that it takes for good."""
+    reserved_tokens: int = 0
+    """Tokens that it may generate: taken at once, and what it did not generate is given back at its end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,10 @@ class Record:
     """When the reader left; 0: it is there."""
     journal: tuple[tuple[int, ...], ...]
     """Generated tokens of each choice."""
+    tokens_per_minute: int = 0
+    """Of its tenant, when it was accepted; 0: its tokens are not counted."""
+    reserved_tokens: int = 0
+    """What it took of these for its answer."""
     worker: WorkerId = NO_WORKER
     """Who has it, in PLACED and RUNNING."""
     placed_at_ms: int = 0

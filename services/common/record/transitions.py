@@ -13,6 +13,7 @@ from services.common.record import moves
 from services.common.record.history import Held, beyond, first_difference, rebased
 from services.common.record.record import MAX_DECISIONS, Attempt, Decision, Record
 from services.common.record.states import ON_WORKER, RequestState, check
+from services.common.record.token_budget import given_back, short_ms, taken
 
 
 class Verdict(StrEnum):
@@ -27,6 +28,8 @@ class Verdict(StrEnum):
     """Submit: the intake is at its limit."""
     QUOTA = "quota"
     """Submit: its tenant is at its limit of requests in flight."""
+    TOKENS = "tokens"
+    """Submit: its tenant has not so many tokens now; it will in `index` ms, unless it takes others meanwhile."""
     UNKNOWN = "unknown"
     """No such request."""
     STALE = "stale"
@@ -113,7 +116,15 @@ class Retain:
     key: RequestKey
 
 
-Effect = EnterIntake | LeaveIntake | SendStart | SendCancel | SendRedirect | Release | Retain
+@dataclass(frozen=True, slots=True)
+class TokensBackAt:
+    """All tokens that the request's tenant took will have come back at this time; in the past: it has all of them."""
+
+    key: RequestKey
+    at_ms: int
+
+
+Effect = EnterIntake | LeaveIntake | SendStart | SendCancel | SendRedirect | Release | Retain | TokensBackAt
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +139,8 @@ class Pool:
     """Those registered."""
     tenant_in_flight: int = 0
     """Requests of the move's tenant that have not ended."""
+    tokens_back_at_ms: int = 0
+    """When all tokens that this tenant took will have come back; in the past: they have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +191,11 @@ def _submit(record: Record | None, move: moves.Submit, pool: Pool) -> Transition
     # The tenant's own limit first: a caller that is over it shall not take the whole fleet for full.
     if 0 < move.tenant_limit <= pool.tenant_in_flight:
         return Transition(None, Answer(Verdict.QUOTA, index=pool.tenant_in_flight))
+    limited = move.tokens_per_minute > 0
+    tokens = move.prompt_tokens + move.reserved_tokens
+    back_at_ms = taken(pool.tokens_back_at_ms, pool.now_ms, tokens, move.tokens_per_minute) if limited else 0
+    if short_ms(back_at_ms, pool.now_ms) > 0:
+        return Transition(None, Answer(Verdict.TOKENS, index=short_ms(back_at_ms, pool.now_ms)))
     if pool.intake_length >= move.backlog_limit:
         return Transition(None, Answer(Verdict.FULL, index=pool.intake_length))
     created = Record(
@@ -194,8 +212,12 @@ def _submit(record: Record | None, move: moves.Submit, pool: Pool) -> Transition
         reader=1,
         reader_left_at_ms=0,
         journal=((),) * move.num_choices,
+        tokens_per_minute=move.tokens_per_minute,
+        reserved_tokens=move.reserved_tokens if limited else 0,
     )
-    return Transition(_decided(created, pool, "accepted", move.gateway), Answer(Verdict.OK), (EnterIntake(move.key),))
+    taking: tuple[Effect, ...] = (TokensBackAt(move.key, back_at_ms),) if limited else ()
+    effects = (EnterIntake(move.key), *taking)
+    return Transition(_decided(created, pool, "accepted", move.gateway), Answer(Verdict.OK), effects)
 
 
 def _restore(record: Record | None, move: moves.Restore, pool: Pool) -> Transition:
@@ -404,7 +426,7 @@ NO_NOTICE: tuple[Effect, ...] = ()
 
 def _end_in_queue(record: Record, state: RequestState, why: str, pool: Pool) -> Transition:
     ended = replace(record, state=check(record.state, state), ended_at_ms=pool.now_ms)
-    effects = (LeaveIntake(record.key), Retain(record.key))
+    effects = (LeaveIntake(record.key), Retain(record.key), *_give_back(record, pool))
     return Transition(_decided(ended, pool, state, why), Answer(Verdict.ENDED), effects)
 
 
@@ -412,8 +434,16 @@ def _end_on_worker(
     record: Record, state: RequestState, error: str, pool: Pool, notice: tuple[Effect, ...]
 ) -> Transition:
     ended = replace(record, state=check(record.state, state), error=error, ended_at_ms=pool.now_ms, worker=NO_WORKER)
-    effects = (Release(record.key, record.worker), *notice, Retain(record.key))
+    effects = (Release(record.key, record.worker), *notice, Retain(record.key), *_give_back(record, pool))
     return Transition(_decided(ended, pool, state, error), Answer(Verdict.OK), effects)
+
+
+def _give_back(record: Record, pool: Pool) -> tuple[Effect, ...]:
+    """What it did not generate of the tokens that it took, if any are still away."""
+    if not record.tokens_per_minute or pool.tokens_back_at_ms <= pool.now_ms:
+        return ()
+    unused = max(0, record.reserved_tokens - sum(len(tokens) for tokens in record.journal))
+    return (TokensBackAt(record.key, given_back(pool.tokens_back_at_ms, unused, record.tokens_per_minute)),)
 
 
 def _not_this_attempt(record: Record, attempt: Attempt) -> Transition | None:

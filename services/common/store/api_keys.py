@@ -33,6 +33,8 @@ class KeyInfo:
     tenant: TenantId
     max_in_flight: int
     """Most requests of the tenant in flight in a pool; 0: any number."""
+    max_tokens_per_minute: int
+    """Most tokens that the tenant's requests may take in a pool; 0: any number."""
     created_at_ms: int
     expires_at_ms: int
     """0: never."""
@@ -44,7 +46,9 @@ class ApiKeys:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def create(self, tenant: str, max_in_flight: int = 0, lifetime_ms: int = 0) -> tuple[str, KeyInfo]:
+    async def create(
+        self, tenant: str, max_in_flight: int = 0, lifetime_ms: int = 0, max_tokens_per_minute: int = 0
+    ) -> tuple[str, KeyInfo]:
         """Make a key, which is told here and never again. `lifetime_ms`: 0: it does not expire.
 
         Raises ValueError for a name that no tenant can have, and StoreFull.
@@ -59,6 +63,7 @@ class ApiKeys:
             digest=_digest(key),
             tenant=tenant,
             max_in_flight=max_in_flight,
+            max_tokens_per_minute=max_tokens_per_minute,
             created_at_ms=created_at_ms,
             expires_at_ms=created_at_ms + lifetime_ms if lifetime_ms else 0,
         )
@@ -83,7 +88,7 @@ class ApiKeys:
     async def all(self) -> list[KeyInfo]:
         """Every key that is neither revoked nor expired, oldest first. Walks all keys of the server."""
         infos: dict[str, KeyInfo] = {}
-        cursor: int = 0
+        cursor = b"0"
         while True:
             cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", api_key_key("*"), "COUNT", _SCAN_COUNT)
             for name in names:
@@ -91,7 +96,7 @@ class ApiKeys:
                 if found is not None:
                     info = _info(ApiKey.FromString(found))
                     infos[info.key_id] = info  # a scan may name one twice
-            if not cursor:
+            if cursor == b"0":
                 return sorted(infos.values(), key=lambda info: info.created_at_ms)
 
 
@@ -101,5 +106,10 @@ def _digest(key: str) -> bytes:
 
 def _info(stored: ApiKey) -> KeyInfo:
     return KeyInfo(
-        stored.key_id, TenantId(stored.tenant), stored.max_in_flight, stored.created_at_ms, stored.expires_at_ms
+        stored.key_id,
+        TenantId(stored.tenant),
+        stored.max_in_flight,
+        stored.max_tokens_per_minute,
+        stored.created_at_ms,
+        stored.expires_at_ms,
     )

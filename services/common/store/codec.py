@@ -53,6 +53,8 @@ def unpack_record(key: RequestKey, fields: Mapping[bytes, bytes], journal: Seque
         reader=number("reader"),
         reader_left_at_ms=number("reader_left_at_ms"),
         journal=tuple(unpack_tokens(packed) for packed in journal),
+        tokens_per_minute=number("tokens_per_minute"),
+        reserved_tokens=number("reserved_tokens"),
         worker=WorkerId(text("worker")),
         placed_at_ms=number("placed_at_ms"),
         ended_at_ms=number("ended_at_ms"),

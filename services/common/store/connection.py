@@ -10,15 +10,16 @@ StoreError
 import asyncio
 import os
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.common.store.shared_connection import SharedConnection
 from services.common.tls.files import Tls
 
 Argument = str | bytes | int
@@ -29,7 +30,7 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_BLOCK_MS = 2_000
 """Longest that a blocking read waits in the server: far enough below the socket's timeout."""
 MAX_CONNECTIONS = 64
-"""A process' connections; a blocking read holds one while it waits."""
+"""Of redis-py's own pool, which few commands use."""
 CONNECT_ATTEMPTS = 5
 CONNECT_BACKOFF_S = 0.2
 """Before the second attempt; doubles."""
@@ -87,13 +88,53 @@ def translated() -> Iterator[None]:
             raise asyncio.CancelledError
 
 
+class SharingRedis(Redis):
+    """redis-py's client, and beside its pool the connection that all short commands share, and those of commands that
+    wait. `connect` makes it.
+    """
+
+    def __init__(self, connections: BlockingConnectionPool) -> None:
+        super().__init__(connection_pool=connections)
+        self.auto_close_connection_pool = True
+        self.shared = SharedConnection(connections, SOCKET_TIMEOUT_S)
+        self._idle: list[SharedConnection] = []
+        """Connections of commands that wait, while none does."""
+
+    @asynccontextmanager
+    async def own_connection(self) -> AsyncIterator[SharedConnection]:
+        """One that nobody else uses until the block is left."""
+        connection = self._idle.pop() if self._idle else SharedConnection(self.connection_pool, SOCKET_TIMEOUT_S)
+        try:
+            yield connection
+        except BaseException:
+            # Its reply may still be under way.
+            await connection.close()
+            raise
+        self._idle.append(connection)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close all connections."""
+        for connection in (self.shared, *self._idle):
+            await connection.close()
+        await super().aclose(close_connection_pool)
+
+
 async def command(redis: Redis, *arguments: Argument) -> Any:
-    """Send one command and return its reply. Raises StoreError."""
+    """Send one short command, and return its reply as Redis gives it. `redis`: of `connect`. Raises StoreError."""
+    assert isinstance(redis, SharingRedis), "a client that was not made by `connect`"
     with translated():
-        return await redis.execute_command(*arguments)  # type: ignore[no-untyped-call]
+        return await redis.shared.ask(arguments)
 
 
-async def connect(url: str, tls: Tls | None = None) -> Redis:
+async def waiting_command(redis: Redis, *arguments: Argument) -> Any:
+    """The same for a command that may wait in Redis: on a connection of its own, where it delays no other."""
+    assert isinstance(redis, SharingRedis), "a client that was not made by `connect`"
+    with translated():
+        async with redis.own_connection() as connection:
+            return await connection.ask(arguments)
+
+
+async def connect(url: str, tls: Tls | None = None) -> SharingRedis:
     """A client of the Redis at `url`, once it has answered and is found fit; close it with `aclose()`.
 
     `tls`: for a `rediss://` URL, unless the URL itself names files as `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`
@@ -116,7 +157,9 @@ async def connect(url: str, tls: Tls | None = None) -> Redis:
         )
     except ValueError as error:
         raise StoreUnfit(f"the URL of Redis cannot be used: {error}. It looks like redis://127.0.0.1:6379") from error
-    redis = Redis.from_pool(connections)
+    if connections.connection_class is SSLConnection:
+        connections.connection_class = _RenewedConnection
+    redis = SharingRedis(connections)
     try:
         await _await_answer(redis)
         await _check_fitness(redis)
@@ -124,6 +167,14 @@ async def connect(url: str, tls: Tls | None = None) -> Redis:
         await redis.aclose()
         raise
     return redis
+
+
+class _RenewedConnection(SSLConnection):
+    """Reads its TLS files at each time that it connects: redis-py would show the first ones for ever."""
+
+    async def connect(self) -> None:
+        self.ssl_context.context = None
+        await super().connect()  # type: ignore[no-untyped-call]
 
 
 def _files(url: str, tls: Tls | None) -> dict[str, str]:

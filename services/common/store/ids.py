@@ -1,10 +1,8 @@
 """Which pool owns a request id: idempotency over the whole fleet (DESIGN 4.1)."""
 
-from typing import Any
-
 from redis.asyncio import Redis
 
-from services.common.store.connection import command, translated
+from services.common.store.connection import command
 from services.common.store.keys import id_key
 
 ID_LIFETIME_S = 7 * 24 * 3600
@@ -16,9 +14,7 @@ async def claim_id(redis: Redis, tenant: str, request_id: str, pool: str) -> str
 
     Raises StoreFull, StoreUnavailable.
     """
-    with translated():
-        # Not `command`: only so does the client read the reply as that of a SET with GET.
-        owner: Any = await redis.set(id_key(tenant, request_id), pool, nx=True, get=True, ex=ID_LIFETIME_S)
+    owner = await command(redis, "SET", id_key(tenant, request_id), pool, "NX", "GET", "EX", ID_LIFETIME_S)
     return owner.decode() if owner else pool
 
 

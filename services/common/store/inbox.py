@@ -8,11 +8,12 @@ from redis.asyncio import Redis
 from gen.shoal.fleet.v1.request_pb2 import RequestPayload
 from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
+from services.common.store.clock import now_ms
 from services.common.store.codec import pairs, unpack_tokens
 from services.common.store.connection import command
 from services.common.store.keys import Keys
 from services.common.store.scripts import Script
-from services.common.store.streams import Entry, read_with_time
+from services.common.store.streams import Entry, read_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +98,16 @@ class Inbox:
         read that is repeated after an error gives them again, a second read from an older id does not.
         """
         await self._delete_notices()
-        entries, now_ms = await read_with_time(self._redis, self._stream, after, block_ms, count)
-        messages = self.parse(entries, now_ms)
+        entries = (await read_many(self._redis, {self._stream: after}, block_ms, count)).get(self._stream, [])
+        # Only a deadline is told by how long it is away: without one, the time is not asked for.
+        has_deadline = any(entry.fields.get(b"deadline_at_ms", b"0") != b"0" for entry in entries)
+        messages = self.parse(entries, await now_ms(self._redis) if has_deadline else 0)
         self._notices = [entry_id for entry_id, message in messages if not isinstance(message, Start)]
         return messages
 
     @staticmethod
     def parse(entries: Sequence[Entry], now_ms: int) -> list[tuple[str, InboxMessage]]:
-        """Entries of an inbox's stream, read at this time by Redis' clock."""
+        """Entries of an inbox's stream. `now_ms`: Redis' clock when they were read; of use only to a deadline."""
         return [(entry.id, _PARSERS[entry.fields[b"type"]](entry.fields, now_ms)) for entry in entries]
 
     async def outstanding(self) -> list[Outstanding]:

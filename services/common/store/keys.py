@@ -45,6 +45,10 @@ class Keys:
         """Set: keys of a tenant's requests that have not ended."""
         return f"{self.prefix}in_flight:{tenant}"
 
+    def tokens(self, tenant: str) -> str:
+        """String: when all tokens that a tenant took will have come back, in ms; expires then."""
+        return f"{self.prefix}tokens:{tenant}"
+
     def inbox(self, worker: WorkerId) -> str:
         """Stream of what a worker is told."""
         return f"{self.prefix}inbox:{worker}"

@@ -3,7 +3,7 @@
 Every move's script refuses (Recovering) while the server's run id is not the pool's recovered generation. The leader
 then collects what workers and gateways hold, raises the attempts of live requests (`RequestStore.recover`), notes that
 readers left whom no gateway serves (`leave`), puts lost requests back (`restore`), and calls `complete`. A pool's very
-first start goes the same way, and finds nothing.
+first start goes the same way, and finds nothing. What is posted after `complete` came late; the leader takes it in too.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -53,26 +53,31 @@ class Recovery:
         await self._call(self._post, (self._keys.recovery(run_id),), *stated)
 
     async def posted(self, run_id: str) -> list[Holdings]:
-        """What was stated so far for this run id."""
+        """What was stated so far for this run id; once that is recovered, since then or since `forget`."""
         stated = await command(self._redis, "HGETALL", self._keys.recovery(run_id))
         return [Holdings.FromString(holdings) for holdings in stated.values()]
+
+    async def forget(self, run_id: str) -> None:
+        """Drop what was stated for this run id. Who is still in need states it again."""
+        await command(self._redis, "DEL", self._keys.recovery(run_id))
 
     async def unfinished(self) -> AsyncIterator[Record]:
         """Every record that has not ended, in no order; some perhaps twice. Walks all keys of the server."""
         prefix = self._keys.request(RequestKey(""))
-        cursor: int = 0
+        cursor = b"0"
         while True:
             cursor, names = await command(self._redis, "SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", SCAN_COUNT)
             for name in names:
                 record = await self._live_record(RequestKey(name.decode().removeprefix(prefix)))
                 if record is not None:
                     yield record
-            if not cursor:
+            if cursor == b"0":
                 return
 
     async def complete(self, run_id: str, fence: str) -> bool:
         """Moves are possible again. False: `fence` is not the leader's, or the server has restarted once more."""
-        return bool(await self._call(self._complete, (self._keys.leader,), run_id, fence))
+        keys = (self._keys.leader, self._keys.recovery(run_id))
+        return bool(await self._call(self._complete, keys, run_id, fence))
 
     async def _live_record(self, key: RequestKey) -> Record | None:
         state = await command(self._redis, "HGET", self._keys.request(key), "state")

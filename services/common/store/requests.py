@@ -35,7 +35,7 @@ class Submitted:
 
     answer: Answer
     accepted_at_ms: int
-    """0: FULL, QUOTA or CONFLICT."""
+    """0: FULL, QUOTA, TOKENS or CONFLICT."""
     deadline_at_ms: int
     """0: none."""
     now_ms: int
@@ -107,6 +107,9 @@ class RequestStore:
             move.backlog_limit,
             *_summary(move.key, move.payload),
             move.tenant_limit,
+            move.tokens_per_minute,
+            move.prompt_tokens,
+            move.reserved_tokens,
         )
         return Submitted(_answer([verdict, choice, index]), accepted_at_ms, deadline_at_ms, now_ms)
 

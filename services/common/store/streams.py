@@ -10,7 +10,8 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from services.common.store.connection import MAX_BLOCK_MS, command, translated
+from services.common.store.codec import pairs
+from services.common.store.connection import MAX_BLOCK_MS, waiting_command
 
 FIRST = "0-0"
 """Before every entry."""
@@ -30,17 +31,10 @@ async def read_many(redis: Redis, after: Mapping[str, str], block_ms: int, count
     Returns at once if there are any; else after `block_ms` (0: at once; at most MAX_BLOCK_MS). Streams without new
     entries are absent. `Intake.parse` and `Events.parse` give the entries meaning.
     """
-    return _entries(await command(redis, *_xread(after, block_ms, count)))
-
-
-async def read_with_time(redis: Redis, stream: str, after: str, block_ms: int, count: int) -> tuple[list[Entry], int]:
-    """Like `read_many` for one stream, and Redis' time in ms after it waited, in the same round trip."""
-    pipeline = redis.pipeline(transaction=False)
-    pipeline.execute_command(*_xread({stream: after}, block_ms, count))
-    pipeline.execute_command("TIME")
-    with translated():
-        reply, (seconds, microseconds) = await pipeline.execute()
-    return _entries(reply).get(stream, []), int(seconds) * 1000 + int(microseconds) // 1000
+    block: tuple[str | int, ...] = ("BLOCK", min(block_ms, MAX_BLOCK_MS)) if block_ms > 0 else ()
+    streams = ("STREAMS", *after.keys(), *after.values())
+    reply = await waiting_command(redis, "XREAD", "COUNT", count, *block, *streams)
+    return {stream.decode(): _parsed(entries) for stream, entries in (reply or {}).items()}
 
 
 async def last_id(redis: Redis, stream: str) -> str:
@@ -51,22 +45,8 @@ async def last_id(redis: Redis, stream: str) -> str:
 
 async def read_newest(redis: Redis, stream: str, count: int) -> list[Entry]:
     """The last `count` entries, oldest first; without waiting."""
-    return _parsed((await command(redis, "XREVRANGE", stream, "+", "-", "COUNT", count))[::-1])
-
-
-def _xread(after: Mapping[str, str], block_ms: int, count: int) -> tuple[str | int, ...]:
-    block: tuple[str | int, ...] = ("BLOCK", min(block_ms, MAX_BLOCK_MS)) if block_ms > 0 else ()
-    return ("XREAD", "COUNT", count, *block, "STREAMS", *after.keys(), *after.values())
-
-
-def _entries(reply: Any) -> dict[str, list[Entry]]:
-    """The reply to XREAD as redis-py gives it: RESP3 {stream: [entries]}, RESP2 [[stream, entries]]."""
-    if isinstance(reply, dict):
-        streams = [(stream, entries) for stream, lists in reply.items() for entries in lists]
-    else:
-        streams = [(stream, entries) for stream, entries in reply or ()]
-    return {stream.decode(): _parsed(entries) for stream, entries in streams}
+    return _parsed((await waiting_command(redis, "XREVRANGE", stream, "+", "-", "COUNT", count))[::-1])
 
 
 def _parsed(entries: Sequence[Any]) -> list[Entry]:
-    return [Entry(entry_id.decode(), fields) for entry_id, fields in entries]
+    return [Entry(entry_id.decode(), pairs(fields)) for entry_id, fields in entries]

@@ -1,8 +1,8 @@
-"""What one side of a connection has for TLS: files in PEM, read and checked once, before anything starts."""
+"""What one side of a connection has for TLS: files in PEM, read and checked at the start, and when they change."""
 
 import os
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
@@ -23,8 +23,8 @@ class Tls:
 
     `ca`: certificates of the authorities that may have signed the other side's; None: those that gRPC brings along.
     `certificate` (with what leads up to the authority, if anything does) and `key`: this side's own; both or neither.
-    Raises TlsError, which is a ValueError, for a file that is missing, unreadable or no PEM, and for a key that is
-    another certificate's.
+    Raises TlsError, which is a ValueError, for a file that is missing, unreadable or no PEM, for a key that is another
+    certificate's, and for files that were changed while they were read.
     """
 
     ca: PathLike | None = None
@@ -33,8 +33,10 @@ class Tls:
     ca_pem: bytes | None = field(init=False, repr=False, compare=False)
     certificate_pem: bytes | None = field(init=False, repr=False, compare=False)
     key_pem: bytes | None = field(init=False, repr=False, compare=False)
+    _versions: "tuple[_Version | None, ...]" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._versions_now())
         for name in ("ca", "certificate", "key"):
             path = getattr(self, name)
             object.__setattr__(self, f"{name}_pem", None if path is None else _read(name, path))
@@ -45,6 +47,28 @@ class Tls:
         elif self.certificate is not None or self.key is not None:
             missing, given = ("key", "certificate") if self.key is None else ("certificate", "key")
             raise TlsError(missing, f"is missing, and the {given} is given: both are needed")
+        if self._versions_now() != self._versions:
+            # What was checked may be another file than what was read.
+            raise TlsError("certificate", "or another file was changed while it was read")
+
+    def renewed(self) -> "Tls":
+        """Return these files as they are now: this object as long as none was changed. Raises TlsError."""
+        return self if self._versions_now() == self._versions else replace(self)
+
+    def _versions_now(self) -> "tuple[_Version | None, ...]":
+        return tuple(_version(path) for path in (self.ca, self.certificate, self.key) if path is not None)
+
+
+_Version = tuple[int, int, int]
+"""Inode, time of the last change in ns, bytes: of what a link leads to, since Kubernetes changes files by a link."""
+
+
+def _version(path: PathLike) -> _Version | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None  # reading it will say why
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read(name: str, path: PathLike) -> bytes:

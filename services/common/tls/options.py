@@ -1,9 +1,10 @@
 """The flags for TLS between the services of a fleet, which every service has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.common.config import ConfigError, option
 from services.common.tls.files import Tls, TlsError
+from services.common.tls.renewal import Renewing
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,11 +12,16 @@ class FleetTls:
     """How a process speaks with the other services of its fleet."""
 
     files: Tls
-    """All three."""
+    """All three, as they were at the start."""
     require_client_certificate: bool
     """Whether who calls this process must show a certificate of the fleet's authority."""
     server_name: str
     """The name that certificates of those it calls must have; empty: the host that is dialled."""
+    renewing: Renewing = field(init=False, repr=False, compare=False)
+    """What a new channel is opened with."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "renewing", Renewing(self.files))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,14 @@ from gen.shoal.fleet.v1 import engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
-from services.worker.benchmark.options import Engine, add_engine_options, engine_of, print_line
+from services.worker.benchmark.options import Engine, add_engine_options, print_line
+from services.worker.benchmark.ranks import engine_of
 from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
+from services.worker.engine.runner import RanksLostError
 from services.worker.engine.step_plan import StepPlan
-from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel
-
-GPU_STEP_TIME = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6)
-"""What a step's time is thought to be until steps were seen: an 8B model on one H200."""
+from services.worker.engine.step_time import ON_A_GPU, StepTimeModel
+from services.worker.engine_config import RANKS_LOST_STATUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +107,13 @@ class WatchedStepTime(StepTimeModel):
     """Remembers what steps were thought to take, and what they took, in ms."""
 
     def __init__(self) -> None:
-        super().__init__(GPU_STEP_TIME)
+        super().__init__(ON_A_GPU)
         self.steps: list[tuple[float, float]] = []
 
-    def observe(self, plan: StepPlan, took_ms: float) -> None:
+    def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
         """Learn from a step; what was thought of it is what the model says just before."""
         self.steps.append((self.predict_ms(plan), took_ms))
-        super().observe(plan, took_ms)
+        super().observe(plan, took_ms, launch_ms)
 
 
 def _command(number: int, token_ids: Sequence[int], max_tokens: int) -> engine_pb2.AddSequence:
@@ -127,8 +127,8 @@ def _command(number: int, token_ids: Sequence[int], max_tokens: int) -> engine_p
 
 def run_load(engine: Engine, load: Load, first_id: int, step_time: StepTimeModel) -> LoadFront:
     """Run a load on an empty cache of prefixes."""
-    front = LoadFront(load, 2 * engine.limits.max_sequences, first_id)
-    planner = Planner(engine.limits, step_time)
+    front = LoadFront(load, 2 * engine.rank.limits.max_sequences, first_id)
+    planner = Planner(engine.rank.limits, step_time)
     EngineLoop(planner, step_time, engine.runner, front, lambda: time.monotonic() * 1000).run()
     return front
 
@@ -141,25 +141,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=Path, metavar="FILE", help="requests to run before (the first load's)")
     given = parser.parse_args(arguments)
     try:
-        engine = engine_of(given)
+        with engine_of(given, arguments) as engine:
+            _measure(engine, given)
     except (ConfigError, ModelFileError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
+    except RanksLostError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return RANKS_LOST_STATUS
+    return 0
+
+
+def _measure(engine: Engine, given: argparse.Namespace) -> None:
     numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
     step_time = WatchedStepTime()
     warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
     since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
     print_line(
-        ready_s=round(engine.start_s, 2),
+        ready_s=round(engine.rank.start_s, 2),
         process_start_to_first_token_s=round(_process_age_s() - since_first_token_s, 2),
-        num_blocks=engine.limits.num_blocks,
+        num_blocks=engine.rank.limits.num_blocks,
         model=str(given.model),
     )
     for path in given.load:
         load = read_load(path)
         step_time.steps.clear()
         _report(engine, load, run_load(engine, load, next(numbers), step_time), step_time)
-    return 0
 
 
 def _process_age_s() -> float:
@@ -176,8 +183,9 @@ def _report(engine: Engine, load: Load, front: LoadFront, step_time: WatchedStep
     first = sorted(moment - front.began_s for moment in front.first_token_s.values())
     print_line(
         workload=load.name,
-        dtype=engine.options.weights,
-        kv_dtype="fp8" if engine.options.has_fp8_cache else engine.options.weights.replace("fp8", "bf16"),
+        dtype=engine.rank.options.weights,
+        shards=engine.rank.shards,
+        kv_dtype="fp8" if engine.rank.options.has_fp8_cache else engine.rank.options.weights.replace("fp8", "bf16"),
         tokens_per_s=round(front.num_tokens / seconds, 1),
         prompt_tokens_per_s=round(load.prompt_tokens / seconds, 1),
         seconds=round(seconds, 3),

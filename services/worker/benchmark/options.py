@@ -8,30 +8,39 @@ from pathlib import Path
 
 import torch
 
-from services.common.model.folder import read_folder
-from services.common.model.stored_model import read_stored_model
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.matrix import DeviceWeightFormat
+from services.worker.cuda.rank_runner import LeadingRunner
+from services.worker.cuda.source import open_source
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
-from services.worker.cuda.weights import DeviceWeights, dummy_weights, load_weights
+from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
+from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
-from services.worker.weights.folder_decoder import read_decoder_config
-from services.worker.weights.open_decoder import open_decoder
+from services.worker.weight_format import DeviceWeightFormat
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """A runner that is ready, and what a benchmark says of it."""
+class LoadedEngine:
+    """A rank that is ready."""
 
     config: DecoderConfig
+    """What it computes of the model: all of it, if it is the only one."""
     limits: EngineLimits
     runner: CudaRunner
     weights: DeviceWeights
     options: DeviceOptions
+    shards: int
     start_s: float
     """From the call to the readiness: weights, a step of the largest size, graphs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A runner that is measured, and what is said of it: of rank 0, if there are several."""
+
+    rank: LoadedEngine
+    runner: CudaRunner | LeadingRunner
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +59,26 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-budget-ms", type=float, default=1e9, help="longest that a step with decodes may take")
     parser.add_argument("--context-tokens", type=int, default=defaults.context_tokens, help="most tokens of a sequence")
     parser.add_argument("--num-blocks", type=int, help="of the KV cache (what the memory holds)")
+    parser.add_argument("--shards", type=int, default=1, help="ranks that the model is dealt out to, a device each (1)")
+    parser.add_argument("--batch-invariant", action="store_true", help="the same tokens whatever else is in a step")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
 
 
-def engine_of(arguments: argparse.Namespace) -> Engine:
-    """Start the engine. Raises ModelFileError and ConfigError."""
+def device_of(name: str, rank: int) -> torch.device:
+    """Return a rank's device, and make it the current one: "cuda" is one each, as long as there are some."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
+def load_engine(arguments: argparse.Namespace, rank: int = 0, file: RankFile | None = None) -> LoadedEngine:
+    """Start a rank, of several with what they share. Raises ModelFileError, ConfigError and NcclError."""
     began = time.monotonic()
     weights: DeviceWeightFormat = arguments.dtype
-    device = torch.device(arguments.device)
+    device = device_of(arguments.device, rank)
     options = replace(
         DeviceOptions(),
         weights=weights,
@@ -69,17 +90,14 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
         context_tokens=arguments.context_tokens,
         num_blocks=arguments.num_blocks,
         has_graphs=device.type == "cuda" and not arguments.no_graphs,
+        is_batch_invariant=arguments.batch_invariant,
     )
-    shard = Shard()
-    if arguments.dummy:
-        config = read_decoder_config(read_folder(arguments.model))
-        loaded = dummy_weights(config, weights, shard, device)
-    else:
-        stored = open_decoder(read_stored_model(arguments.model))
-        config = stored.config
-        loaded = load_weights(stored, weights, shard, device, lambda share: None)
-    limits, runner = start_cuda_runner(config, lambda: loaded, shard, options, device)
-    return Engine(config, limits, runner, loaded, options, time.monotonic() - began)
+    shard = Shard(rank, arguments.shards)
+    config, load = open_source(arguments.model, weights, shard, device, lambda share: None, dummy=arguments.dummy)
+    loaded = load()
+    limits, runner = start_cuda_runner(config, lambda: loaded, shard, options, device, file)
+    took_s = time.monotonic() - began
+    return LoadedEngine(shard.config(config), limits, runner, loaded, options, arguments.shards, took_s)
 
 
 def print_line(**values: object) -> None:

@@ -19,7 +19,8 @@ import torch
 
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
-from services.worker.benchmark.options import Engine, add_engine_options, engine_of, print_line
+from services.worker.benchmark.options import Engine, add_engine_options, print_line
+from services.worker.benchmark.ranks import engine_of
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
@@ -30,6 +31,7 @@ FLOPS_PER_S = {"float32": 5e13, "bf16": 7.8e14, "fp8": 1.31e15}
 TIMED_STEPS = 20
 _MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _OWN_KERNELS = {
+    "nccl": "sum over ranks",
     "_decode_attention": "attention of decodes",
     "_merge_pieces": "attention of decodes",
     "_prefill_attention": "attention of chunks",
@@ -87,18 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=Shape.parse, action="append", required=True, metavar="NxT@C", help="a step")
     given = parser.parse_args(arguments)
     try:
-        engine = engine_of(given)
+        with engine_of(given, arguments) as engine:
+            engine.runner.cache.fill_randomly()
+            for shape in given.step:
+                _look(engine, shape)
     except (ConfigError, ModelFileError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
-    engine.runner.cache.fill_randomly()
-    for shape in given.step:
-        _look(engine, shape)
     return 0
 
 
 def _look(engine: Engine, shape: Shape) -> None:
-    plan = shape.plan(engine.limits.block_size_tokens)
+    plan = shape.plan(engine.rank.limits.block_size_tokens)
     step_us = _timed_us(engine, plan)
     floors = _floors_us(engine, plan)
     times: dict[str, list[float]] = defaultdict(list)
@@ -107,7 +109,7 @@ def _look(engine: Engine, shape: Shape) -> None:
     profiled_us = sum(map(sum, times.values()))
     print_line(
         step=f"{shape.num_sequences}x{shape.num_tokens}@{shape.cached_tokens}",
-        dtype=engine.options.weights,
+        dtype=engine.rank.options.weights,
         step_us=round(step_us, 1),
         profiled_us=round(profiled_us, 1),
         floor_us=round(sum(floors.values()), 1),
@@ -146,7 +148,7 @@ def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:
     )
     last_end_us: float | None = None
     num_products = 0
-    num_of_layers = engine.config.num_layers * len(_MATRICES)
+    num_of_layers = engine.rank.config.num_layers * len(_MATRICES)
     for event in events:
         begin_us = event.time_range.start if last_end_us is None else last_end_us
         took_us, last_end_us = event.time_range.end - begin_us, event.time_range.end
@@ -172,19 +174,19 @@ def _product_name(index: int, num_of_layers: int) -> str:
 
 def _floors_us(engine: Engine, plan: StepPlan) -> dict[str, float]:
     """The least time of all of a step's operations of a kind."""
-    config, options, num_rows = engine.config, engine.options, plan.num_tokens
+    config, options, num_rows = engine.rank.config, engine.rank.options, plan.num_tokens
     peak = FLOPS_PER_S[options.weights]
 
     def least(num_bytes: float, flops: float = 0.0, flops_per_s: float = peak) -> float:
         return 1e6 * max(num_bytes / READ_BYTES_PER_S, flops / flops_per_s)
 
     floors: dict[str, float] = {}
-    layer = engine.weights.layers[0]
+    layer = engine.rank.weights.layers[0]
     for name in _MATRICES:
         matrix = getattr(layer, name)
         flops = 2.0 * num_rows * matrix.values.numel()
         floors[name] = config.num_layers * least(matrix.num_bytes, flops)
-    head = engine.weights.lm_head
+    head = engine.rank.weights.lm_head
     samples = sum(chunk.sample_index is not None for chunk in plan.chunks)
     floors["lm_head"] = least(head.num_bytes, 2.0 * samples * head.values.numel(), FLOPS_PER_S["bf16"])
     token_bytes = 2 * config.kv_size * options.kv_dtype.itemsize

@@ -26,12 +26,15 @@ from services.worker.kernels.decode_attention import (
     PieceResults,
     cut_contexts,
     decode_attention,
+    even_length,
     piece_results,
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
-from services.worker.kernels.rows import FP8
+from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.small_product import ProductTuning, fits, small_product
+from services.worker.kernels.swiglu import swiglu
+from services.worker.kernels.tile_product import product_swiglu
 
 MATRICES = {
     "qkv": (6144, 4096),
@@ -97,6 +100,47 @@ def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
                 yield {**shape, "how": str(tuning), "us": us}
 
 
+def activations(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Many rows times a gate's and an up's matrix, with SwiGLU and, of fp8, rounding behind: together and apart."""
+    for dtype, num_rows in product((torch.bfloat16, FP8), rows_of):
+        shape = {"kernel": "activation", "matrix": "gate_up", "dtype": str(dtype), "rows": num_rows}
+        for how, call in _ways_to_activate(dtype, num_rows):
+            try:
+                yield {**shape, "how": how, "us": us_a_call(call, 1)}
+            except OutOfResources:
+                continue
+
+
+def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, Call]]:
+    outputs, inputs = MATRICES["gate_up"]
+    x, w = (torch.randn((count, inputs), device="cuda").to(dtype) for count in (num_rows, outputs))
+    gate_up = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device="cuda")
+    plain = Rows(torch.empty((num_rows, outputs // 2), dtype=torch.bfloat16, device="cuda"))
+    one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
+    rounded = Rows(torch.empty_like(plain.values, dtype=FP8), row_scales)
+
+    def library(_: int) -> None:
+        torch.mm(x, w.T, out=gate_up)
+        swiglu(Scaled(gate_up), plain)
+
+    def tiles(_: int) -> None:
+        product_swiglu(x, w, plain.values)
+
+    def scaled(row: Tensor, channel: Tensor, product: Scaled) -> Call:
+        def call(_: int) -> None:
+            torch._scaled_mm(x, w.T, row, channel, out_dtype=gate_up.dtype, use_fast_accum=True, out=gate_up)
+            swiglu(product, rounded)
+
+        return call
+
+    if dtype == FP8:
+        yield "cuBLAS", scaled(one, one, Scaled(gate_up, row_scales, channel_scales))
+        yield "cuBLAS with scales", scaled(row_scales[:, None], channel_scales[None, :], Scaled(gate_up))
+    else:
+        yield "cuBLAS", library
+        yield "tiles", tiles
+
+
 def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:
     out = torch.empty((len(rows), len(weights[0])), dtype=torch.bfloat16, device="cuda")
     one = torch.ones((), device="cuda")
@@ -135,9 +179,11 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
             if most_pieces < num_rows:
                 continue
             contexts = np.full(num_rows, context, dtype=np.int32)
-            pieces, splits = (
-                torch.from_numpy(x).cuda() for x in cut_contexts(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
+            cut, of_row = cut_contexts(
+                np.zeros_like(contexts), contexts, even_length(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
             )
+            pieces = torch.from_numpy(cut).cuda()
+            splits = torch.from_numpy(np.pad(of_row, ((0, 0), (0, 2)))).cuda()
             batch = DecodeBatch(pieces, splits, tables)
             room = piece_results(len(pieces), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
             for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):
@@ -167,13 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every tuning's time")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64], help="of products")
-    parser.add_argument("--only", choices=("products", "decodes"), help="one of the two")
+    parser.add_argument("--many-rows", type=int, nargs="*", default=[256, 1024, 2048, 8192], help="of activations")
+    parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
     shapes = ((1, 512), (1, 1024), (8, 768), (32, 768), (256, 768), (256, 160))
     lines: list[dict[str, object]] = []
     with given.out.open("w", encoding="utf-8") as out:
         for line in (
             *_chosen(given.only, "products", lambda: products(given.rows)),
+            *_chosen(given.only, "activations", lambda: activations(given.many_rows)),
             *_chosen(given.only, "decodes", lambda: decodes(shapes)),
         ):
             lines.append(line)

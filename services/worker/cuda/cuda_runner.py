@@ -15,22 +15,28 @@ from services.worker.cuda.graphs import DecodeGraphs
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.logprobs import AskedLogprobs, Scoring
 from services.worker.cuda.places import Places
-from services.worker.cuda.sampling import Chosen, choose_others
+from services.worker.cuda.ranks import DeviceRanks
+from services.worker.cuda.sampling import Chosen, choose_others, needs_all_logits
+from services.worker.cuda.shared_prefixes import SharedPrefix, shared_prefixes, tiles_of
 from services.worker.cuda.step_inputs import (
     Numbers,
     StepInputs,
+    StepLayout,
     StepSizes,
     decode_sizes,
     fill,
-    is_decode,
     mixed_sizes,
+    num_shared_pieces_for,
     views,
 )
-from services.worker.cuda.transfer import HostCopy, pinned
+from services.worker.cuda.transfer import HostCopy, pinned, to_device
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
+from services.worker.kernels.shared_attention import members_of_piece
 
 _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
+_LEAST_SHARING_DECODES = 16
+"""Of fewer, attention is a small part of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,22 @@ class LaunchedStep:
     tokens: HostCopy
     sampled: AskedLogprobs
     scored: AskedLogprobs
-    done: torch.cuda.Event | None
+    ranks_state: HostCopy | None
+    moments: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    """When the device began it, and when all of it was done. None: the CPU pretends to be a device, and has done it."""
+
+    def is_done(self) -> bool:
+        """Whether the device has done it."""
+        return self.moments is None or bool(self.moments[1].query())
 
     def result(self) -> StepResult:
-        """Wait for the step and return what it sampled."""
-        if self.done:
-            self.done.synchronize()
+        """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
+        took_ms = None
+        if self.moments:
+            self.moments[1].synchronize()
+            took_ms = float(self.moments[0].elapsed_time(self.moments[1]))
+        if self.ranks_state:
+            DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())
         sampled, scored = self.sampled.get(), self.scored.get()
         chunks = []
@@ -54,11 +70,12 @@ class LaunchedStep:
             token_id = None if chunk.sample_index is None else next(tokens)
             given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
             chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
-        return StepResult(tuple(chunks))
+        return StepResult(tuple(chunks), took_ms)
 
 
 class CudaRunner:
-    """One rank's model and KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one, in tests."""
+    """A model, or a rank's part, and its KV cache on a device: a `Runner` of the engine. The CPU can pretend to be one,
+    in tests."""
 
     steps_ahead = 1
 
@@ -67,20 +84,36 @@ class CudaRunner:
         model: DeviceDecoder,
         cache: DeviceKvCache,
         most: MostWork,
-        context_tokens: int,
         graph_sizes: Sequence[int] = (),
     ) -> None:
         """`graph_sizes`: numbers of decodes whose steps are captured as graphs; empty on a CPU."""
         self._model = model
         self.cache = cache
         self._device = model.last_tokens.device
-        self._table_blocks = -(-context_tokens // cache.block_size_tokens)
-        self._places = Places(most.num_places, self._table_blocks)
-        largest = _most_numbers(most, self._table_blocks)
+        self._layout = StepLayout(
+            context_tokens=most.context_tokens,
+            block_size_tokens=cache.block_size_tokens,
+            has_fp8_cache=cache.is_fp8,
+            may_be_dense=model.may_be_dense,
+            is_batch_invariant=model.is_batch_invariant,
+        )
+        self._places = Places(most.num_places, self._layout.table_blocks)
+        largest = _most_numbers(most, self._layout)
         self._host = [pinned((largest,), torch.int32, self._device) for _ in range(_STEPS_IN_FLIGHT)]
         self._numbers = torch.zeros(largest, dtype=torch.int32, device=self._device)
         self._num_steps = 0
-        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes)
+        config = model.config
+        self._members_of_piece = members_of_piece(config.num_heads, config.num_kv_heads)
+        # A window has left a prefix behind sooner or later.
+        self._may_share = config.sliding_window is None and not model.is_batch_invariant
+        shares_from = _LEAST_SHARING_DECODES if self._may_share else None
+        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
+
+    @torch.inference_mode()
+    def rehearse_graphs(self) -> None:
+        """Launch what graphs of decodes hold, by themselves, once in each form that kernels have."""
+        for size, shares in self._graphs.forms():
+            self._launch_decodes(size, shares)
 
     def capture_graphs(self) -> None:
         """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
@@ -91,62 +124,107 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Begin a step."""
+        begins = self._moment()
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
-        graph_size = self._graphs.size_for(len(chunks)) if all(map(is_decode, chunks)) else None
+        prefixes = self._prefixes(chunks)
+        graph_size = self._graphs.size_for(len(chunks)) if all(map(self._layout.is_decode, chunks)) else None
         if graph_size is not None:
-            sizes = self._decode_sizes(graph_size)
-            self._give_inputs(chunks, sizes, None)
-            self._graphs.replay(graph_size)
+            sizes = self._decode_sizes(graph_size, bool(prefixes))
+            self._give_inputs(chunks, sizes, None, prefixes)
+            self._graphs.replay(graph_size, shares=bool(prefixes))
         else:
-            sizes, tiles = mixed_sizes(
-                chunks, self._table_blocks, has_fp8_cache=self.cache.is_fp8, may_be_dense=self._model.may_be_dense
-            )
-            self._give_inputs(chunks, sizes, tiles)
+            sizes, tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
+            self._give_inputs(chunks, sizes, tiles, prefixes)
             self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
-        return self._read(plan, self._inputs(sizes), sizes)
+        return self._read(plan, self._inputs(sizes), sizes, begins)
 
-    def _launch_decodes(self, num_rows: int) -> None:
+    def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
+        """What the decodes of a step share, by tiles of the kernel."""
+        decodes = chunks[: self._layout.num_decodes(chunks)]
+        if not self._may_share or len(decodes) < _LEAST_SHARING_DECODES:
+            return []
+        groups = shared_prefixes(
+            [chunk.block_table for chunk in decodes],
+            [chunk.first_position for chunk in decodes],
+            self.cache.block_size_tokens,
+        )
+        return tiles_of(groups, self._members_of_piece, num_shared_pieces_for(len(decodes)))
+
+    def _launch_decodes(self, num_rows: int, shares: bool) -> None:
         """What a graph of decodes holds."""
-        sizes = self._decode_sizes(num_rows)
+        sizes = self._decode_sizes(num_rows, shares)
         self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=True)
 
-    def _decode_sizes(self, num_rows: int) -> StepSizes:
-        return decode_sizes(num_rows, self._table_blocks, has_fp8_cache=self.cache.is_fp8)
+    def _decode_sizes(self, num_rows: int, shares: bool) -> StepSizes:
+        return decode_sizes(num_rows, self._layout, shares=shares)
 
     def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
         return views(self._numbers, sizes)
 
-    def _give_inputs(self, chunks: Sequence[SequenceChunk], sizes: StepSizes, tiles: Numbers | None) -> None:
+    def _give_inputs(
+        self,
+        chunks: Sequence[SequenceChunk],
+        sizes: StepSizes,
+        tiles: Numbers | None,
+        prefixes: Sequence[SharedPrefix],
+    ) -> None:
         host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
         self._num_steps += 1
         places, tables = self._places.of(chunks)
-        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, self.cache.block_size_tokens)
+        fill(views(host.numpy(), sizes), chunks, places, tables, tiles, prefixes, self._layout)
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
 
-    def _read(self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes) -> LaunchedStep:
+    def _read(
+        self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes, begins: torch.cuda.Event | None
+    ) -> LaunchedStep:
         """Choose what is not the likeliest token, and send results to the host."""
         model = self._model
         sampling = [chunk for chunk in plan.chunks if chunk.sample_index is not None]
-        logits = model.logits_of(sizes.num_samples)
+        logits = self._logits_of(sampling, sizes.num_samples)
         chosen = Chosen(logits, model.choices, inputs.sample_places, model.tokens, model.last_tokens)
         choose_others(chosen, sampling)
         scoring = Scoring(self._device)
         sampled = scoring.sampled(plan.chunks, logits, model.tokens)
         scored = scoring.given(plan.chunks, model.normed, model.logits)
         tokens = HostCopy(model.tokens[: len(sampling)])
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return LaunchedStep(plan, tokens, sampled, scored, done)
+        ranks_state = HostCopy(model.ranks.state) if model.ranks else None
+        done = self._moment()
+        moments = (begins, done) if begins and done else None
+        return LaunchedStep(plan, tokens, sampled, scored, ranks_state, moments)
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """When the device has done all that was launched so far."""
+        if self._device.type != "cuda":
+            return None
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record()
+        return moment
+
+    def _logits_of(self, sampling: Sequence[SequenceChunk], num_samples: int) -> Tensor:
+        """Logits of the step's samples; of several ranks, whole rows where more than the likeliest token is wanted."""
+        logits, ranks = self._model.logits_of(num_samples), self._model.ranks
+        if ranks is None:
+            return logits
+        rows = [row for row, chunk in enumerate(sampling) if needs_all_logits(chunk)]
+        if not rows:
+            return logits
+        on_device = to_device(torch.tensor(rows), self._device)
+        of_rows = ranks.whole(logits[on_device])
+        return logits.new_empty((num_samples, of_rows.shape[1])).index_copy_(0, on_device, of_rows)
 
 
-def _most_numbers(most: MostWork, table_blocks: int) -> int:
+def _most_numbers(most: MostWork, layout: StepLayout) -> int:
     """Length of the inputs of any step."""
     sequences = most.num_sequences
-    tiles = most.num_rows // 2 + sequences
     return StepSizes(
-        most.num_rows, sequences, sequences, sequences, 2 * sequences + 64, tiles, table_blocks
+        num_rows=most.num_rows,
+        num_decodes=sequences,
+        num_chunks=sequences,
+        num_samples=sequences,
+        num_pieces=layout.num_pieces(sequences),
+        num_tiles=most.num_rows // 2 + sequences,
+        table_blocks=layout.table_blocks,
+        num_shared_pieces=num_shared_pieces_for(sequences),
     ).num_numbers

@@ -7,11 +7,18 @@ from torch import Tensor
 
 from services.worker.cuda.dense_attention import dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, wants_fp8
-from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier
+from services.worker.cuda.ranks import DeviceRanks
+from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
-from services.worker.kernels.choose_token import PartResults, choose_likeliest, part_results
-from services.worker.kernels.decode_attention import decode_attention, num_pieces_for, piece_results
+from services.worker.kernels.choose_token import PartResults, RankPart, choose_likeliest, part_results
+from services.worker.kernels.decode_attention import (
+    INVARIANT_PIECE_TOKENS,
+    INVARIANT_TUNING,
+    decode_attention,
+    num_pieces_for,
+    piece_results,
+)
 from services.worker.kernels.embedding import embed
 from services.worker.kernels.gemv import gemv_swiglu
 from services.worker.kernels.norm import add_rms_norm
@@ -20,7 +27,9 @@ from services.worker.kernels.prefill_attention import prefill_attention
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
+from services.worker.kernels.shared_attention import shared_attention, shared_results
 from services.worker.kernels.swiglu import swiglu
+from services.worker.kernels.tile_product import product_swiglu, tile_product
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights
 from services.worker.runner.models.shard import Shard
 from services.worker.runner.rope import rotary_table
@@ -34,27 +43,52 @@ class MostWork:
     num_sequences: int
     num_places: int
     """Sequences whose last tokens are kept."""
+    context_tokens: int
+    """Of a sequence."""
 
 
 class DeviceDecoder:
     """A rank's part of a decoder, and the room that its steps work in. A step leaves its results there."""
 
     def __init__(
-        self, config: DecoderConfig, weights: DeviceWeights, shard: Shard, most: MostWork, kind: torch.dtype
+        self,
+        config: DecoderConfig,
+        weights: DeviceWeights,
+        shard: Shard,
+        most: MostWork,
+        kind: torch.dtype,
+        ranks: DeviceRanks | None = None,
+        *,
+        is_batch_invariant: bool = False,
     ) -> None:
-        """`config` is the whole model's; `kind` is the activations' type."""
+        """`config` is the whole model's; `kind` is the activations' type; `ranks`: None if this is the only one.
+
+        `is_batch_invariant`: a row's result does not depend on the rows beside it, to the last bit.
+        """
+        assert (shard.world_size == 1) == (ranks is None)
         self.config = shard.config(config)
         self._weights = weights
-        self._shard = shard
+        self._tokens_here = shard.vocabulary(config)
+        self.ranks = ranks
         is_fp8 = weights.layers[0].qkv_proj.channel_scales is not None
         self._device = weights.embedding.device
         turns = rotary_table(config.context_tokens, weights.rotary_frequencies.cpu()).to(self._device)
         self._heads = [
             HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
-        self._room = _Room(self.config, most, kind, self._device, is_fp8)
-        self._multiplier = Multiplier(config.hidden_size, self._device)
-        self.may_be_dense = self._device.type == "cuda" and kind != torch.float32 and config.sliding_window is None
+        self.is_batch_invariant = is_batch_invariant
+        self._room = _Room(
+            self.config,
+            most,
+            kind,
+            self._device,
+            len(self._tokens_here),
+            is_fp8=is_fp8,
+            is_batch_invariant=is_batch_invariant,
+        )
+        self._multiplier = Multiplier(config.hidden_size, self._device, is_batch_invariant=is_batch_invariant)
+        may_choose = self._device.type == "cuda" and not is_batch_invariant
+        self.may_be_dense = may_choose and kind != torch.float32 and config.sliding_window is None
         """Whether whole prompts may be attended by cuDNN."""
         self.last_tokens = torch.zeros(most.num_places, dtype=torch.int32, device=self._device)
         """The token that was sampled last at each place."""
@@ -68,11 +102,11 @@ class DeviceDecoder:
 
     @property
     def normed(self) -> Tensor:
-        """Every row's last hidden state of the last step that was not of decodes alone: [most rows, hidden_size]."""
+        """Every row's last hidden state, if the last step's sizes said `keeps_all_rows`: [most rows, hidden_size]."""
         return self._room.normed
 
     def logits_of(self, num_samples: int) -> Tensor:
-        """Logits of the step's samples: [num_samples, vocabulary_size]."""
+        """Logits of the step's samples: [num_samples, vocabulary_size], of several ranks this one's part."""
         return self._room.logits[:num_samples]
 
     def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
@@ -83,56 +117,113 @@ class DeviceDecoder:
         """
         room, config, num_rows = self._room, self.config, sizes.num_rows
         residual = room.residual[:num_rows]
-        embed(step.token_ids, step.places, self.last_tokens, self._weights.embedding, residual, pdl=pdl)
-        delta: Scaled | None = None
+        delta = self._embed(step, residual, pdl)
         for index, (layer, heads, kv) in enumerate(zip(self._weights.layers, self._heads, cache.layers, strict=True)):
             window = config.sliding_window if index in config.sliding_layers else None
-            normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.qkv_proj, num_rows))
-            add_rms_norm(delta, residual, layer.attention_norm, config.rms_norm_eps, normed, pdl=pdl)
+            normed = self._normed(delta, residual, layer.attention_norm, layer.qkv_proj, pdl)
             qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
             queries = room.queries[:num_rows]
             rope_and_write(
                 qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
             )
-            attended = self._attend(queries, qkv.product, step, sizes, kv, window, layer.o_proj, pdl)
-            delta = self._back(attended, layer.o_proj, pdl)
-            normed = room.rows(room.normed, room.normed_fp8, num_rows, wants_fp8(layer.gate_up_proj, num_rows))
-            add_rms_norm(delta, residual, layer.mlp_norm, config.rms_norm_eps, normed, pdl=pdl)
+            if layer is self._weights.layers[-1] and not sizes.keeps_all_rows:
+                if sizes.num_samples == 0:
+                    return
+                attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
+                attended, residual = self._only_sampled(attended, residual, step, sizes)
+            else:
+                attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
+            delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
+            normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
             activated = self._activate(normed, layer, pdl)
             delta = self._back(activated, layer.down_proj, pdl)
-        final = Rows(room.normed[:num_rows])
-        add_rms_norm(delta, residual, self._weights.norm, config.rms_norm_eps, final, pdl=pdl)
+        final = Rows(room.normed[: len(residual)])
+        self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
             return
-        rows = final
-        if sizes.num_samples < num_rows or sizes.num_tiles:
-            sampled = room.sampled[: sizes.num_samples]
-            torch.index_select(final.values, 0, step.sample_rows, out=sampled)
-            rows = Rows(sampled)
+        if sizes.keeps_all_rows:
+            final = Rows(torch.index_select(final.values, 0, step.sample_rows, out=room.sampled[: sizes.num_samples]))
         logits = self.logits_of(sizes.num_samples)
-        self._multiply(rows, self._weights.lm_head, logits, pdl)
-        choose_likeliest(logits, room.choices, step.sample_places, self.tokens, self.last_tokens, pdl=pdl)
+        self._multiply(final, self._weights.lm_head, logits, pdl)
+        part = RankPart(self._tokens_here.start, final.values, self.ranks.choices) if self.ranks else None
+        choose_likeliest(logits, room.choices, step.sample_places, self.tokens, self.last_tokens, part, pdl=pdl)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map last hidden states, [num_rows, hidden_size], to logits in memory of their own."""
-        return hidden @ self._weights.lm_head.values.T
+        """Map last hidden states, [num_rows, hidden_size], to whole logits in memory of their own."""
+        weight = self._weights.lm_head.values
+        if self.is_batch_invariant:
+            logits = torch.empty((len(hidden), len(weight)), dtype=hidden.dtype, device=hidden.device)
+            tile_product(hidden, weight, logits)
+            return logits
+        logits = hidden @ weight.T
+        return self.ranks.whole(logits) if self.ranks else logits
+
+    def _embed(self, step: StepInputs[Tensor], residual: Tensor, pdl: bool) -> Scaled | None:
+        """Begin the residual; of several ranks with zeros, to which the first norm adds what each has of the rows."""
+        embedding, first_token = self._weights.embedding, self._tokens_here.start
+        if self.ranks is None:
+            embed(step.token_ids, step.places, self.last_tokens, embedding, residual, pdl=pdl)
+            return None
+        part = self._room.hidden[: len(residual)]
+        embed(step.token_ids, step.places, self.last_tokens, embedding, part, first_token, residual, pdl=pdl)
+        return self._over_ranks(Scaled(part), pdl)
+
+    def _norm(self, delta: Scaled | None, residual: Tensor, weight: Tensor, out: Rows, pdl: bool) -> None:
+        """Add to the residual, over ranks if they have not done so by themselves, and norm it."""
+        seat = self.ranks.sums if self.ranks and self.ranks.are_few(len(residual)) else None
+        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, seat, pdl=pdl)
+
+    def _over_ranks(self, part: Scaled, pdl: bool) -> Scaled:
+        """What a rank has of a sum: of few rows as it is, for the norm to add up."""
+        num_rows = part.product.shape[-2]
+        return self.ranks.sum(part, pdl=pdl) if self.ranks and not self.ranks.are_few(num_rows) else part
+
+    def _only_sampled(
+        self, attended: Tensor, residual: Tensor, step: StepInputs[Tensor], sizes: StepSizes
+    ) -> tuple[Tensor, Tensor]:
+        """Leave, behind the last layer's attention, the rows that a token is chosen after: no other is read again."""
+        if sizes.num_decodes == sizes.num_rows == sizes.num_samples:
+            return attended, residual
+        room = self._room
+        return (
+            torch.index_select(attended, 0, step.sample_rows, out=room.sampled_attended[: sizes.num_samples]),
+            torch.index_select(residual, 0, step.sample_rows, out=room.sampled[: sizes.num_samples]),
+        )
+
+    def _normed(self, delta: Scaled | None, residual: Tensor, weight: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
+        """Add to the residual, and norm it for a product."""
+        room, num_rows = self._room, len(residual)
+        normed = room.rows(room.normed, room.normed_fp8, num_rows, self._multiplier.wants_fp8(then, num_rows))
+        self._norm(delta, residual, weight, normed, pdl)
+        return normed
+
+    def _rounded(self, attended: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
+        """What attention gave, for a product."""
+        room, num_rows = self._room, len(attended)
+        if not self._multiplier.wants_fp8(then, num_rows):
+            return Rows(attended)
+        rounded = room.rows(room.attended, room.attended_fp8, num_rows, True)
+        round_rows_into(attended, rounded, pdl=pdl)
+        return rounded
 
     def _activate(self, normed: Rows, layer: DecoderLayerWeights[DeviceMatrix], pdl: bool) -> Rows:
         """The first product of the MLP, and SwiGLU."""
-        room, num_rows = self._room, len(normed.values)
-        activated = room.rows(room.activated, room.activated_fp8, num_rows, wants_fp8(layer.down_proj, num_rows))
-        matrix = layer.gate_up_proj
-        if num_rows == 1 and normed.scales is None and activated.scales is None:
+        room, num_rows, matrix = self._room, len(normed.values), layer.gate_up_proj
+        to_fp8 = self._multiplier.wants_fp8(layer.down_proj, num_rows)
+        activated = room.rows(room.activated, room.activated_fp8, num_rows, to_fp8)
+        how = self._multiplier.how_to_activate(normed, matrix, to_fp8=to_fp8)
+        if how == "gemv":
             gemv_swiglu(normed.values, matrix.values, matrix.channel_scales, activated.values, pdl=pdl)
+        elif how == "tiles":
+            product_swiglu(normed.values, matrix.values, activated.values, pdl=pdl)
         else:
             swiglu(self._multiply(normed, matrix, room.gate_up, pdl), activated, pdl=pdl)
         return activated
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
         """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
-        if self._shard.world_size > 1:
-            raise NotImplementedError("ranks on GPUs are not connected yet")
-        return self._multiply(rows, matrix, self._room.hidden, pdl, may_split=True)
+        may_split = self.ranks is None or self.ranks.are_few(len(rows.values))
+        return self._over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=may_split), pdl)
 
     def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
         return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
@@ -145,15 +236,20 @@ class DeviceDecoder:
         sizes: StepSizes,
         kv: PagedLayer,
         window: int | None,
-        then: DeviceMatrix,
         pdl: bool,
-    ) -> Rows:
+    ) -> Tensor:
+        """Returns [num_rows, q_size]."""
         room, num_decodes = self._room, sizes.num_decodes
         attended = room.attended[: sizes.num_rows]
         by_head = attended.view(queries.shape)
         if num_decodes:
+            shared = room.shared if sizes.num_shared_pieces else None
+            if shared:
+                shared_attention(queries, kv, step.shared_pieces, step.block_tables, shared, pdl=pdl)
+            own, out = queries[:num_decodes], by_head[:num_decodes]
+            tuning = INVARIANT_TUNING if self.is_batch_invariant else None
             decode_attention(
-                queries[:num_decodes], kv, decode_batch(step), room.pieces, by_head[:num_decodes], window, pdl=pdl
+                own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning
             )
         if sizes.num_tiles:
             prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
@@ -162,19 +258,25 @@ class DeviceDecoder:
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
             for run in sizes.dense_runs:
                 dense_attention(queries, keys, values, by_head, run)
-        if not wants_fp8(then, sizes.num_rows):
-            return Rows(attended)
-        rounded = room.rows(room.attended, room.attended_fp8, sizes.num_rows, True)
-        round_rows_into(attended, rounded, pdl=pdl)
-        return rounded
+        return attended
 
 
 class _Room:
     """Where a step works. Buffers are as long as the largest step; steps run one after the other."""
 
     def __init__(
-        self, config: DecoderConfig, most: MostWork, kind: torch.dtype, device: torch.device, is_fp8: bool
+        self,
+        config: DecoderConfig,
+        most: MostWork,
+        kind: torch.dtype,
+        device: torch.device,
+        num_tokens: int,
+        *,
+        is_fp8: bool,
+        is_batch_invariant: bool,
     ) -> None:
+        """`num_tokens`: of the vocabulary, that logits are of."""
+
         def rows(size: int, dtype: torch.dtype = kind) -> Tensor:
             # Cleared: rows that are computed for nothing must not hold NaN.
             return torch.zeros((most.num_rows, size), dtype=dtype, device=device)
@@ -182,7 +284,9 @@ class _Room:
         def fp8_rows(size: int) -> Tensor | None:
             return rows(size, FP8) if is_fp8 else None
 
-        num_pieces = max(num_pieces_for(most.num_sequences, is_fp8) for is_fp8 in (False, True))
+        num_pieces = max(num_pieces_for(most.num_sequences, has_fp8_cache) for has_fp8_cache in (False, True))
+        if is_batch_invariant:
+            num_pieces = most.num_sequences * -(-most.context_tokens // INVARIANT_PIECE_TOKENS)
         self.residual = rows(config.hidden_size)
         self.normed = rows(config.hidden_size)
         self.normed_fp8 = fp8_rows(config.hidden_size)
@@ -198,8 +302,12 @@ class _Room:
         self.pieces = piece_results(
             num_pieces, most.num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, device
         )
+        self.shared = shared_results(
+            num_shared_pieces_for(most.num_sequences), config.num_heads, config.head_dim, device
+        )
         self.sampled = torch.zeros((most.num_sequences, config.hidden_size), dtype=kind, device=device)
-        self.logits = torch.zeros((most.num_sequences, config.vocabulary_size), dtype=kind, device=device)
+        self.sampled_attended = torch.zeros((most.num_sequences, config.q_size), dtype=kind, device=device)
+        self.logits = torch.zeros((most.num_sequences, num_tokens), dtype=kind, device=device)
         self.choices = part_results(most.num_sequences, config.vocabulary_size, device)
 
     def rows(self, plain: Tensor, fp8: Tensor | None, num_rows: int, rounds: bool) -> Rows:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -21,16 +22,31 @@ def graph_sizes(most: int) -> list[int]:
 class DecodeGraphs:
     """Graphs by batch size, in one pool of memory. They read and write at the addresses that the captured calls did."""
 
-    def __init__(self, sizes: Sequence[int], launch: Callable[[int], None]) -> None:
-        """`launch` launches a step of so many decodes; it must neither allocate nor wait."""
+    def __init__(self, sizes: Sequence[int], launch: Callable[[int, bool], None], shares_from: int | None) -> None:
+        """`launch` launches a step of so many decodes; it must neither allocate nor wait.
+
+        `shares_from`: the least size that there is a second graph of, for steps in which some share a prefix, so that
+        the others need no kernel for it. None: there is none.
+        """
         self._sizes = sorted(sizes)
         self._launch = launch
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._shares_from = shares_from
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     def size_for(self, num_decodes: int) -> int | None:
         """Return the least size that holds so many decodes; None: none does."""
         index = bisect_left(self._sizes, num_decodes)
         return self._sizes[index] if index < len(self._sizes) else None
+
+    def forms(self) -> list[tuple[int, bool]]:
+        """Return sizes, and whether prefixes are shared, that together have all forms of kernels: those are chosen by
+        powers of two of their rows."""
+        sizes = [size for below, size in pairwise([0, *self._sizes]) if below.bit_length() != size.bit_length()]
+        return [(size, shares) for size in sizes for shares in self._kinds(size)]
+
+    def _kinds(self, size: int) -> tuple[bool, ...]:
+        may_share = self._shares_from is not None and size >= self._shares_from
+        return (False, True) if may_share else (False,)
 
     @torch.inference_mode()
     def capture_all(self) -> None:
@@ -40,16 +56,17 @@ class DecodeGraphs:
         pool = None
         stream = torch.cuda.Stream()
         for size in reversed(self._sizes):
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UPS if size == self._sizes[-1] or size == 1 else 1):
-                    self._launch(size)
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._launch(size)
-            pool = graph.pool()
-            self._graphs[size] = graph
+            for shares in self._kinds(size):
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS if size == self._sizes[-1] or size == 1 else 1):
+                        self._launch(size, shares)
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self._launch(size, shares)
+                pool = graph.pool()
+                self._graphs[size, shares] = graph
 
-    def replay(self, size: int) -> None:
+    def replay(self, size: int, *, shares: bool) -> None:
         """Launch a step of a size in `sizes`."""
-        self._graphs[size].replay()
+        self._graphs[size, shares].replay()

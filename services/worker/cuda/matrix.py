@@ -6,13 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from services.worker.kernels import tile_product
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
 from services.worker.kernels.small_product import MOST_ROWS, ProductTuning, fits, small_product
-
-DeviceWeightFormat = Literal["float32", "bf16", "fp8"]
-"""How the device holds the matrices of the layers. fp8: rounded to e4m3 with a scale for each output; what they are
-multiplied with is rounded row by row, and all else is bf16."""
+from services.worker.weight_format import DeviceWeightFormat
 
 ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
     "float32": torch.float32,
@@ -23,6 +21,11 @@ ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
 
 MOST_PARTS = 2
 _MANY_OUTPUTS = 16384
+_CUBLAS_SCALES_FROM_ROWS = 512
+_CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS = 256
+"""Of fp8: from there on cuBLAS applies a scale a row and a channel for less than the kernel behind it."""
+_SWIGLU_IN_TILES_FROM_ROWS = 8192
+"""Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
 _GEMV_MOST_FP8 = 8192
 """Longest side of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores."""
 
@@ -44,12 +47,20 @@ class DeviceMatrix:
         return self.values.numel() * self.values.element_size()
 
 
+Activation = Literal["gemv", "tiles", "apart"]
+"""SwiGLU in a product of one row, in one of many, or in a kernel behind it."""
+
+
 class Multiplier:
     """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu.md, for one H200."""
 
-    def __init__(self, largest_split: int, device: torch.device) -> None:
-        """`largest_split`: outputs of the largest matrix whose product may come in parts."""
-        # cuBLAS is to apply no scales. With some, one a row, it takes 13 us at the least and cannot split the inputs;
+    def __init__(self, largest_split: int, device: torch.device, *, is_batch_invariant: bool = False) -> None:
+        """`largest_split`: outputs of the largest matrix whose product may come in parts.
+
+        `is_batch_invariant`: all products by the one kernel that gives a row the same among any others.
+        """
+        self._is_batch_invariant = is_batch_invariant
+        # To few rows cuBLAS is to apply no scales. With some it takes 13 us at the least and cannot split the inputs,
         # so they are left to whoever reads the product.
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._parts = torch.zeros(MOST_PARTS * MOST_ROWS * largest_split, dtype=torch.float32, device=device)
@@ -57,6 +68,9 @@ class Multiplier:
     def __call__(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool) -> Scaled:
         """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts."""
         num_rows, weight = len(rows.values), matrix.values
+        if self._is_batch_invariant:
+            tile_product.tile_product(rows.values, weight, out, pdl=pdl)
+            return Scaled(out) if rows.scales is None else Scaled(out, rows.scales, matrix.channel_scales)
         if num_rows == 1 and rows.scales is None:
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
             return Scaled(out)
@@ -67,8 +81,12 @@ class Multiplier:
                 size = tuning.num_splits * out.numel()
                 product = self._parts[:size].view(tuning.num_splits, *out.shape)
             small_product(rows.values, weight, product.view(tuning.num_splits, *out.shape), tuning, pdl=pdl)
-        elif matrix.channel_scales is None:
+        elif matrix.channel_scales is None or rows.scales is None:
             torch.mm(rows.values, weight.T, out=out)
+        elif weight.is_cuda and _takes_scales(num_rows, weight):
+            scales = rows.scales[:, None], matrix.channel_scales[None, :]
+            torch._scaled_mm(rows.values, weight.T, *scales, out_dtype=out.dtype, use_fast_accum=True, out=out)
+            return Scaled(out)
         elif weight.is_cuda:
             torch._scaled_mm(
                 rows.values, weight.T, self._one, self._one, out_dtype=out.dtype, use_fast_accum=True, out=out
@@ -76,6 +94,33 @@ class Multiplier:
         else:
             out.copy_(rows.values.float() @ weight.float().T)
         return Scaled(product) if rows.scales is None else Scaled(product, rows.scales, matrix.channel_scales)
+
+    def wants_fp8(self, matrix: DeviceMatrix, num_rows: int) -> bool:
+        """Whether a product takes rows rounded to fp8.
+
+        Of one row and a small matrix it takes the row as it is: rounding it would cost more than the tensor cores save.
+        Of a large one the conversion of the weights, which `gemv` does one by one, takes longer than reading them.
+        """
+        if matrix.channel_scales is None:
+            return False
+        return self._is_batch_invariant or num_rows > 1 or max(matrix.values.shape) > _GEMV_MOST_FP8
+
+    def how_to_activate(self, rows: Rows, gate_up: DeviceMatrix, *, to_fp8: bool) -> Activation:
+        """Return how rows are multiplied with a gate and what it opens for. `to_fp8`: what comes out is rounded."""
+        num_rows = len(rows.values)
+        if self._is_batch_invariant:
+            return "apart"
+        if num_rows == 1 and rows.scales is None and not to_fp8:
+            return "gemv"
+        is_half = gate_up.values.is_cuda and gate_up.values.element_size() == 2
+        if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS and tile_product.fits(gate_up.values, rows.values.dtype):
+            return "tiles"
+        return "apart"
+
+
+def _takes_scales(num_rows: int, weight: Tensor) -> bool:
+    has_many_outputs = len(weight) >= _MANY_OUTPUTS
+    return num_rows >= (_CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS if has_many_outputs else _CUBLAS_SCALES_FROM_ROWS)
 
 
 def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:
@@ -98,17 +143,6 @@ def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuni
     else:
         tuning = ProductTuning(64, 512, 4 if is_fp8 or num_rows <= 16 else 3, num_splits=2)
     return tuning if fits(num_rows, weight, tuning) else None
-
-
-def wants_fp8(matrix: DeviceMatrix, num_rows: int) -> bool:
-    """Whether a product takes rows rounded to fp8.
-
-    Of one row and a small matrix it takes the row as it is: rounding it would cost more than the tensor cores save. Of
-    a large one the conversion of the weights, which `gemv` does one by one, takes longer than reading them.
-    """
-    if matrix.channel_scales is None:
-        return False
-    return num_rows > 1 or max(matrix.values.shape) > _GEMV_MOST_FP8
 
 
 def to_fp8(weight: Tensor, bias: Tensor | None = None) -> DeviceMatrix:

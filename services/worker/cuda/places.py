@@ -37,8 +37,9 @@ class Places:
             self._place_of[chunk.sequence_id] = place
         else:
             self._place_of.move_to_end(chunk.sequence_id)
-        # The planner makes another tuple when a sequence gets blocks, and else keeps the one.
-        if self._block_tables[place] is not chunk.block_table:
+        # The planner makes another tuple when a sequence gets blocks, and else keeps the one; a plan that comes from
+        # another rank has another each time.
+        if self._block_tables[place] is not chunk.block_table and self._block_tables[place] != chunk.block_table:
             self._block_tables[place] = chunk.block_table
             self._tables[place, : len(chunk.block_table)] = chunk.block_table
         return place

@@ -52,6 +52,12 @@ def choose_others(chosen: Chosen, chunks: Sequence[SequenceChunk]) -> None:
         draw_tokens(chosen.logits, draws, chosen.room, chosen.places, chosen.tokens, chosen.last_tokens)
 
 
+def needs_all_logits(chunk: SequenceChunk) -> bool:
+    """Whether the likeliest token is not all that is wanted of a chunk that samples."""
+    parameters = chunk.sampling
+    return _is_adjusted(chunk) or parameters.temperature > 0 or parameters.num_logprobs is not None
+
+
 def _is_adjusted(chunk: SequenceChunk) -> bool:
     parameters = chunk.sampling
     has_penalties = chunk.seen is not None and parameters.has_penalties

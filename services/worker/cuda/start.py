@@ -10,15 +10,18 @@ from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.graphs import graph_sizes
 from services.worker.cuda.kv_cache import DeviceKvCache, kv_block_bytes
-from services.worker.cuda.matrix import ACTIVATIONS, DeviceWeightFormat
+from services.worker.cuda.made_up_steps import made_up_step
+from services.worker.cuda.matrix import ACTIVATIONS
+from services.worker.cuda.ranks import DeviceRanks, MostRows
+from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
-from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
-from services.worker.engine.sequence import SamplingParameters, SequenceId
-from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.kernels.rows import FP8
+from services.worker.kernels.tile_product import fits
+from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,10 @@ class DeviceOptions:
     num_blocks: int | None = None
     """Of the KV cache; None: what the rest of the memory holds."""
     has_graphs: bool = True
+    is_batch_invariant: bool = False
+    """Whether a sequence's tokens are the same, whatever else is in its steps."""
+    has_dense_attention: bool = True
+    """Whether cuDNN attends whole prompts: faster, but its plan for each new shape takes longer than a step."""
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -46,12 +53,20 @@ class DeviceOptions:
 
 
 def start_cuda_runner(
-    config: DecoderConfig, load: Callable[[], DeviceWeights], shard: Shard, options: DeviceOptions, device: torch.device
+    config: DecoderConfig,
+    load: Callable[[], DeviceWeights],
+    shard: Shard,
+    options: DeviceOptions,
+    device: torch.device,
+    file: RankFile | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[EngineLimits, CudaRunner]:
-    """Make a runner of the weights that `load` gives, a rank's part of them.
+    """Make a runner of the weights that `load` gives, a rank's part of them. `file`: what several ranks share;
+    `on_stage` hears what is being done.
 
-    The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see. Raises
-    ConfigError if that is not one, or if the model cannot be dealt out.
+    The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see; of ranks,
+    the one with least room says how many. Raises ConfigError if that is not one, if the model cannot be dealt out, if
+    the batch-invariant mode does not take it, or if ranks cannot reach each other, and NcclError.
     """
     rank_config = shard.config(config)
     context_tokens = min(options.context_tokens, config.context_tokens)
@@ -59,52 +74,88 @@ def start_cuda_runner(
         num_rows=options.max_prefill_tokens_per_step + options.max_sequences,
         num_sequences=options.max_sequences,
         num_places=2 * options.max_sequences,
+        context_tokens=context_tokens,
     )
-    model = DeviceDecoder(config, load(), shard, most, ACTIVATIONS[options.weights])
+    weights, kind = load(), ACTIVATIONS[options.weights]
+    if options.is_batch_invariant:
+        _check_invariant(weights, kind, shard)
+    ranks = _join_ranks(file, config, most, options, device) if file else None
+    model = DeviceDecoder(config, weights, shard, most, kind, ranks, is_batch_invariant=options.is_batch_invariant)
+    model.may_be_dense &= options.has_dense_attention
     sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
 
     def runner_with(num_blocks: int) -> CudaRunner:
         cache = DeviceKvCache(rank_config, num_blocks, options.block_size_tokens, options.kv_dtype, device)
-        return CudaRunner(model, cache, most, context_tokens, sizes)
+        return CudaRunner(model, cache, most, sizes)
 
+    def limits_with(num_blocks: int) -> EngineLimits:
+        return EngineLimits(
+            num_blocks=num_blocks,
+            block_size_tokens=options.block_size_tokens,
+            max_sequences=options.max_sequences,
+            max_prefill_tokens_per_step=options.max_prefill_tokens_per_step,
+            step_budget_ms=options.step_budget_ms,
+            context_tokens=context_tokens,
+            vocabulary_size=config.vocabulary_size,
+        )
+
+    if device.type == "cuda":
+        on_stage("compiling kernels")
+        compile_kernels(runner_with(1), limits_with(1), torch.get_num_threads())
+        if file:
+            # The first step waits for other ranks in kernels, which do so for seconds only.
+            file.board.exchange(b"compiled")
     num_blocks = options.num_blocks
     if num_blocks is None:
         block_bytes = kv_block_bytes(rank_config, options.block_size_tokens, options.kv_dtype)
-        num_blocks = _measured_bytes_left(runner_with(1), options, device) // block_bytes
+        num_blocks = _measured_bytes_left(runner_with(1), limits_with(1), options, device) // block_bytes
+        if file:
+            num_blocks = min(int(told) for told in file.board.exchange(str(num_blocks).encode()))
         if num_blocks < 1:
             raise ConfigError(f"{options.memory_share} of the device's memory leave no room for a block of KV cache")
-    limits = EngineLimits(
-        num_blocks=num_blocks,
-        block_size_tokens=options.block_size_tokens,
-        max_sequences=options.max_sequences,
-        max_prefill_tokens_per_step=options.max_prefill_tokens_per_step,
-        step_budget_ms=options.step_budget_ms,
-        context_tokens=context_tokens,
-        vocabulary_size=config.vocabulary_size,
-    )
     runner = runner_with(num_blocks)
+    on_stage("capturing graphs")
     runner.capture_graphs()
-    return limits, runner
+    return limits_with(num_blocks), runner
 
 
-def _measured_bytes_left(runner: CudaRunner, options: DeviceOptions, device: torch.device) -> int:
+def _check_invariant(weights: DeviceWeights, kind: torch.dtype, shard: Shard) -> None:
+    if shard.world_size > 1:
+        raise ConfigError("the batch-invariant mode is for one rank: how ranks add up depends on the number of rows")
+    layer = weights.layers[0]
+    for matrix in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, weights.lm_head):
+        if not fits(matrix.values, kind):
+            num_outputs, num_inputs = matrix.values.shape
+            raise ConfigError(
+                f"the batch-invariant mode does not take a matrix of {num_outputs} x {num_inputs}: inputs and outputs "
+                "must fill multiples of 16 bytes"
+            )
+
+
+def _join_ranks(
+    file: RankFile, config: DecoderConfig, most: MostWork, options: DeviceOptions, device: torch.device
+) -> DeviceRanks:
+    # Two of one number have one device, or one of two hosts; ranks are of one host.
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "cpu"
+    devices = {told.decode() for told in file.board.exchange(own.encode())}
+    has_own_device = len(devices) == file.world_size
+    if not has_own_device and options.num_blocks is None:
+        raise ConfigError("ranks that share a device cannot see how much of it is left for each: say --num-blocks")
+    return DeviceRanks(
+        file,
+        config,
+        MostRows(most.num_rows, most.num_sequences, ACTIVATIONS[options.weights]),
+        device,
+        has_own_device=has_own_device,
+    )
+
+
+def _measured_bytes_left(runner: CudaRunner, limits: EngineLimits, options: DeviceOptions, device: torch.device) -> int:
     """Make a step of the largest size, on a cache of one block, and look what the device has left."""
-    runner.launch(_largest_step(options)).result()
+    largest = made_up_step(limits.max_sequences - 1, [limits.longest_chunk_tokens], limits.block_size_tokens)
+    runner.launch(largest).result()
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     # What torch holds but does not use would be given to the cache.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + unused - (1 - options.memory_share) * total)
-
-
-def _largest_step(options: DeviceOptions) -> StepPlan:
-    """Decodes of all sequences but one, and a chunk of the largest size; all of them in block 0."""
-    num_blocks = -(-options.max_prefill_tokens_per_step // options.block_size_tokens)
-
-    def chunk(number: int, num_tokens: int) -> SequenceChunk:
-        blocks = (BlockId(0),) * (num_blocks if num_tokens > 1 else 1)
-        return SequenceChunk(SequenceId(-number), (0,) * num_tokens, 0, blocks, SamplingParameters(), 0)
-
-    decodes = (chunk(number, 1) for number in range(1, options.max_sequences))
-    longest = min(options.max_prefill_tokens_per_step, options.context_tokens)
-    return StepPlan(0, (*decodes, chunk(options.max_sequences, longest)))

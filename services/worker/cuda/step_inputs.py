@@ -3,6 +3,7 @@
 Rows are the tokens of all chunks behind each other, in the plan's order, decodes first.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,20 +14,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_runs, is_dense
+from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.decode_attention import (
+    INVARIANT_PIECE_TOKENS,
     PIECE_COLUMNS,
     SPLIT_COLUMNS,
     DecodeBatch,
     cut_contexts,
+    even_length,
     num_pieces_for,
 )
 from services.worker.kernels.prefill_attention import TILE_COLUMNS, cut_chunks
+from services.worker.kernels.shared_attention import MOST_MEMBERS, SHARED_COLUMNS
 
 Numbers = NDArray[np.int32]
 Array = TypeVar("Array", Numbers, Tensor)
 
 LEAST_PIECE_TOKENS = 64
+_LEAST_SHARED_PIECE_TOKENS = 256
+_SHARED_PIECES = 32
+"""Into how many pieces prefixes are cut: with 8 key heads, programs for all 132 processors, two on each."""
+_GRANULE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +51,30 @@ class StepSizes:
     num_tiles: int
     table_blocks: int
     """Width of a block table."""
+    num_shared_pieces: int = 0
+    """0: no decode shares a prefix."""
     dense_runs: tuple[DenseRun, ...] = ()
     """Whole prompts, which are in no tile."""
+    keeps_all_rows: bool = False
+    """Whether the last hidden states of others than the sampled rows are wanted."""
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the parts, in the order of StepInputs."""
+        return (
+            *[(self.num_rows,)] * 4,
+            *[(self.num_samples,)] * 2,
+            (self.num_pieces, PIECE_COLUMNS),
+            (self.num_decodes, SPLIT_COLUMNS),
+            (self.num_shared_pieces, SHARED_COLUMNS),
+            (self.num_tiles, TILE_COLUMNS),
+            (self.num_chunks, self.table_blocks),
+        )
 
     @property
     def num_numbers(self) -> int:
         """Length of the whole piece."""
-        return (
-            4 * self.num_rows
-            + 2 * self.num_samples
-            + PIECE_COLUMNS * self.num_pieces
-            + SPLIT_COLUMNS * self.num_decodes
-            + TILE_COLUMNS * self.num_tiles
-            + self.table_blocks * self.num_chunks
-        )
+        return sum(map(_room, self.shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +97,8 @@ class StepInputs(Generic[Array]):
     """[num_pieces, PIECE_COLUMNS]"""
     splits: Array
     """[num_decodes, SPLIT_COLUMNS]"""
+    shared_pieces: Array
+    """[num_shared_pieces, SHARED_COLUMNS]"""
     tiles: Array
     """[num_tiles, TILE_COLUMNS]"""
     block_tables: Array
@@ -86,44 +107,96 @@ class StepInputs(Generic[Array]):
 
 def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
     """Cut a piece into its parts."""
-    shapes: list[tuple[int, ...]] = [
-        *[(sizes.num_rows,)] * 4,
-        *[(sizes.num_samples,)] * 2,
-        (sizes.num_pieces, PIECE_COLUMNS),
-        (sizes.num_decodes, SPLIT_COLUMNS),
-        (sizes.num_tiles, TILE_COLUMNS),
-        (sizes.num_chunks, sizes.table_blocks),
-    ]
     parts, begin = [], 0
-    for shape in shapes:
-        end = begin + int(np.prod(shape))
-        parts.append(numbers[begin:end].reshape(shape))
-        begin = end
+    for shape in sizes.shapes:
+        parts.append(numbers[begin : begin + math.prod(shape)].reshape(shape))
+        begin += _room(shape)
     return StepInputs(*parts)
 
 
-def decode_sizes(num_rows: int, table_blocks: int, *, has_fp8_cache: bool) -> StepSizes:
-    """Sizes of a step of decodes alone, one row each."""
-    num_pieces = num_pieces_for(num_rows, has_fp8_cache)
-    return StepSizes(num_rows, num_rows, num_rows, num_rows, num_pieces, 0, table_blocks)
+def _room(shape: tuple[int, ...]) -> int:
+    """Numbers that a part takes: the next one begins at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for a pointer that is no such multiple: in the middle of a request, that would be.
+    """
+    return -(-math.prod(shape) // _GRANULE) * _GRANULE
 
 
-def is_decode(chunk: SequenceChunk) -> bool:
-    """Whether a chunk is one token whose successor is chosen, with nothing else to tell."""
-    return len(chunk.token_ids) == 1 and chunk.sample_index is not None and not chunk.scored_token_ids
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """What is the same for all steps of a runner."""
+
+    context_tokens: int
+    """Most tokens of a sequence"""
+    block_size_tokens: int
+    has_fp8_cache: bool
+    may_be_dense: bool
+    """Whether whole prompts may be attended by cuDNN."""
+    is_batch_invariant: bool
+    """Whether a sequence is attended in the same pieces and by the same kernel, whatever else is in its steps."""
+
+    @property
+    def table_blocks(self) -> int:
+        """Width of a block table."""
+        return -(-self.context_tokens // self.block_size_tokens)
+
+    def num_pieces(self, num_decodes: int) -> int:
+        """Return into how many pieces the contexts of so many decodes are cut at most."""
+        if self.is_batch_invariant:
+            return num_decodes * -(-self.context_tokens // INVARIANT_PIECE_TOKENS)
+        return num_pieces_for(num_decodes, self.has_fp8_cache)
+
+    def piece_tokens(self, own_tokens: Numbers, num_pieces: int) -> int:
+        """Return how long pieces of decodes' contexts are."""
+        if self.is_batch_invariant:
+            return INVARIANT_PIECE_TOKENS
+        return even_length(own_tokens, num_pieces, self.block_size_tokens, LEAST_PIECE_TOKENS)
+
+    def is_decode(self, chunk: SequenceChunk) -> bool:
+        """Whether a chunk is one token whose successor is chosen, with nothing else to tell."""
+        return self._is_like_a_decode(chunk) and chunk.sample_index is not None and not chunk.scored_token_ids
+
+    def num_decodes(self, chunks: Sequence[SequenceChunk]) -> int:
+        """Return how many chunks in front are attended as decodes are."""
+        return next((index for index, chunk in enumerate(chunks) if not self._is_like_a_decode(chunk)), len(chunks))
+
+    def _is_like_a_decode(self, chunk: SequenceChunk) -> bool:
+        # By what else is in a step, a prompt's last token comes alone or not: its kernel must not depend on that.
+        is_generated = chunk.sample_index is not None and chunk.sample_index > 0
+        return len(chunk.token_ids) == 1 and (is_generated or not self.is_batch_invariant)
 
 
-def mixed_sizes(
-    chunks: Sequence[SequenceChunk], table_blocks: int, *, has_fp8_cache: bool, may_be_dense: bool
-) -> tuple[StepSizes, Numbers]:
-    """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token."""
+def decode_sizes(num_rows: int, layout: StepLayout, *, shares: bool) -> StepSizes:
+    """Sizes of a step of decodes alone, one row each. `shares`: some have a prefix in common."""
+    return StepSizes(
+        num_rows=num_rows,
+        num_decodes=num_rows,
+        num_chunks=num_rows,
+        num_samples=num_rows,
+        num_pieces=layout.num_pieces(num_rows),
+        num_tiles=0,
+        table_blocks=layout.table_blocks,
+        num_shared_pieces=num_shared_pieces_for(num_rows) if shares else 0,
+    )
+
+
+def num_shared_pieces_for(num_decodes: int) -> int:
+    """Return how many pieces of prefixes, and so how many tiles of members, a step of so many decodes has at most."""
+    return _SHARED_PIECES + num_decodes // 16
+
+
+def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: bool) -> tuple[StepSizes, Numbers]:
+    """Sizes of a step of any chunks, exactly, and the tiles of those that are more than a token.
+
+    `shares`: some of the decodes have a prefix in common.
+    """
     counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
-    is_longer = counts > 1
-    num_decodes = int(is_longer.argmax()) if is_longer.any() else len(chunks)
+    num_decodes = layout.num_decodes(chunks)
     first_rows = np.cumsum(counts) - counts
-    runs = dense_runs(chunks) if may_be_dense else ()
+    runs = dense_runs(chunks) if layout.may_be_dense else ()
     tiled = np.array(
-        [i for i in range(num_decodes, len(chunks)) if not (may_be_dense and is_dense(chunks[i]))], dtype=np.int64
+        [i for i in range(num_decodes, len(chunks)) if not (layout.may_be_dense and is_dense(chunks[i]))],
+        dtype=np.int64,
     )
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
     tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
@@ -133,10 +206,12 @@ def mixed_sizes(
         num_decodes=num_decodes,
         num_chunks=len(chunks),
         num_samples=sum(chunk.sample_index is not None for chunk in chunks),
-        num_pieces=num_pieces_for(num_decodes, has_fp8_cache),
+        num_pieces=layout.num_pieces(num_decodes),
         num_tiles=len(tiles),
-        table_blocks=table_blocks,
+        table_blocks=layout.table_blocks,
+        num_shared_pieces=num_shared_pieces_for(num_decodes) if shares else 0,
         dense_runs=runs,
+        keeps_all_rows=any(chunk.scored_token_ids for chunk in chunks),
     )
     return sizes, tiles
 
@@ -147,11 +222,12 @@ def fill(
     places: Numbers,
     tables: Numbers,
     tiles: Numbers | None,
-    block_size_tokens: int,
+    prefixes: Sequence[SharedPrefix],
+    layout: StepLayout,
 ) -> None:
     """Write a step. Chunks may be fewer than there is room for; what is behind them is computed for nothing.
 
-    places: [num_chunks]; tables: [num_chunks, table_blocks].
+    places: [num_chunks]; tables: [num_chunks, table_blocks]; prefixes: by tiles of the kernel.
     """
     counts = np.array([len(chunk.token_ids) for chunk in chunks])
     num_rows, num_chunks = int(counts.sum()), len(chunks)
@@ -159,6 +235,7 @@ def fill(
     first_rows = np.cumsum(counts) - counts
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
     positions = first_positions[chunk_of_row] + (np.arange(num_rows) - first_rows[chunk_of_row])
+    block_size_tokens = layout.block_size_tokens
     blocks = tables[chunk_of_row, positions // block_size_tokens]
     inputs.token_ids[:num_rows] = np.fromiter(
         chain.from_iterable(chunk.token_ids for chunk in chunks), dtype=np.int32, count=num_rows
@@ -180,16 +257,41 @@ def fill(
 
     num_decodes = min(len(inputs.splits), num_chunks)
     if num_decodes:
+        inputs.splits[:] = 0
+        own_from = _fill_prefixes(inputs, prefixes, num_decodes, block_size_tokens)
         contexts = first_positions[:num_decodes] + 1
-        pieces, splits = cut_contexts(contexts, len(inputs.pieces), block_size_tokens, LEAST_PIECE_TOKENS)
+        length = layout.piece_tokens(contexts - own_from, len(inputs.pieces))
+        pieces, splits = cut_contexts(own_from, contexts, length)
         inputs.pieces[: len(pieces)] = pieces
         inputs.pieces[len(pieces) :] = -1
-        inputs.splits[:num_decodes] = splits
-        inputs.splits[num_decodes:] = 0
+        inputs.splits[:num_decodes, :2] = splits
     if tiles is not None:
         inputs.tiles[:] = tiles
     inputs.block_tables[:num_chunks] = tables
     inputs.block_tables[num_chunks:] = 0
+
+
+def _fill_prefixes(
+    inputs: StepInputs[Numbers], prefixes: Sequence[SharedPrefix], num_decodes: int, block_size_tokens: int
+) -> Numbers:
+    """Write what decodes share. Returns the position that each one's own pieces begin at: [num_decodes]."""
+    own_from = np.zeros(num_decodes, dtype=np.int32)
+    inputs.shared_pieces[:] = 0
+    if not prefixes:
+        return own_from
+    lengths = np.array([prefix.num_blocks * block_size_tokens for prefix in prefixes], dtype=np.int32)
+    most_pieces = max(_SHARED_PIECES, len(prefixes))
+    length = even_length(lengths, most_pieces, block_size_tokens, _LEAST_SHARED_PIECE_TOKENS)
+    pieces, splits = cut_contexts(np.zeros_like(lengths), lengths, length)
+    for prefix, shared_tokens, (first_piece, num_pieces) in zip(prefixes, lengths, splits, strict=True):
+        members, own = np.array(prefix.members), slice(first_piece, first_piece + num_pieces)
+        own_from[members] = shared_tokens
+        inputs.splits[members, 2] = first_piece * MOST_MEMBERS + np.arange(len(members))
+        inputs.splits[members, 3] = num_pieces
+        inputs.shared_pieces[own, 0] = len(members)
+        inputs.shared_pieces[own, 1:3] = pieces[own, 1:3]
+        inputs.shared_pieces[own, 4 : 4 + len(members)] = members
+    return own_from
 
 
 def decode_batch(inputs: StepInputs[Tensor]) -> DecodeBatch:

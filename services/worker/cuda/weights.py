@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix, DeviceWeightFormat, to_fp8
+from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix, to_fp8
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
 from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
+from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.load_decoder import Progress, load_decoder
 from services.worker.weights.stored_decoder import StoredDecoder
 
@@ -70,6 +71,16 @@ def dummy_weights(
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return DecoderWeights(
         random(vocabulary, hidden), layers, ones, DeviceMatrix(random(vocabulary, hidden)), frequencies
+    )
+
+
+def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat) -> int:
+    """Return the memory that weights take on the device, but for norms, biases and scales."""
+    hidden = config.hidden_size
+    layer = hidden * (2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size)
+    tables = 2 * config.vocabulary_size * hidden
+    return config.num_layers * layer * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + (
+        tables * ACTIVATIONS[weights].itemsize
     )
 
 

@@ -18,6 +18,11 @@ class EngineLimits:
     """Most tokens of prompt and answer together."""
     vocabulary_size: int
 
+    @property
+    def longest_chunk_tokens(self) -> int:
+        """Most tokens of one sequence in a step."""
+        return min(self.max_prefill_tokens_per_step, self.context_tokens)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size_tokens)

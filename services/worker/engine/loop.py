@@ -18,6 +18,15 @@ Clock = Callable[[], float]
 PREPARED_LOOK_MS = 1.0
 """How soon an engine that does nothing else looks again whether a grammar is compiled."""
 
+SURE_SHARE = 0.95
+"""Of what a step is predicted to take, so much is waited for."""
+SHORTEST_LOOK_MS, LONGEST_LOOK_MS = 0.01, 0.5
+"""How long the front is waited for at a time, before the step that runs is looked at again."""
+FIRST_LEAD_MS = 3.0
+LEAD_MARGIN = 1.5
+"""Of what planning and launching decodes took of late."""
+LEAD_SHARE = 0.1
+
 
 class FrontChannel(Protocol):
     """The engine's connection to its front."""
@@ -43,6 +52,8 @@ class _LaunchedStep:
     plan: StepPlan
     running: RunningStep
     launched_ms: float
+    launch_ms: float
+    """What launching it took."""
 
 
 class EngineLoop:
@@ -59,27 +70,63 @@ class EngineLoop:
         self._clock = clock
         self._launched: deque[_LaunchedStep] = deque()
         self._last_done_ms = 0.0
+        self._lead_ms = FIRST_LEAD_MS
+        """How long before a step's end the next is planned, to be launched in time."""
 
     def run(self) -> None:
         """Make steps while there is work, else wait for the front. Returns after Shutdown.
 
-        While the runner computes a step, the next one is planned and launched, if the runner can take it. Raises
-        FrontGoneError; whatever else is raised in a step ends the engine, since the cache's content is unknown after
-        it.
+        While the runner computes a step, the next one is planned and launched, if the runner can take it: not before
+        its turn has come, so that who arrives meanwhile is in it. Raises FrontGoneError; whatever else is raised in a
+        step ends the engine, since the cache's content is unknown after it.
         """
         busy = False
-        while self._obey(self._front.take(0 if busy else self._idle_ms())):
-            self._planner.expire(self._clock())
+        while self._obey_until_turn(busy):
+            if self._finishes_first():
+                self._finish(self._launched.popleft())
+                continue
+            began_ms = self._clock()
+            self._planner.expire(began_ms)
             plan = self._planner.plan()
             if plan:
-                self._launch(plan)
+                self._launch(plan, began_ms)
             busy = bool(self._launched)
             if len(self._launched) > (self._runner.steps_ahead if plan else 0):
                 self._finish(self._launched.popleft())
             elif not busy:
                 self._deliver_ended()
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _obey_until_turn(self, busy: bool) -> bool:
+        """Carry out what the front wants, until a step is to be planned. False: it wants the engine to stop.
+
+        A command ends the wait: to launch a step with a prompt takes longer than to launch decodes.
+        """
+        commands = self._front.take(0 if busy else self._idle_ms())
+        while not commands and (early_ms := self._early_ms()) > SHORTEST_LOOK_MS:
+            # A step that ends sooner than was thought leaves the device idle.
+            commands = self._front.take(min(early_ms, LONGEST_LOOK_MS))
+        return self._obey(commands)
+
+    def _early_ms(self) -> float:
+        """How long a step that is planned now would lie behind the one that runs, for nothing."""
+        if not self._launched or self._runner.steps_ahead == 0 or self._planner.prefills_next:
+            return 0.0
+        return self._left_ms(SURE_SHARE) - self._lead_ms
+
+    def _finishes_first(self) -> bool:
+        """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that."""
+        ahead = bool(self._launched) and self._runner.steps_ahead > 0 and self._planner.prefills_next
+        return ahead and self._left_ms() < self._step_time.launch_ms
+
+    def _left_ms(self, share: float = 1.0) -> float:
+        """How long the step that runs still takes, if it takes this share of what is predicted."""
+        running = self._launched[0]
+        if running.running.is_done():
+            return 0.0
+        begun_ms = max(running.launched_ms, self._last_done_ms)
+        return begun_ms + share * self._step_time.predict_ms(running.plan) - self._clock()
+
+    def _launch(self, plan: StepPlan, began_ms: float) -> None:
         begins = engine_pb2.StepBegins(
             step=plan.step,
             predicted_ms=max(1, round(self._step_time.predict_ms(plan))),
@@ -87,15 +134,25 @@ class EngineLoop:
         )
         self._front.send(engine_pb2.EngineEvent(begins=begins))
         launched_ms = self._clock()
-        self._launched.append(_LaunchedStep(plan, self._runner.launch(plan), launched_ms))
+        running = self._runner.launch(plan)
+        now_ms = self._clock()
+        self._launched.append(_LaunchedStep(plan, running, launched_ms, now_ms - launched_ms))
+        if not plan.has_prefill:
+            lead_ms = LEAD_MARGIN * (now_ms - began_ms)
+            # Longer at once, shorter by and by: too early costs somebody's place in a step, too late the device's time.
+            self._lead_ms = max(lead_ms, self._lead_ms + LEAD_SHARE * (lead_ms - self._lead_ms))
 
     def _finish(self, step: _LaunchedStep) -> None:
         result = step.running.result()
         now_ms = self._clock()
-        # One that was launched behind another began when that was done.
-        took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
+        if result.took_ms is None:
+            # One that was launched behind another began when that was done.
+            took_ms = now_ms - max(step.launched_ms, self._last_done_ms)
+            self._step_time.observe(step.plan, took_ms)
+        else:
+            took_ms = result.took_ms
+            self._step_time.observe(step.plan, took_ms, step.launch_ms)
         self._last_done_ms = now_ms
-        self._step_time.observe(step.plan, took_ms)
         outputs = self._planner.take_ended() + self._planner.complete(step.plan, result)
         self._deliver(step.plan.step, took_ms, outputs)
 

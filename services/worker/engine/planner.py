@@ -1,15 +1,16 @@
 """Decides what each step computes.
 
-Each step takes every decode, then prefill chunks, in order of arrival, up to a number of tokens and, while others
-decode, to a time. Sequences are admitted in that order when the blocks of their tokens are free, less those that the
-prefix cache has; they take further blocks as they grow. When none is left, the last of the running sequences is put
-back to the head of those that wait, to be computed again: so the first always ends, and the rest after it.
+Each step takes every decode, then prefill chunks, up to a number of tokens and, while others decode, to a time. Short
+prompts go before long ones, but for what those have waited already. Sequences are admitted in that order when the
+blocks of their tokens are free, less those that the prefix cache has; they take further blocks as they grow. When none
+is left, the last of the running sequences is put back to the head of those that wait, to be computed again: so the
+first always ends, and the rest after it.
 
 A step may be planned while the one before still runs: what is computed is counted when it is planned, since steps run
 in order, and a token not yet known has its place by number.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
@@ -23,7 +24,7 @@ from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.prefix_cache import PrefixCache, block_hash
 from services.worker.engine.refusal import why_refused, why_tokens_refused, why_too_long
-from services.worker.engine.sequence import Sequence, SequenceId, SequenceState
+from services.worker.engine.sequence import FIRST_OF_ALL, Sequence, SequenceId, SequenceState
 from services.worker.engine.step_plan import (
     PENDING_TOKEN,
     BlockCopy,
@@ -35,6 +36,13 @@ from services.worker.engine.step_plan import (
     TokenLogprobs,
 )
 from services.worker.engine.step_time import StepTimeModel, StepWork
+
+AGEING = 0.5
+"""A prompt goes before one that is shorter by so much of each token that was prefilled since it came. So one of 1,000
+tokens waits for at most 2,000 tokens of shorter ones."""
+BACKLOG_BUDGETS = 4
+"""What waits to be prefilled may take so many budgets; a backlog that would take longer stretches the budget."""
+MOST_STRETCH = 2.0
 
 
 class Planner:
@@ -50,8 +58,8 @@ class Planner:
         self._grammars = grammars
         self._cache = PrefixCache()
         self._pool = BlockPool(limits.num_blocks, self._cache)
-        # Both in order of arrival. A preempted sequence goes to the head of those that wait, and nobody overtakes: so
-        # all that run came before all that wait.
+        # Those that wait in order of arrival, those that run in order of admission. A preempted sequence goes to the
+        # head of those that wait, and nobody overtakes it.
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._preparing: OrderedDict[SequenceId, tuple[Sequence, Future[SequenceGrammar]]] = OrderedDict()
@@ -62,6 +70,9 @@ class Planner:
         self._num_steps = 0
         self._num_in_flight = 0
         self._num_preemptions = 0
+        self._num_prefilled_tokens = 0
+        self._is_full = False
+        """Who is to be admitted next found no room, and no block was released since."""
 
     @property
     def num_free_blocks(self) -> int:
@@ -94,6 +105,12 @@ class Planner:
         return bool(self._preparing)
 
     @property
+    def prefills_next(self) -> bool:
+        """Whether the next step is to hold a prompt, or a part of one. O(sequences)."""
+        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._running.values())
+        return begun or (bool(self._waiting) and not self._is_full)
+
+    @property
     def waiting_prefill_tokens(self) -> int:
         """Tokens, of prompts and forced ones, not yet computed. O(sequences)."""
         return sum(sequence.num_ready_tokens for sequence in self._sequences() if not sequence.is_decoding)
@@ -109,6 +126,7 @@ class Planner:
         if self._find(sequence.id):
             raise ValueError(f"sequence {sequence.id} is in the engine already")
         self._waiting[sequence.id] = sequence
+        sequence.came_after_tokens = self._num_prefilled_tokens
         if problem := why_refused(add.payload, sequence, self._limits):
             self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
         elif add.payload.response_format.WhichOneof("format"):
@@ -257,14 +275,19 @@ class Planner:
         del self._running[sequence.id]
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
+        sequence.came_after_tokens = FIRST_OF_ALL
         self._num_preemptions += 1
 
     def _cache_filled_blocks(self, sequence: Sequence, chunk: SequenceChunk) -> None:
-        """Let others find the blocks that a chunk has filled; those before it were found, shared or filled before."""
+        """Let others find the blocks that a chunk fills; those before it were found, shared or filled before.
+
+        From the plan on, where their tokens are known: who finds them is computed in a later step, or in the same one,
+        in which all keys and values of a layer are written before any is read.
+        """
         if sequence.state != SequenceState.RUNNING:
             return
         size = self._limits.block_size_tokens
-        first, end = chunk.first_position // size, chunk.context_tokens // size
+        first, end = chunk.first_position // size, min(chunk.context_tokens, len(sequence.token_ids)) // size
         self._hash_blocks(sequence, end)
         for index in range(first, end):
             self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
@@ -279,23 +302,22 @@ class Planner:
     def _release_blocks(self, sequence: Sequence) -> None:
         self._pool.release(sequence.block_table)
         sequence.block_table = ()
+        self._is_full = False
 
     # Admission
 
-    def _admit_first(self) -> Sequence | None:
-        """Give the sequence that waits longest its blocks, if there are enough. None overtakes it: large ones would
-        starve."""
-        sequence = next(iter(self._waiting.values()))
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its blocks, if there are enough. False: there are not, or it is not to be yet."""
         if len(self._running) >= self._limits.max_sequences or sequence.num_pending_tokens:
-            return None
+            return False
         parent = self._running.get(sequence.fork_of)
         if parent and not parent.has_computed_prompt:
-            return None
+            return False
         shared = self._blocks_of_prompt(parent, sequence) if parent else self._cached_blocks(sequence)
         num_new = self._limits.blocks_for(sequence.num_tokens) - len(shared)
         # One block more for each that runs already: it will want it soon, and would take it back from this one.
         if num_new + self._pool.num_free_of(shared) + len(self._running) > self._pool.num_free and self._running:
-            return None
+            return False
         self._pool.share(shared)
         sequence.block_table = (*shared, *self._pool.allocate(num_new))
         sequence.num_computed_tokens = len(shared) * self._limits.block_size_tokens
@@ -306,7 +328,7 @@ class Planner:
         sequence.move_to(SequenceState.RUNNING)
         del self._waiting[sequence.id]
         self._running[sequence.id] = sequence
-        return sequence
+        return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[BlockId]:
         """The blocks that hold its first tokens already: all but the last token, and but what is to be scored."""
@@ -341,7 +363,7 @@ class Planner:
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
-        budget_ms = self._limits.step_budget_ms if chunks else None
+        budget_ms = self._budget_ms() if chunks else None
         work = StepWork.of(chunks)
         tokens_left = self._limits.max_prefill_tokens_per_step
         for sequence in self._prefilling(may_admit):
@@ -356,20 +378,44 @@ class Planner:
                 break
             chunk = self._chunk(sequence, tokens_left)
             chunks.append(chunk)
+            self._cache_filled_blocks(sequence, chunk)
             work = work.with_prefill(chunk)
+            self._num_prefilled_tokens += len(chunk.token_ids)
             tokens_left -= len(chunk.token_ids)
             if tokens_left == 0:
                 break
         return chunks
 
+    def _budget_ms(self) -> float:
+        """How long a step with decodes may take. Longer, while more waits than is prefilled soon: larger chunks take
+        less time a token, and first tokens that are late by many steps weigh more than tokens late by one."""
+        budget_ms = max(self._limits.step_budget_ms, self._step_time.launch_ms)
+        backlog_ms = self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
+        return budget_ms * min(MOST_STRETCH, max(1.0, backlog_ms / (BACKLOG_BUDGETS * budget_ms)))
+
     def _prefilling(self, may_admit: bool) -> Iterator[Sequence]:
-        """Running sequences that prefill, then further ones, admitted as they are asked for."""
-        yield from [s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding]
-        while may_admit and self._waiting and (sequence := self._admit_first()):
-            if sequence.wants_step_alone:
+        """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them
+        cannot be, none is: large ones would starve."""
+        begun = (s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding)
+        running = deque(sorted(begun, key=_rank))
+        while running or may_admit:
+            first = self._first_waiting() if may_admit else None
+            if first is None or (running and _rank(running[0]) <= _rank(first)):
+                may_admit = may_admit and first is not None
+                if not running:
+                    return
+                yield running.popleft()
+            elif not self._admit(first):
+                may_admit = False
+                self._is_full = True
+            elif first.wants_step_alone:
                 return  # The next step is its own.
-            if sequence.num_ready_tokens > 0:
-                yield sequence
+            elif first.num_ready_tokens > 0:
+                yield first
+
+    def _first_waiting(self) -> Sequence | None:
+        """Who is to be admitted next; None: nobody waits."""
+        return min(self._waiting.values(), key=_rank, default=None)
 
     def _chunk(self, sequence: Sequence, most_tokens: int) -> SequenceChunk:
         first = sequence.num_computed_tokens
@@ -430,6 +476,11 @@ class Planner:
         yield from self._running.values()
         yield from self._waiting.values()
         yield from (sequence for sequence, _ in self._preparing.values())
+
+
+def _rank(sequence: Sequence) -> float:
+    """The lowest prefills first."""
+    return sequence.num_ready_tokens + AGEING * sequence.came_after_tokens
 
 
 def _follow(sequence: Sequence) -> str:

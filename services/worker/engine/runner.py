@@ -9,8 +9,16 @@ class RanksLostError(Exception):
     """A rank of a sharded worker did not come: it is gone, or stands still."""
 
 
+class RanksDisagreeError(Exception):
+    """Ranks computed different things, or different steps: what they have in their caches cannot be trusted."""
+
+
 class RunningStep(Protocol):
     """A step that was launched."""
+
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        ...
 
     def result(self) -> StepResult:
         """Wait for the step and return what it sampled. Called once."""

@@ -12,6 +12,9 @@ from services.worker.engine.prefix_cache import BlockHash
 
 SequenceId = NewType("SequenceId", int)
 
+FIRST_OF_ALL = float("-inf")
+"""`came_after_tokens` of a sequence that had begun already."""
+
 
 class SequenceState(Enum):
     """Where a sequence is in its life."""
@@ -117,6 +120,8 @@ class Sequence:
     """Position of the next given token whose log-probability is to be told; None: of none."""
     scores_only: bool = False
     """It came with all its tokens: it ends once their log-probabilities are told."""
+    came_after_tokens: float = 0.0
+    """How many tokens of prompts the engine had prefilled when it came."""
     state: SequenceState = SequenceState.WAITING
     block_table: tuple[BlockId, ...] = ()
     block_hashes: list[BlockHash] = field(default_factory=list)

@@ -77,6 +77,11 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
+    def has_prefill(self) -> bool:
+        """Whether a chunk is more than a token."""
+        return self.num_tokens > len(self.chunks)
+
+    @property
     def num_attended_tokens(self) -> int:
         """Pairs of a computed token and a token that it attends to."""
         return sum(chunk.num_attended_tokens for chunk in self.chunks)
@@ -115,3 +120,5 @@ class StepResult:
 
     chunks: tuple[ChunkResult, ...]
     """One for each chunk of the plan, in its order."""
+    took_ms: float | None = None
+    """What the device took, from the step before it or its launch, whichever is later. None: it does not say."""

@@ -11,6 +11,8 @@ from services.worker.engine.step_plan import SequenceChunk, StepPlan
 MEMORY = 0.99
 # The machine's pace against the fit is that of the last ten or so: a busy neighbour comes and goes faster than the fit.
 PACE_MEMORY = 0.9
+HOST_BOUND = 1.1
+"""A step that took less than so many times its launch waited for the host."""
 _ANY_NUMBER = 1 << 30
 
 
@@ -25,6 +27,8 @@ class StepTimeCoefficients(NamedTuple):
 
 
 INITIAL = StepTimeCoefficients()
+ON_A_GPU = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6, ms_per_scored_token=0.005)
+"""An 8B model on one H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,11 @@ class StepTimeModel:
 
     Least squares on relative errors with exponentially forgotten steps, held to the coefficients it began with as if
     those had been measured once: so a thousand equal decode steps do not make it forget what prefill costs. On top, the
-    ratio of the last steps to the fit. Only its owner, the loop, changes it.
+    ratio of the last steps to the fit.
+
+    A device's step with prompts takes at least as long as the host takes to launch its kernels one by one. One that
+    took no longer says nothing of the device, and so is not fitted; and what is computed meanwhile costs nothing. Only
+    its owner, the loop, changes it.
     """
 
     def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
@@ -69,15 +77,21 @@ class StepTimeModel:
         self._targets = [0.0] * len(initial)
         self._coefficients = initial
         self._pace = 1.0
+        self._launch_ms = 0.0
 
     @property
     def coefficients(self) -> StepTimeCoefficients:
         """What is predicted by now, the machine's pace included."""
         return StepTimeCoefficients(*(self._pace * coefficient for coefficient in self._coefficients))
 
+    @property
+    def launch_ms(self) -> float:
+        """What the host takes to launch a step with prompts, ms; 0: nothing is launched."""
+        return self._launch_ms
+
     def predict_ms(self, plan: StepPlan) -> float:
         """Return the expected time of a step, ms."""
-        return self._pace * self._fitted_ms(plan)
+        return max(self._pace * self._fitted_ms(plan), self._launch_ms if plan.has_prefill else 0.0)
 
     def tokens_within(self, budget_ms: float, work: StepWork, first_position: int, are_scored: bool) -> int:
         """Return how many tokens of a sequence, from a position on, fit into a step of some work within a time.
@@ -86,7 +100,7 @@ class StepTimeModel:
         c * (scored + t, if they are) within it.
         """
         fixed_ms, per_token, per_attended, per_scored = self._coefficients
-        left_ms = budget_ms / self._pace - fixed_ms - per_token * work.num_tokens
+        left_ms = max(budget_ms, self._launch_ms) / self._pace - fixed_ms - per_token * work.num_tokens
         left_ms -= per_attended * work.num_attended_tokens + per_scored * work.num_scored_tokens
         if left_ms <= 0:
             return 0
@@ -96,9 +110,16 @@ class StepTimeModel:
         # The positive root of b/2 t^2 + slope t = left, in the form that has no difference of near numbers.
         return min(_ANY_NUMBER, int(2 * left_ms / (slope + math.sqrt(slope * slope + 2 * per_attended * left_ms))))
 
-    def observe(self, plan: StepPlan, took_ms: float) -> None:
-        """Learn from a step. A few microseconds, whatever the plan's size."""
+    def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
+        """Learn from a step. A few microseconds, whatever the plan's size.
+
+        `launch_ms`: what the host took to launch it, if it is a device's.
+        """
         took_ms = max(took_ms, 0.001)
+        if plan.has_prefill and launch_ms > 0:
+            self._launch_ms += (launch_ms - self._launch_ms) * (1 - PACE_MEMORY if self._launch_ms else 1.0)
+            if took_ms < HOST_BOUND * launch_ms:
+                return
         self._pace += (1 - PACE_MEMORY) * (took_ms / max(self._fitted_ms(plan), 0.001) - self._pace)
         self._fit(plan, took_ms)
 

@@ -5,15 +5,16 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.worker import pipe
-from services.worker.config import WorkerConfig
+from services.worker.config import SIZES, WorkerConfig
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
+from services.worker.rank_links import RankLink, rank_links
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = {
     # torch's OpenMP threads spin at barriers; beside a busy neighbour that costs a factor of 4 to 24.
@@ -126,7 +127,7 @@ async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> Asy
     ranks: list[RankProcess] = []
     watching: list[asyncio.Task[None]] = []
     try:
-        with _links(config.shards) as links:
+        with rank_links(config.shards) as links:
             for link in links:  # one by one: those that were started are ended if the next cannot be
                 ranks.append(await _start_rank(config, link, module))  # noqa: PERF401
         engine = EngineClient(ranks)
@@ -141,38 +142,7 @@ async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> Asy
             await rank.process.wait()
 
 
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """What connects a rank to the others."""
-
-    rank: int
-    memory_fd: int
-    bells: tuple[socket.socket, ...]
-
-
-@contextmanager
-def _links(shards: int) -> Iterator[list[_Link]]:
-    """Make what ranks share; they inherit it, and this process keeps nothing.
-
-    The memory has no name: nothing is left of it when its processes are gone, and /dev/shm, of which containers have
-    little, is not used.
-    """
-    if shards == 1:
-        yield [_Link(0, 0, ())]
-        return
-    memory_fd = os.memfd_create("shoal-ranks")
-    pairs = [socket.socketpair() for _ in range(1, shards)]
-    try:
-        leads = _Link(0, memory_fd, tuple(first for first, _ in pairs))
-        yield [leads, *(_Link(rank, memory_fd, (second,)) for rank, (_, second) in enumerate(pairs, 1))]
-    finally:
-        os.close(memory_fd)
-        for pair in pairs:
-            for end in pair:
-                end.close()
-
-
-async def _start_rank(config: WorkerConfig, link: _Link, module: str) -> RankProcess:
+async def _start_rank(config: WorkerConfig, link: RankLink, module: str) -> RankProcess:
     ours, theirs = socket.socketpair()
     bell_fds = [bell.fileno() for bell in link.bells]
     with theirs:
@@ -196,16 +166,22 @@ async def _start_rank(config: WorkerConfig, link: _Link, module: str) -> RankPro
 
 def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
     """Return what a worker with this configuration tells its engine. `fd`: the engine's end of their sockets."""
+    sizes = SIZES[config.device]
     return EngineConfig(
         fd=fd,
         model_path=config.model_path,
-        kv_cache_bytes=config.kv_cache_bytes,
-        block_size_tokens=config.block_size_tokens,
-        max_sequences=config.max_sequences,
-        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step,
-        step_budget_ms=config.step_budget_ms,
+        kv_cache_bytes=config.kv_cache_bytes or sizes.kv_cache_bytes,
+        block_size_tokens=config.block_size_tokens or sizes.block_size_tokens,
+        max_sequences=config.max_sequences or sizes.max_sequences,
+        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step or sizes.max_prefill_tokens_per_step,
+        step_budget_ms=config.step_budget_ms or sizes.step_budget_ms,
+        context_tokens=config.context_tokens or sizes.context_tokens,
         threads=config.threads or os.cpu_count() or 1,
         weights=config.weights,
+        device=config.device,
+        dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
+        dummy=config.dummy,
         shards=config.shards,
     )
 

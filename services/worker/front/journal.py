@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
 from services.common.ids import RequestKey
@@ -20,34 +20,51 @@ OnAnswer = Callable[[ActiveRequest, Verdict], Awaitable[None]]
 
 
 class Journal:
-    """Writes what the journals of a session's requests do not have yet, each interval and when it is `due`."""
+    """Writes what the journals of a session's requests do not have yet: each interval, and of some at once."""
 
     def __init__(
         self, store: RequestStore, active: Mapping[RequestKey, ActiveRequest], interval_ms: int, on_answer: OnAnswer,
         metrics: WorkerMetrics,
     ) -> None:  # fmt: skip
         """`on_answer` is called for each request whose append was answered by anything but OK or GAP."""
-        self.due = asyncio.Event()
-        """Set when a request has many tokens to journal, or has just begun."""
+        self._hurried: dict[RequestKey, ActiveRequest] = {}
+        self._wake = asyncio.Event()
         self._store = store
         self._active = active
         self._interval_s = interval_ms / 1000
         self._on_answer = on_answer
         self._metrics = metrics
 
+    def hurry(self, active: ActiveRequest) -> None:
+        """It has just begun, or has many tokens to journal: it waits for no interval. Others do, each of whose writes
+        costs as much: where requests begin all the time, none would ever wait.
+        """
+        self._hurried[active.run.key] = active
+        self._wake.set()
+
     async def run(self) -> None:
-        """Flush for as long as the session lives."""
+        """Write for as long as the session lives."""
+        clock = asyncio.get_running_loop().time
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._interval_s):
-                    await self.due.wait()
-            self.due.clear()
-            await self.flush()
+            all_at_s = clock() + self._interval_s
+            while clock() < all_at_s:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(all_at_s):
+                        await self._wake.wait()
+                self._wake.clear()
+                hurried, self._hurried = self._hurried, {}
+                await self._write(active for key, active in hurried.items() if self._active.get(key) is active)
+            # The end of one that ends brings what its journal lacks.
+            await self._write(active for active in self._active.values() if not active.ending)
 
     async def flush(self) -> None:
-        """Write what is missing now. While Redis is away nothing is lost: the tokens are written by a later flush."""
+        """Write what any request lacks now."""
+        await self._write(self._active.values())
+
+    async def _write(self, requests: Iterable[ActiveRequest]) -> None:
+        """While Redis is away nothing is lost: the tokens are written by a later call."""
         appends: list[tuple[ActiveRequest, moves.Append]] = []
-        for active in list(self._active.values()):
+        for active in requests:
             run = active.run
             frames = [(frame.choice, frame.index, frame.tokens) for frame in run.unjournaled()]
             if not frames and not active.announced:

@@ -188,7 +188,7 @@ class Session:
             self._unbegun.update(ids)
         for add in active.sequences(start.remaining_ms):
             await self._engine.send(engine_pb2.EngineCommand(add=add))
-        self.journal.due.set()
+        self.journal.hurry(active)
         self._links.open(active)
         if not active.run.sampling:
             delay_s = self._config.resume_grace_ms / 1000
@@ -310,7 +310,7 @@ class Session:
             await self._abort(output.sequence_id)
         self._links.tell(active)
         if len(active.run.known[choice]) % self._config.journal_tokens == 0:
-            self.journal.due.set()
+            self.journal.hurry(active)
         if output.end == engine_pb2.SEQUENCE_END_EXPIRED:
             self._finish(active, RequestState.EXPIRED, "")
         elif output.end == engine_pb2.SEQUENCE_END_FAILED:

@@ -13,10 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
+from services.worker.kernels.peers import DIFFERENT, Seat, give, note, slot_of, take
 from services.worker.runner.noise import gumbel_noise
 
 _PART = 4096
 """Candidates of a program."""
+RANK_WORDS = 4
+"""That a rank gives of a row: its best logit, which token that is, and a checksum of the row's hidden state."""
+
+_DIFFERENT = tl.constexpr(DIFFERENT)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """A rank's part of the vocabulary, where that is dealt out, and what the ranks' agreement is seen by."""
+
+    first_token: int
+    hidden: Tensor
+    """[num_rows, hidden_size]: what logits are of. Its bits are the same on all ranks, or they are not of one mind."""
+    seat: Seat
+    """Of RANK_WORDS"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +83,43 @@ def draw_tokens_reference(logits: Tensor, draws: Draws) -> Tensor:
 
 
 def choose_likeliest(
-    logits: Tensor, room: PartResults, places: Tensor, tokens: Tensor, last_tokens: Tensor, *, pdl: bool = False
+    logits: Tensor,
+    room: PartResults,
+    places: Tensor,
+    tokens: Tensor,
+    last_tokens: Tensor,
+    part: RankPart | None = None,
+    *,
+    pdl: bool = False,
 ) -> None:
     """Write each row's best token to `tokens[row]` and to `last_tokens[places[row]]`.
 
-    Fills `room.largest`, which `draw_tokens` wants. A place below 0: the row is computed for nothing.
+    Fills `room.largest`, which `draw_tokens` wants. A place below 0: the row is computed for nothing. With a `part`,
+    logits are a rank's, and what is written is the best of all ranks.
     """
     num_rows, vocabulary_size = logits.shape
-    num_parts = room.best.shape[1]
+    num_parts = triton.cdiv(vocabulary_size, _PART)
+    assert num_parts <= room.best.shape[1]
     assert logits.is_contiguous()
     _best_of_parts[(num_rows, num_parts)](
         logits, None, None, None, None, room.best, room.token_ids, vocabulary_size, num_parts,
         PART=_PART, PDL=pdl, launch_pdl=pdl, num_warps=8,
     )  # fmt: skip
+    seat = part.seat if part else None
+    assert seat is None or (num_rows <= seat.num_places and seat.num_words == RANK_WORDS)
+    hidden_size = part.hidden.shape[1] if part else 1
     _best_of_rows[(num_rows,)](
         None, room.best, room.token_ids, room.largest, places, tokens, last_tokens, num_parts,
-        BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, launch_pdl=pdl, num_warps=1,
+        part and _bits(part.hidden), hidden_size, part and part.first_token,
+        seat and seat.addresses, seat and seat.counts, seat and seat.state, seat and seat.num_places,
+        RANK=seat.rank if seat else 0, WORLD=seat.world_size if seat else 1, WORDS=RANK_WORDS,
+        HIDDEN=triton.next_power_of_2(hidden_size),
+        BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, launch_pdl=pdl, num_warps=4 if part else 1,
     )  # fmt: skip
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32 if values.element_size() == 4 else torch.int16)
 
 
 def draw_tokens(
@@ -91,13 +127,15 @@ def draw_tokens(
 ) -> None:
     """Overwrite the tokens of rows that are drawn, after `choose_likeliest` of the same logits."""
     num_draws = len(draws.rows)
-    num_parts = room.best.shape[1]
+    num_parts = triton.cdiv(logits.shape[1], _PART)
+    assert num_parts <= room.best.shape[1]
     _best_of_parts[(num_draws, num_parts)](
         logits, draws.rows, draws.keys, draws.temperatures, room.largest, room.best, room.token_ids,
         logits.shape[1], num_parts, PART=_PART, PDL=False, num_warps=8,
     )  # fmt: skip
     _best_of_rows[(num_draws,)](
         draws.rows, room.best, room.token_ids, None, places, tokens, last_tokens, num_parts,
+        None, 1, None, None, None, None, None, RANK=0, WORLD=1, WORDS=RANK_WORDS, HIDDEN=1,
         BLOCK=triton.next_power_of_2(num_parts), PDL=False, num_warps=1,
     )  # fmt: skip
 
@@ -158,7 +196,27 @@ def _best_of_parts(
 
 @triton.jit
 def _best_of_rows(
-    rows, best, token_ids, largest, places, tokens, last_tokens, num_parts, BLOCK: tl.constexpr, PDL: tl.constexpr
+    rows,
+    best,
+    token_ids,
+    largest,
+    places,
+    tokens,
+    last_tokens,
+    num_parts,
+    hidden,
+    hidden_size,
+    first_token,
+    addresses,
+    counts,
+    state,
+    num_places,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    WORDS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     index = tl.program_id(0)
     parts = tl.arange(0, BLOCK)
@@ -167,6 +225,12 @@ def _best_of_rows(
     x = tl.load(best + index * num_parts + parts, inside, other=float("-inf"))
     top, part = tl.max(x, axis=0, return_indices=True)
     token = tl.load(token_ids + index * num_parts + part)
+    if addresses is not None:
+        # A logit's own type is float32 at most: nothing of it is lost.
+        top, token = _best_of_ranks(
+            top.to(tl.float32), token + first_token, hidden + index.to(tl.int64) * hidden_size, hidden_size, index,
+            addresses, counts, state, num_places, RANK, WORLD, WORDS, HIDDEN,
+        )  # fmt: skip
     row = index
     if rows is not None:
         row = tl.load(rows + index)
@@ -176,3 +240,46 @@ def _best_of_rows(
         tl.store(last_tokens + place, token)
     if largest is not None:
         tl.store(largest + row, top.to(tl.float32))
+
+
+@triton.jit
+def _best_of_ranks(
+    top,
+    token,
+    hidden,
+    hidden_size,
+    place,
+    addresses,
+    counts,
+    state,
+    num_places,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    WORDS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Return the best logit of all ranks and its token; of equal ones the first."""
+    columns = tl.arange(0, HIDDEN)
+    checksum = tl.sum(tl.load(hidden + columns, columns < hidden_size, other=0).to(tl.int32) * (2 * columns + 1))
+    words = tl.arange(0, WORDS)
+    everywhere = words >= 0
+    bits = top.to(tl.int32, bitcast=True)
+    given = tl.where(words == 0, bits, tl.where(words == 1, token, tl.where(words == 2, checksum, 0)))
+    number, slot = slot_of(counts, place, num_places, WORDS, WORLD)
+    give(given, slot + RANK * WORDS + words, everywhere, number, addresses, RANK, WORLD)
+    best = float("-inf")
+    chosen = -1
+    for rank in tl.static_range(WORLD):
+        theirs = given
+        if rank != RANK:
+            theirs = take(slot + rank * WORDS + words, everywhere, number, addresses, state, RANK)
+        logit = tl.sum(tl.where(words == 0, theirs, 0)).to(tl.float32, bitcast=True)
+        candidate = tl.sum(tl.where(words == 1, theirs, 0))
+        if tl.sum(tl.where(words == 2, theirs, 0)) != checksum:
+            note(state, _DIFFERENT)
+        # Before the first there is none, whatever its logit is.
+        is_better = (logit > best) | (chosen < 0)
+        best = tl.where(is_better, logit, best)
+        chosen = tl.where(is_better, candidate, chosen)
+    tl.store(counts + place, number)
+    return best, chosen

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.shared_attention import MOST_MEMBERS, SharedResults
 
 _LEAST_ROWS = 16
 """Of an operand of the tensor cores."""
@@ -24,8 +25,9 @@ _LOG2_E = math.log2(math.e)
 
 PIECE_COLUMNS = 4
 """Of a piece: the sequence's row, its first and its end position, and the context's length. Row -1: there is none."""
-SPLIT_COLUMNS = 2
-"""Of a row: its first piece, and how many pieces it has."""
+SPLIT_COLUMNS = 4
+"""Of a row: its first piece and how many pieces it has; of the prefix that it shares, if it shares one, the slot of its
+first result and how many it has (`shared_attention`), each MOST_MEMBERS slots behind the one before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,12 @@ class DecodeTuning:
     """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
 
 
+INVARIANT_TUNING = DecodeTuning(64, 4, 5)
+"""For any number of rows, where the order of additions must not depend on it."""
+INVARIANT_PIECE_TOKENS = 1024
+"""Length of pieces, there."""
+
+
 def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
     """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
     if num_rows < 16:
@@ -93,23 +101,31 @@ def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
     return max(16 if not is_fp8 else 48, least, num_rows + num_rows // 4)
 
 
-def cut_contexts(
-    context_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Cut contexts into at most `most_pieces` pieces of equal length, but for the last of each context.
+def even_length(own_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int) -> int:
+    """Return how long pieces are so that they are at most `most_pieces`, which must not be less than the contexts.
 
-    Lengths are multiples of `granule_tokens`, at least `least_tokens`. `most_pieces` must not be less than the number
-    of contexts. Returns pieces, longest first, and splits, as in DecodeBatch but with no piece filled up.
+    A multiple of `granule_tokens`, at least `least_tokens`.
     """
-    length = max(least_tokens, -(-int(context_tokens.sum()) // most_pieces))
+    length = max(least_tokens, -(-int(own_tokens.sum()) // most_pieces))
     length = -(-length // granule_tokens) * granule_tokens
-    while (counts := -(-context_tokens // length)).sum() > most_pieces:
+    while (-(-own_tokens // length)).sum() > most_pieces:
         # Rounding up costs at most a piece a context: so this ends within a few turns.
         length = -(-(length * 9 // 8) // granule_tokens) * granule_tokens
         length = max(length, least_tokens) + granule_tokens
+    return length
+
+
+def cut_contexts(
+    first_tokens: NDArray[np.int32], context_tokens: NDArray[np.int32], length: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Cut contexts, from `first_tokens` on, into pieces of `length` tokens, but for each one's last.
+
+    Returns pieces as in DecodeBatch, but with none filled up, and each context's first piece and number of pieces.
+    """
+    counts = -(-(context_tokens - first_tokens) // length)
     first_piece = np.cumsum(counts) - counts
     rows = np.repeat(np.arange(len(context_tokens), dtype=np.int32), counts)
-    begins = (np.arange(len(rows)) - first_piece[rows]) * length
+    begins = first_tokens[rows] + (np.arange(len(rows)) - first_piece[rows]) * length
     contexts = context_tokens[rows]
     pieces = np.stack((rows, begins, np.minimum(begins + length, contexts), contexts), axis=1)
     return pieces.astype(np.int32), np.stack((first_piece, counts), axis=1).astype(np.int32)
@@ -141,10 +157,14 @@ def decode_attention(
     out: Tensor,
     window: int | None = None,
     *,
+    shared: SharedResults | None = None,
     pdl: bool = False,
     tuning: DecodeTuning | None = None,
 ) -> None:
-    """As the reference, into `out`, [num_rows, num_heads, head_dim]; a row without pieces is left as it is."""
+    """As the reference, into `out`, [num_rows, num_heads, head_dim]; a row without pieces is left as it is.
+
+    `shared`: what rows have of prefixes, which their pieces begin behind. None: no row has any.
+    """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
     num_pieces = len(batch.pieces)
@@ -166,6 +186,8 @@ def decode_attention(
         room.sums,
         room.log_weights,
         room.num_done,
+        shared.sums if shared else None,
+        shared.log_weights if shared else None,
         batch.block_tables.stride(0),
         layer.kv.stride(0),
         _LOG2_E / math.sqrt(head_dim),
@@ -178,6 +200,7 @@ def decode_attention(
         BLOCK_SIZE=layer.block_size_tokens,
         TILE=tile,
         WINDOW=window or 0,
+        MOST_MEMBERS=MOST_MEMBERS,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=tuning.num_warps,
@@ -196,6 +219,8 @@ def _decode_attention(
     sums,
     log_weights,
     num_done,
+    shared_sums,
+    shared_log_weights,
     table_stride,
     kv_block_stride,
     scale,
@@ -208,6 +233,7 @@ def _decode_attention(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    MOST_MEMBERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (key head, piece)."""
@@ -265,48 +291,47 @@ def _decode_attention(
         mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
         best = new_best
 
-    num_splits = tl.load(splits + 2 * row + 1)
-    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    if num_splits == 1:
+    num_splits = tl.load(splits + 4 * row + 1)
+    is_last = 1
+    if num_splits > 1:
+        part = mixed / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], part, inside)
+        weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(log_weights + piece * NUM_HEADS + heads, weight, group < GROUP)
+        # All of the program's threads have stored before one of them says so, to the whole device.
+        tl.debug_barrier()
+        counter = num_done + row * NUM_KV_HEADS + kv_head
+        is_last = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1).to(tl.int32)
+        if is_last:
+            tl.store(counter, 0)
+            best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_GROUP], tl.float32)
+            mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+            best, total, mixed = _with_parts(
+                sums, log_weights, tl.load(splits + 4 * row), num_splits, 1, heads, group < GROUP, best, total, mixed,
+                NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
+    if is_last:
+        if shared_sums is not None:
+            best, total, mixed = _with_parts(
+                shared_sums, shared_log_weights, tl.load(splits + 4 * row + 2), tl.load(splits + 4 * row + 3),
+                MOST_MEMBERS, heads, group < GROUP, best, total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
+        mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
-        return
-    tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], mixed, inside)
-    weight = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(log_weights + piece * NUM_HEADS + heads, weight, group < GROUP)
-    # All of the program's threads have stored before one of them says so, to the whole device.
-    tl.debug_barrier()
-    counter = num_done + row * NUM_KV_HEADS + kv_head
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-        merged = _merged(
-            sums, log_weights, tl.load(splits + 2 * row), num_splits, heads, group < GROUP, NUM_HEADS, HEAD_DIM,
-            BLOCK_DIM, BLOCK_GROUP,
-        )  # fmt: skip
-        tl.store(out + places, merged.to(out.dtype.element_ty), inside)
-        tl.store(counter, 0)
 
 
 @triton.jit
-def _merged(
-    sums,
-    log_weights,
-    first,
-    count,
-    heads,
-    in_group,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-):
-    """Pieces put together, each weighted by its share of the exponentials: [BLOCK_GROUP, BLOCK_DIM]."""
+def _with_parts(
+    sums, log_weights, first, count, step, heads, in_group, best, total, mixed,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Add parts from `first` on, each weighted by its share of the exponentials."""
     dims = tl.arange(0, BLOCK_DIM)
     inside = in_group[:, None] & (dims < HEAD_DIM)[None, :]
-    best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
-    mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    for piece in range(first, first + count):
+    for index in range(count):
         # Past the first-level cache, which other processors' stores do not reach.
-        place = piece * NUM_HEADS + heads
+        place = (first + index * step) * NUM_HEADS + heads
         log_weight = tl.load(log_weights + place, in_group, other=0.0, cache_modifier=".cg")
         part = tl.load(sums + place[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0, cache_modifier=".cg")
         new_best = tl.maximum(best, log_weight)
@@ -316,4 +341,4 @@ def _merged(
         total = total * shrink + weight
         mixed = mixed * shrink[:, None] + part * weight[:, None]
         best = new_best
-    return mixed / total[:, None]
+    return best, total, mixed

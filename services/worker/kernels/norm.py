@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
+from services.worker.kernels.peers import Seat, sum_over_ranks
 from services.worker.kernels.round_rows import rounded_row
 from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
 
@@ -25,10 +26,22 @@ def add_rms_norm_reference(
 
 
 def add_rms_norm(
-    delta: Scaled | None, residual: Tensor, weight: Tensor, epsilon: float, out: Rows, *, pdl: bool = False
+    delta: Scaled | None,
+    residual: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    out: Rows,
+    seat: Seat | None = None,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """As the reference; `residual` is changed in place, and `out` is written, with scales if it has some."""
+    """As the reference; `residual` is changed in place, and `out` is written, with scales if it has some.
+
+    With a `seat`, delta is one rank's part of it: what is added is the sum over ranks, of parts in residual's type.
+    """
     num_rows, size = residual.shape
+    assert seat is None or (delta is not None and num_rows <= seat.num_places and size % 2 == 0)
+    assert seat is None or seat.num_words == Seat.words_of(size, residual.dtype)
     assert residual.is_contiguous()
     assert out.values.is_contiguous()
     block = triton.next_power_of_2(size)
@@ -43,6 +56,12 @@ def add_rms_norm(
         size,
         num_rows,
         epsilon,
+        seat and seat.addresses,
+        seat and seat.counts,
+        seat and seat.state,
+        seat and seat.num_places,
+        RANK=seat.rank if seat else 0,
+        WORLD=seat.world_size if seat else 1,
         PARTS=len(delta.product) if delta is not None and delta.product.ndim == 3 else 1,
         BLOCK=block,
         FP8_LIMIT=FP8_MAX,
@@ -52,7 +71,7 @@ def add_rms_norm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm(
     delta,
     row_scales,
@@ -64,6 +83,12 @@ def _add_rms_norm(
     size,
     num_rows,
     epsilon,
+    addresses,
+    counts,
+    state,
+    num_places,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
@@ -84,6 +109,10 @@ def _add_rms_norm(
             d += tl.load(delta + (part * num_rows + row) * size + columns, inside, other=0.0)
         if channel_scales is not None:
             d = d * tl.load(row_scales + row) * channel_scale
+        if addresses is not None:
+            d = sum_over_ranks(
+                d, row, size, addresses, counts, state, num_places, residual.dtype.element_ty, BLOCK, RANK, WORLD
+            )
         rounded = (x + d).to(residual.dtype.element_ty)
         tl.store(residual + row * size + columns, rounded, inside)
         x = rounded.to(tl.float32)

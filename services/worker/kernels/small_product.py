@@ -90,7 +90,7 @@ def _lines_ahead(tuning: ProductTuning, row_bytes: int) -> int:
     return 1 << max(0, wanted.bit_length() - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _small_product(
     rows,
     weight,

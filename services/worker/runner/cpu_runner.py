@@ -23,6 +23,10 @@ class FinishedStep:
 
     _result: StepResult
 
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
     def result(self) -> StepResult:
         """Return what the step sampled."""
         return self._result

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from services.worker.engine.runner import RanksDisagreeError
 from services.worker.engine.step_plan import SequenceChunk, StepPlan, StepResult, TokenLogprobs
 from services.worker.plan_ring import PlanWriter
 from services.worker.runner.batch import BatchInputs, make_batch
@@ -33,10 +34,6 @@ class ShardedRunner:
         result = self._rank.compute(plan)
         assert result is not None
         return FinishedStep(result)
-
-
-class RanksDisagreeError(Exception):
-    """Ranks computed different things, or different steps: what they have in their caches cannot be trusted."""
 
 
 class RankRunner:

@@ -34,6 +34,7 @@ local INTAKE, EVENTS = PREFIX .. 'intake', PREFIX .. 'events'
 local function request_key(key) return PREFIX .. 'request:' .. key end
 local function journal_key(key, choice) return PREFIX .. 'journal:' .. key .. ':' .. text(choice) end
 local function in_flight_key(key) return PREFIX .. 'in_flight:' .. string.match(key, '^[^/]*') end
+local function tokens_key(key) return PREFIX .. 'tokens:' .. string.match(key, '^[^/]*') end
 local function inbox_key(worker) return PREFIX .. 'inbox:' .. worker end
 
 -- While nobody leads, this equals no fence that a move may carry, the empty one included.
@@ -57,14 +58,14 @@ local function load_record(key)
   local name = request_key(key)
   local v = redis.call('HMGET', name, 'state', 'attempt', 'nonce', 'worker', 'gateway', 'reader', 'reader_left_at_ms',
     'cancel', 'suspect_until', 'accepted_at_ms', 'deadline_at_ms', 'placed_at_ms', 'resume_ms', 'n', 'num_decisions',
-    'intake_entry', 'inbox_entry')
+    'intake_entry', 'inbox_entry', 'tokens_per_minute', 'reserved_tokens')
   if not v[1] then return nil end
   return {
     key = key, name = name, state = v[1], attempt = tonumber(v[2]), nonce = v[3], worker = v[4], gateway = v[5],
     reader = tonumber(v[6]), reader_left_at_ms = tonumber(v[7]), cancel = v[8] == '1', suspect_until = tonumber(v[9]),
     accepted_at_ms = v[10], deadline_at_ms = tonumber(v[11]), placed_at_ms = tonumber(v[12]),
     resume_ms = tonumber(v[13]), n = tonumber(v[14]), num_decisions = tonumber(v[15]), intake_entry = v[16],
-    inbox_entry = v[17],
+    inbox_entry = v[17], tokens_per_minute = tonumber(v[18] or 0), reserved_tokens = tonumber(v[19] or 0),
   }
 end
 
@@ -157,8 +158,30 @@ local function release(record)
   redis.call('XADD', EVENTS, 'MAXLEN', '~', MAX_EVENTS, '*', 'released', record.key, 'worker', record.worker)
 end
 
+-- A tenant's tokens a minute (token_budget.py): one time, when all that it took will have come back.
+local MINUTE_MS = 60000
+local function tokens_back_at_ms(key)
+  return tonumber(redis.call('GET', tokens_key(key)) or 0)
+end
+local function set_tokens_back_at(key, at_ms)
+  if at_ms <= NOW_MS then
+    redis.call('DEL', tokens_key(key))
+  else
+    redis.call('SET', tokens_key(key), text(at_ms), 'PX', text(at_ms - NOW_MS))
+  end
+end
+
+local function give_back_tokens(record)
+  if record.tokens_per_minute == 0 then return end
+  local back_at_ms = tokens_back_at_ms(record.key)
+  if back_at_ms <= NOW_MS then return end
+  local unused = math.max(0, record.reserved_tokens - generated_tokens(record))
+  set_tokens_back_at(record.key, back_at_ms - math.floor(unused * MINUTE_MS / record.tokens_per_minute))
+end
+
 local function retain(record)
   redis.call('SREM', in_flight_key(record.key), record.key)
+  give_back_tokens(record)
   redis.call('PEXPIRE', record.name, RETENTION_MS)
   for choice = 0, record.n - 1 do redis.call('PEXPIRE', journal_key(record.key, choice), RETENTION_MS) end
 end

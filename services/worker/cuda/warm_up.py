@@ -1,0 +1,67 @@
+"""Before a worker serves: every kernel is compiled, all at once, and every kind of step made and timed.
+
+A kernel that were compiled in the middle of a request would take as long as a hundred steps; and to the fleet, a worker
+that makes no step for so long is lost.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from triton import AsyncCompileMode
+from triton.runtime.jit import JITFunction
+
+from services.worker.cuda.cuda_runner import CudaRunner
+from services.worker.cuda.made_up_steps import every_kind, usual
+from services.worker.engine.limits import EngineLimits
+from services.worker.engine.step_plan import StepPlan
+from services.worker.engine.step_time import StepTimeModel
+
+
+@contextmanager
+def compiled_only(threads: int) -> Iterator[None]:
+    """Kernels that are launched in here are compiled instead, so many at once. Left when all are there.
+
+    Triton has a mode for it, in which a launch waits for its own kernel all the same; so each is told to be no launch.
+    """
+    run: Any = JITFunction.run
+
+    def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    with ThreadPoolExecutor(threads, "kernels") as executor, AsyncCompileMode(executor):
+        JITFunction.run = compile_it
+        try:
+            yield
+        finally:
+            JITFunction.run = run
+
+
+def compile_kernels(runner: CudaRunner, limits: EngineLimits, threads: int) -> None:
+    """Compile what steps within these limits take; Triton's cache on disk has what was compiled before."""
+    with compiled_only(threads):
+        for plan in every_kind(limits):
+            runner.launch(plan)
+        runner.rehearse_graphs()
+
+
+def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) -> None:
+    """Make each kind of step once, so that libraries have their plans too; then teach what steps take."""
+    for plan in every_kind(limits):
+        runner.launch(plan).result()
+    for plan in usual(limits):
+        step_time.observe(plan, *timed_ms(runner, plan))
+
+
+def timed_ms(runner: CudaRunner, plan: StepPlan) -> tuple[float, float]:
+    """Return what a step takes that follows another, and of it what the host takes to launch it (0: not asked)."""
+    before, began_s = runner.launch(plan), time.monotonic()
+    step = runner.launch(plan)
+    launch_ms = 1000 * (time.monotonic() - began_s)
+    before.result()
+    result = step.result()
+    if result.took_ms is None:
+        return 1000 * (time.monotonic() - began_s), 0.0
+    return result.took_ms, launch_ms
