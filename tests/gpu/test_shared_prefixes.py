@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.cuda import shared_prefixes as module
+from services.worker.cuda.made_up_steps import every_kind
 from services.worker.cuda.shared_prefixes import SharedPrefix, shared_prefixes, tiles_of
 from services.worker.engine.block_pool import BlockId
+from services.worker.engine.limits import EngineLimits
 
 BLOCK = 64
 
@@ -93,3 +95,22 @@ def test_no_other_grouping_would_spare_twice_as_much(paths: list[list[int]]) -> 
         for parts in partitions(list(range(len(tables))))
     )
     assert 2 * sum(group.blocks_saved for group in groups) >= best
+
+
+def test_a_worker_warms_up_with_prefixes_that_are_shared() -> None:
+    limits = EngineLimits(
+        num_blocks=1,
+        block_size_tokens=BLOCK,
+        max_sequences=256,
+        max_prefill_tokens_per_step=8192,
+        step_budget_ms=12.0,
+        context_tokens=8192,
+        vocabulary_size=1000,
+    )
+    shared = [
+        shared_prefixes([d.block_table for d in decodes], [d.first_position for d in decodes], BLOCK)
+        for plan in every_kind(limits)
+        if (decodes := [chunk for chunk in plan.chunks if len(chunk.token_ids) == 1])
+    ]
+    # Once for each way that the kernel of decodes is compiled from 16 rows on.
+    assert [len(groups[0].members) for groups in shared if groups] == [24, 100]
