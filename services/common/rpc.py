@@ -1,6 +1,7 @@
 """A service's gRPC server: health, reflection, typed errors, and a graceful end. And channels between services."""
 
 import asyncio
+import inspect
 import json
 import logging
 import os
@@ -97,7 +98,9 @@ def _wrap(handler: Any, statuses: _Statuses) -> Any:
     # One request is decoded in here: bytes that are no message get a status of ours, not UNKNOWN and a traceback.
     decode = _decoding(handler.request_deserializer)
     if handler.response_streaming:
-        wrapped, factory = _streaming(handler.unary_stream, decode, statuses), grpc.unary_stream_rpc_method_handler
+        # A coroutine, as health's Watch, writes its responses by its context.
+        wrap = _unary if inspect.iscoroutinefunction(handler.unary_stream) else _streaming
+        wrapped, factory = wrap(handler.unary_stream, decode, statuses), grpc.unary_stream_rpc_method_handler
     else:
         wrapped, factory = _unary(handler.unary_unary, decode, statuses), grpc.unary_unary_rpc_method_handler
     return factory(wrapped, None, handler.response_serializer)

@@ -30,6 +30,19 @@ async def test_a_service_that_takes_no_work_lives() -> None:
         await server.stop(0)
 
 
+async def test_health_is_watched() -> None:
+    """As a client's load balancer does that was told to mind health."""
+    server = rpc.Server(["some.Service"])
+    address = await server.start("127.0.0.1:0")
+    await server.set_serving(True)
+    async with rpc.channel(address) as channel, asyncio.timeout(10):
+        watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="some.Service"))
+        assert (await watched.read()).status == SERVING
+        await server.set_serving(False)
+        assert (await watched.read()).status == NOT_SERVING
+    await server.stop(0)
+
+
 @pytest.fixture
 async def servers() -> list[rpc.Server]:
     return [rpc.Server([]), rpc.Server(["only.second"])]
