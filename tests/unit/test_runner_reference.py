@@ -186,7 +186,7 @@ def test_a_prefix_found_in_the_cache_changes_no_token(default_model: DefaultMode
 
 def test_preemption_changes_no_token(default_model: DefaultModel) -> None:
     most = max(len(case["prompt_token_ids"]) + case["max_tokens"] for case in SHORT_CASES)
-    num_blocks = -(-most // 4) + 8
+    num_blocks = -(-most // 4) + 3
     ran = run(
         default_model,
         [greedy(number, case) for number, case in enumerate(SHORT_CASES, 1)],
