@@ -189,7 +189,10 @@ async def test_the_event_loop_is_not_blocked_by_megabytes() -> None:
         raw = await pool.submit(Operation.ENCODE, payload)
         watcher.cancel()
     assert len(raw) > 1_000_000
-    assert longest_s < 0.01  # 2 ms
+    before_s = time.thread_time()
+    list(EncodeResponse.FromString(raw).token_ids)
+    reading_s = time.thread_time() - before_s
+    assert longest_s < reading_s / 4, "its tokens are not read here, only passed on"
 
 
 async def test_a_pool_whose_model_cannot_be_read_does_not_start(
