@@ -126,13 +126,12 @@ class DeviceDecoder:
             rope_and_write(
                 qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
             )
-            if layer is self._weights.layers[-1] and not sizes.keeps_all_rows:
-                if sizes.num_samples == 0:
-                    return
-                attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
+            only_samples = layer is self._weights.layers[-1] and not sizes.keeps_all_rows
+            if only_samples and sizes.num_samples == 0:
+                return
+            attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
+            if only_samples:
                 attended, residual = self._only_sampled(attended, residual, step, sizes)
-            else:
-                attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
             delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
             normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
             activated = self._activate(normed, layer, pdl)

@@ -38,8 +38,3 @@ class DeviceKvCache:
         sources = torch.tensor([copy.source for copy in copies], device=device)
         destinations = torch.tensor([copy.destination for copy in copies], device=device)
         self._kv.index_copy_(1, destinations, self._kv.index_select(1, sources))
-
-
-def kv_block_bytes(config: DecoderConfig, block_size_tokens: int, dtype: torch.dtype) -> int:
-    """Return the memory that one block takes on a rank, over all layers."""
-    return config.num_layers * block_size_tokens * 2 * config.kv_size * dtype.itemsize

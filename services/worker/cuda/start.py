@@ -9,7 +9,7 @@ from services.common.config import ConfigError
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.graphs import graph_sizes
-from services.worker.cuda.kv_cache import DeviceKvCache, kv_block_bytes
+from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
@@ -19,6 +19,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.kernels.rows import FP8
 from services.worker.kernels.tile_product import fits
 from services.worker.rank_file import RankFile
+from services.worker.runner.cache_blocks import kv_block_bytes
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat

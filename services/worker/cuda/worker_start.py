@@ -9,7 +9,6 @@ import torch
 from services.common.config import ConfigError
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.device import find_device
-from services.worker.cuda.kv_cache import kv_block_bytes
 from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.rank_runner import LeadingRunner, follow, watch_ranks
 from services.worker.cuda.source import open_source
@@ -21,6 +20,7 @@ from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.plan_ring import PlanReader, PlanWriter
 from services.worker.rank_file import RankFile
+from services.worker.runner.cache_blocks import num_blocks_asked_for
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
@@ -128,15 +128,7 @@ def _num_blocks(
         if device.type != "cuda":
             raise ConfigError("--kv-cache-bytes is 0, what the GPU has left; without a GPU it must be given")
         return None
-    # Of all ranks: what was asked for is the whole worker's.
-    block_bytes = sum(
-        kv_block_bytes(Shard(rank, engine.shards).config(config), options.block_size_tokens, options.kv_dtype)
-        for rank in range(engine.shards)
-    )
-    num_blocks = engine.kv_cache_bytes // block_bytes
-    if num_blocks == 0:
-        raise ConfigError(f"--kv-cache-bytes is {engine.kv_cache_bytes}; the least is one block, {block_bytes}")
-    return num_blocks
+    return num_blocks_asked_for(engine, config, options.kv_dtype)
 
 
 def _check_weights_fit(

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
-from services.worker.kernels.peers import DIFFERENT, Seat, give, note, slot_of, take
+from services.worker.kernels.peers import DIFFERENT, Seat, give, note, seat_arguments, slot_of, take
 from services.worker.runner.noise import gumbel_noise
 
 _PART = 4096
@@ -111,7 +111,7 @@ def choose_likeliest(
     _best_of_rows[(num_rows,)](
         None, room.best, room.token_ids, room.largest, places, tokens, last_tokens, num_parts,
         part and _bits(part.hidden), hidden_size, part and part.first_token,
-        seat and seat.addresses, seat and seat.counts, seat and seat.state, seat and seat.num_places,
+        *seat_arguments(seat),
         RANK=seat.rank if seat else 0, WORLD=seat.world_size if seat else 1, WORDS=RANK_WORDS,
         HIDDEN=triton.next_power_of_2(hidden_size),
         BLOCK=triton.next_power_of_2(num_parts), PDL=pdl, launch_pdl=pdl, num_warps=4 if part else 1,
@@ -135,7 +135,7 @@ def draw_tokens(
     )  # fmt: skip
     _best_of_rows[(num_draws,)](
         draws.rows, room.best, room.token_ids, None, places, tokens, last_tokens, num_parts,
-        None, 1, None, None, None, None, None, RANK=0, WORLD=1, WORDS=RANK_WORDS, HIDDEN=1,
+        None, 1, None, *seat_arguments(None), RANK=0, WORLD=1, WORDS=RANK_WORDS, HIDDEN=1,
         BLOCK=triton.next_power_of_2(num_parts), PDL=False, num_warps=1,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.worker.kernels.launch import after_previous
-from services.worker.kernels.peers import Seat, sum_over_ranks
+from services.worker.kernels.peers import Seat, seat_arguments, sum_over_ranks
 from services.worker.kernels.round_rows import rounded_row
 from services.worker.kernels.rows import FP8_MAX, Rows, Scaled, round_rows
 
@@ -56,10 +56,7 @@ def add_rms_norm(
         size,
         num_rows,
         epsilon,
-        seat and seat.addresses,
-        seat and seat.counts,
-        seat and seat.state,
-        seat and seat.num_places,
+        *seat_arguments(seat),
         RANK=seat.rank if seat else 0,
         WORLD=seat.world_size if seat else 1,
         PARTS=len(delta.product) if delta is not None and delta.product.ndim == 3 else 1,

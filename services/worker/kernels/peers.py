@@ -48,6 +48,11 @@ class Seat:
         return 2 * num_places * world_size * num_words * 8
 
 
+def seat_arguments(seat: Seat | None) -> tuple[Tensor | int | None, ...]:
+    """Return what a kernel is told of a seat: addresses, counts, state, num_places. None: it meets nobody."""
+    return (seat.addresses, seat.counts, seat.state, seat.num_places) if seat else (None,) * 4
+
+
 MOST_LOOKS, BROKEN = 0, 1
 STATE_SIZE = 2
 """The state: how often a program looks for what another rank gives; and 0, or what was seen first of LOST and

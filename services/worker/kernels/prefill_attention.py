@@ -13,6 +13,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from services.worker.kernels.attend import attend
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
 
@@ -99,44 +100,6 @@ def prefill_attention(
 
 
 @triton.jit
-def _attend(
-    q, place, position, end, query_positions, best, total, mixed, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, VALUES: tl.constexpr, TILE_KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tokens = tl.arange(0, TILE_KEYS)
-    dims = tl.arange(0, BLOCK_DIM)
-    within = tokens[:, None] * HEAD_DIM + dims[None, :]
-    if MASKED:
-        read = (position + tokens < end)[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(place + within, read, other=0.0).to(q.dtype)
-        v = tl.load(place + VALUES + within, read, other=0.0).to(q.dtype)
-    elif HEAD_DIM == BLOCK_DIM:
-        k = tl.load(place + within).to(q.dtype)
-        v = tl.load(place + VALUES + within).to(q.dtype)
-    else:
-        k = tl.load(place + within, (dims < HEAD_DIM)[None, :], other=0.0).to(q.dtype)
-        v = tl.load(place + VALUES + within, (dims < HEAD_DIM)[None, :], other=0.0).to(q.dtype)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if MASKED:
-        behind = query_positions[:, None] - (position + tokens)[None, :]
-        is_seen = behind >= 0
-        if WINDOW > 0:
-            is_seen = is_seen & (behind < WINDOW)
-        scores = tl.where(is_seen, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1))
-    base = new_best
-    if MASKED:
-        # A row may have seen nothing yet: no difference of infinities.
-        base = tl.where(new_best == float("-inf"), 0.0, new_best)
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(best - base)
-    total = total * shrink + tl.sum(weights, axis=1)
-    mixed = tl.dot(weights.to(q.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
-    return new_best, total, mixed
-
-
-@triton.jit
 def _prefill_attention(
     queries,
     kv,
@@ -191,14 +154,14 @@ def _prefill_attention(
     for position in range(begin, all_seen, TILE_KEYS):
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
-        best, total, mixed = _attend(
+        best, total, mixed = attend(
             q, place, position, end, positions, best, total, mixed, scale,
             HEAD_DIM, BLOCK_DIM, VALUES, TILE_KEYS, 0, False, PRECISION,
         )  # fmt: skip
     for position in range(all_seen, end, TILE_KEYS):
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
-        best, total, mixed = _attend(
+        best, total, mixed = attend(
             q, place, position, end, positions, best, total, mixed, scale,
             HEAD_DIM, BLOCK_DIM, VALUES, TILE_KEYS, WINDOW, True, PRECISION,
         )  # fmt: skip

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.worker.kernels.peers import Seat, give, slot_of, take
+from services.worker.kernels.peers import Seat, give, seat_arguments, slot_of, take
 
 PART = 1024
 """Columns of a program: the words of a place."""
@@ -29,7 +29,7 @@ def share_rows(own: Tensor, whole: Tensor, first_columns: Tensor, most_columns: 
     assert places_for(num_rows, most_columns) <= seat.num_places
     assert seat.num_words == PART
     _share_rows[(num_rows, num_parts)](
-        own, whole, first_columns, whole.shape[1], num_parts, seat.addresses, seat.counts, seat.state, seat.num_places,
+        own, whole, first_columns, whole.shape[1], num_parts, *seat_arguments(seat),
         RANK=seat.rank, WORLD=seat.world_size, SIZE=PART, num_warps=4,
     )  # fmt: skip
 

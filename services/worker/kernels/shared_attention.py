@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.worker.kernels.attend import attend
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
 
@@ -156,7 +157,6 @@ def _shared_attention(
     is_row = (member < num_members) & (rows % BLOCK_GROUP < GROUP)
     heads = kv_head * GROUP + rows % BLOCK_GROUP
     dims = tl.arange(0, BLOCK_DIM)
-    tokens = tl.arange(0, TILE)
     inside = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     # As in decode_attention: fp8 becomes float16.
     KIND: tl.constexpr = tl.float16 if kv.dtype.element_ty == tl.float8e4nv else kv.dtype.element_ty
@@ -164,7 +164,6 @@ def _shared_attention(
     row = tl.load(told + 4 + member, is_row, other=0).to(tl.int64)
     q = tl.load(queries + (row * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0).to(KIND)
     head_kv = kv + kv_head * BLOCK_SIZE * HEAD_DIM
-    within = tokens[:, None] * HEAD_DIM + dims[None, :]
     VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
@@ -174,19 +173,10 @@ def _shared_attention(
     for position in range(begin, end, TILE):
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
-        if HEAD_DIM == BLOCK_DIM:
-            k = tl.load(place + within).to(KIND)
-            v = tl.load(place + VALUES + within).to(KIND)
-        else:
-            k = tl.load(place + within, (dims < HEAD_DIM)[None, :], other=0.0).to(KIND)
-            v = tl.load(place + VALUES + within, (dims < HEAD_DIM)[None, :], other=0.0).to(KIND)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
-        best = new_best
+        best, total, mixed = attend(
+            q, place, position, end, rows, best, total, mixed, scale,
+            HEAD_DIM, BLOCK_DIM, VALUES, TILE, 0, False, PRECISION,
+        )  # fmt: skip
 
     slot = (piece * MOST_MEMBERS + member) * NUM_HEADS + heads
     tl.store(sums + slot[:, None] * HEAD_DIM + dims[None, :], mixed / total[:, None], inside)

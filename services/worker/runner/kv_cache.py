@@ -53,8 +53,3 @@ class PagedKvCache:
         destinations = torch.tensor([copy.destination for copy in copies])
         for layer in self._layers:
             layer.index_copy_(0, destinations, layer.index_select(0, sources))
-
-
-def kv_block_bytes(config: DecoderConfig, block_size_tokens: int) -> int:
-    """Return the memory that one block takes, over all layers."""
-    return config.num_layers * block_size_tokens * 2 * config.kv_size * torch.float32.itemsize

@@ -5,13 +5,13 @@ import os
 
 import torch
 
-from services.common.config import ConfigError
 from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
 from services.worker.plan_ring import ring_bytes
+from services.worker.runner.cache_blocks import num_blocks_asked_for
 from services.worker.runner.cpu_runner import SCORED_AT_ONCE, CpuRunner
-from services.worker.runner.kv_cache import PagedKvCache, kv_block_bytes
+from services.worker.runner.kv_cache import PagedKvCache
 from services.worker.runner.matrix import PackedMatrix, pack_float32, pack_int8
 from services.worker.runner.models.decoder import Decoder
 from services.worker.runner.models.decoder_weights import DecoderConfig
@@ -75,15 +75,8 @@ def _slot_floats(config: DecoderConfig, engine_config: EngineConfig) -> int:
 
 
 def _limits(config: DecoderConfig, engine_config: EngineConfig) -> EngineLimits:
-    block_bytes = sum(
-        kv_block_bytes(Shard(rank, engine_config.shards).config(config), engine_config.block_size_tokens)
-        for rank in range(engine_config.shards)
-    )
-    num_blocks = engine_config.kv_cache_bytes // block_bytes
-    if num_blocks == 0:
-        raise ConfigError(f"--kv-cache-bytes is {engine_config.kv_cache_bytes}; the least is one block, {block_bytes}")
     return EngineLimits(
-        num_blocks=num_blocks,
+        num_blocks=num_blocks_asked_for(engine_config, config),
         block_size_tokens=engine_config.block_size_tokens,
         max_sequences=engine_config.max_sequences,
         max_prefill_tokens_per_step=engine_config.max_prefill_tokens_per_step,
