@@ -112,9 +112,14 @@ class DeviceDecoder:
     def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
         """Compute a step: its keys and values, and the likeliest token after each row that is sampled.
 
-        Captured in a graph, this is what the graph holds. `pdl`: kernels begin before those in front have ended; it
-        helps where a kernel takes a few microseconds, and harms where it takes more.
+        `pdl`: kernels begin before those in front have ended; it helps where a kernel takes a few microseconds, and
+        harms where it takes more.
         """
+        self.attend(step, sizes, cache, pdl=pdl)
+        self.choose(step, sizes, pdl=pdl)
+
+    def attend(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
+        """Compute a step up to the last layer's attention: all of its keys and values. It asks for no samples."""
         room, config, num_rows = self._room, self.config, sizes.num_rows
         residual = room.residual[:num_rows]
         delta = self._embed(step, residual, pdl)
@@ -126,16 +131,19 @@ class DeviceDecoder:
             rope_and_write(
                 qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
             )
-            only_samples = layer is self._weights.layers[-1] and not sizes.keeps_all_rows
-            if only_samples and sizes.num_samples == 0:
-                return
-            attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
-            if only_samples:
-                attended, residual = self._only_sampled(attended, residual, step, sizes)
-            delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
-            normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
-            activated = self._activate(normed, layer, pdl)
-            delta = self._back(activated, layer.down_proj, pdl)
+            attended = self._attended(queries, qkv.product, step, sizes, kv, window, pdl)
+            if layer is not self._weights.layers[-1]:
+                delta = self._behind_attention(layer, attended, residual, pdl)
+
+    def choose(self, step: StepInputs[Tensor], sizes: StepSizes, *, pdl: bool) -> None:
+        """Compute the rest of a step, of no rows but those that are sampled or kept, and their likeliest tokens."""
+        if sizes.num_samples == 0 and not sizes.keeps_all_rows:
+            return
+        room, last = self._room, self._weights.layers[-1]
+        attended, residual = room.attended[: sizes.num_rows], room.residual[: sizes.num_rows]
+        if not sizes.keeps_all_rows:
+            attended, residual = self._only_sampled(attended, residual, step, sizes)
+        delta = self._behind_attention(last, attended, residual, pdl)
         final = Rows(room.normed[: len(residual)])
         self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
@@ -189,6 +197,14 @@ class DeviceDecoder:
             torch.index_select(residual, 0, step.sample_rows, out=room.sampled[: sizes.num_samples]),
         )
 
+    def _behind_attention(
+        self, layer: DecoderLayerWeights[DeviceMatrix], attended: Tensor, residual: Tensor, pdl: bool
+    ) -> Scaled:
+        """What is left of a layer; returns what the next norm adds to the residual."""
+        delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
+        normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
+        return self._back(self._activate(normed, layer, pdl), layer.down_proj, pdl)
+
     def _normed(self, delta: Scaled | None, residual: Tensor, weight: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
         """Add to the residual, and norm it for a product."""
         room, num_rows = self._room, len(residual)
@@ -227,7 +243,7 @@ class DeviceDecoder:
     def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
         return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
 
-    def _attend(
+    def _attended(
         self,
         queries: Tensor,
         qkv: Tensor,

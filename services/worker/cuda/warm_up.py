@@ -39,12 +39,15 @@ def compiled_only(threads: int) -> Iterator[None]:
             JITFunction.run = run
 
 
-def compile_kernels(runner: CudaRunner, limits: EngineLimits, threads: int) -> None:
-    """Compile what steps within these limits take; Triton's cache on disk has what was compiled before."""
+def compile_kernels(plain: CudaRunner, filling: CudaRunner, limits: EngineLimits, threads: int) -> None:
+    """Compile what steps within these limits take; Triton's cache on disk has what was compiled before.
+
+    `plain` computes steps as they are, `filling` fills them up: both are taken, and kernels have forms for each.
+    """
     with compiled_only(threads):
         for plan in every_kind(limits):
-            runner.launch(plan)
-        runner.rehearse_graphs()
+            plain.launch(plan)
+        filling.rehearse()
 
 
 def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) -> None:

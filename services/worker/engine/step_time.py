@@ -1,6 +1,7 @@
 """How long a step will take, learned from the steps before."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,12 +67,15 @@ class StepTimeModel:
     ratio of the last steps to the fit.
 
     A device's step with prompts takes at least as long as the host takes to launch its kernels one by one. One that
-    took no longer says nothing of the device, and so is not fitted; and what is computed meanwhile costs nothing. Only
-    its owner, the loop, changes it.
+    took no longer says nothing of the device, and so is not fitted; and what is computed meanwhile costs nothing. Where
+    steps with prompts are filled up, they take what the tokens cost that they are filled up to. Only its owner, the
+    loop, changes it.
     """
 
-    def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
+    def __init__(self, initial: StepTimeCoefficients = INITIAL, filled_up_to: Sequence[int] = ()) -> None:
+        """`filled_up_to`: as of `EngineLimits`."""
         self._initial = initial
+        self._filled_up_to = filled_up_to
         # Normal equations in units of the initial coefficients, where every one of them is 1.
         self._products = [[0.0] * len(initial) for _ in initial]
         self._targets = [0.0] * len(initial)
@@ -96,6 +100,8 @@ class StepTimeModel:
     def tokens_within(self, budget_ms: float, work: StepWork, first_position: int, are_scored: bool) -> int:
         """Return how many tokens of a sequence, from a position on, fit into a step of some work within a time.
 
+        No more than fill it up: those that are left over would cost as much as many more.
+
         The largest t with fixed + a * (tokens + t) + b * (attended + t * first_position + t * (t + 1) / 2) +
         c * (scored + t, if they are) within it.
         """
@@ -103,12 +109,13 @@ class StepTimeModel:
         left_ms = max(budget_ms, self._launch_ms) / self._pace - fixed_ms - per_token * work.num_tokens
         left_ms -= per_attended * work.num_attended_tokens + per_scored * work.num_scored_tokens
         if left_ms <= 0:
-            return 0
+            return self._filling(work, 0)
         slope = per_token + are_scored * per_scored + per_attended * (first_position + 0.5)
         if slope == 0:
             return _ANY_NUMBER
         # The positive root of b/2 t^2 + slope t = left, in the form that has no difference of near numbers.
-        return min(_ANY_NUMBER, int(2 * left_ms / (slope + math.sqrt(slope * slope + 2 * per_attended * left_ms))))
+        most = int(2 * left_ms / (slope + math.sqrt(slope * slope + 2 * per_attended * left_ms)))
+        return self._filling(work, min(_ANY_NUMBER, most))
 
     def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
         """Learn from a step. A few microseconds, whatever the plan's size.
@@ -123,13 +130,30 @@ class StepTimeModel:
         self._pace += (1 - PACE_MEMORY) * (took_ms / max(self._fitted_ms(plan), 0.001) - self._pace)
         self._fit(plan, took_ms)
 
+    def _filling(self, work: StepWork, most: int) -> int:
+        """How many tokens of `most` are added to a step, so that none but the last size is left unfilled."""
+        total = work.num_tokens + most
+        if not self._filled_up_to or total > self._filled_up_to[-1] or (most == 0 and work.num_prefill_tokens == 0):
+            return most
+        below = bisect_right(self._filled_up_to, total)
+        filled = self._filled_up_to[below - 1] if below else 0
+        return max(filled, self._filled(work.num_tokens)) - work.num_tokens
+
+    def _filled(self, num_tokens: int) -> int:
+        """What a step with prompts of so many tokens is filled up to."""
+        index = bisect_left(self._filled_up_to, num_tokens)
+        return self._filled_up_to[index] if index < len(self._filled_up_to) else num_tokens
+
+    def _features(self, plan: StepPlan) -> tuple[float, ...]:
+        num_tokens = self._filled(plan.num_tokens) if plan.has_prefill else plan.num_tokens
+        return 1.0, float(num_tokens), float(plan.num_attended_tokens), float(plan.num_scored_tokens)
+
     def _fitted_ms(self, plan: StepPlan) -> float:
-        return sum(
-            feature * coefficient for feature, coefficient in zip(_features(plan), self._coefficients, strict=True)
-        )
+        features = self._features(plan)
+        return sum(feature * coefficient for feature, coefficient in zip(features, self._coefficients, strict=True))
 
     def _fit(self, plan: StepPlan, took_ms: float) -> None:
-        row = [f * c / took_ms for f, c in zip(_features(plan), self._initial, strict=True)]
+        row = [f * c / took_ms for f, c in zip(self._features(plan), self._initial, strict=True)]
         for i in range(len(row)):
             self._targets[i] = MEMORY * self._targets[i] + row[i]
             for j in range(len(row)):
@@ -140,10 +164,6 @@ class StepTimeModel:
         self._coefficients = StepTimeCoefficients(
             *(max(scale, 0.0) * c for scale, c in zip(scales, self._initial, strict=True))
         )
-
-
-def _features(plan: StepPlan) -> tuple[float, ...]:
-    return 1.0, float(plan.num_tokens), float(plan.num_attended_tokens), float(plan.num_scored_tokens)
 
 
 def _solve(matrix: list[list[float]], vector: Sequence[float]) -> list[float]:
