@@ -165,3 +165,32 @@ def test_prompts_are_cut_so_that_a_step_is_full(budget_ms: float, decodes: int, 
     model = StepTimeModel(FILLED, (64, 128, 256))
     work = StepWork(decodes + prefill, 0, num_prefill_tokens=prefill)
     assert model.tokens_within(budget_ms, work, 0, are_scored=False) == within
+
+
+def curved_ms(size: int) -> float:
+    """Few rows cost what reading the weights takes, many what multiplying does."""
+    return max(5.0, 0.5 + 0.0227 * size)
+
+
+def test_a_budget_is_used_up_though_time_is_no_straight_line_of_the_rows() -> None:
+    sizes = tuple(range(32, 2049, 32))
+    model = StepTimeModel(FILLED, sizes)
+    for size in (2048, 1024, 512, 256, 128):
+        model.observe(a_plan((0, size)), curved_ms(size))
+    for _ in range(50):
+        model.observe(a_decode(8), 4.2)
+        tokens = model.tokens_within(12.0, StepWork.of(a_decode(8).chunks), 0, are_scored=False)
+        plan = a_plan(*[(100, 1)] * 8, (0, tokens))
+        model.observe(plan, curved_ms(plan.num_tokens))
+    assert plan.num_tokens == 480, "512 rows take 12.1 ms"
+    assert model.predict_ms(a_decode(8)) == pytest.approx(4.2, rel=0.03)
+    assert model.predict_ms(a_plan((0, 384))) == pytest.approx(curved_ms(384), rel=0.1), "between 256 and 512"
+
+
+def test_what_changes_for_steps_of_one_size_is_expected_of_the_others_too() -> None:
+    model = StepTimeModel(FILLED, (64, 128, 256))
+    for size in (64, 128, 256) * 30:
+        model.observe(a_plan((0, size)), curved_ms(size))
+    for _ in range(60):
+        model.observe(a_plan((0, 128)), 1.5 * curved_ms(128))
+    assert model.predict_ms(a_plan((0, 256))) > 1.2 * curved_ms(256)

@@ -1,5 +1,7 @@
 """A decoder's forward pass on the device, all of it in memory that is taken once."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +78,7 @@ class DeviceDecoder:
         self._heads = [
             HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
+        self._computed_layers: Sequence[int] = range(config.num_layers)
         self.is_batch_invariant = is_batch_invariant
         self._room = _Room(
             self.config,
@@ -109,21 +112,31 @@ class DeviceDecoder:
         """Logits of the step's samples: [num_samples, vocabulary_size], of several ranks this one's part."""
         return self._room.logits[:num_samples]
 
-    def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
-        """Compute a step: its keys and values, and the likeliest token after each row that is sampled.
+    @contextmanager
+    def with_few_layers(self) -> Iterator[None]:
+        """In here a step computes two layers, and one of each kind: every kernel, but a fraction of the launches.
+
+        The first one is no other's like: its norm adds nothing to the residual.
+        """
+        windowed, layers = self.config.sliding_layers, range(self.config.num_layers)
+        kinds = {index in windowed: index for index in reversed(layers)}
+        self._computed_layers = sorted({*layers[:2], *kinds.values()})
+        try:
+            yield
+        finally:
+            self._computed_layers = layers
+
+    def attend(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
+        """Compute a step up to the last layer's attention: all of its keys and values. It looks at no samples.
 
         `pdl`: kernels begin before those in front have ended; it helps where a kernel takes a few microseconds, and
         harms where it takes more.
         """
-        self.attend(step, sizes, cache, pdl=pdl)
-        self.choose(step, sizes, pdl=pdl)
-
-    def attend(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
-        """Compute a step up to the last layer's attention: all of its keys and values. It asks for no samples."""
         room, config, num_rows = self._room, self.config, sizes.num_rows
         residual = room.residual[:num_rows]
         delta = self._embed(step, residual, pdl)
-        for index, (layer, heads, kv) in enumerate(zip(self._weights.layers, self._heads, cache.layers, strict=True)):
+        for index in self._computed_layers:
+            layer, heads, kv = self._weights.layers[index], self._heads[index], cache.layers[index]
             window = config.sliding_window if index in config.sliding_layers else None
             normed = self._normed(delta, residual, layer.attention_norm, layer.qkv_proj, pdl)
             qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
@@ -136,7 +149,8 @@ class DeviceDecoder:
                 delta = self._behind_attention(layer, attended, residual, pdl)
 
     def choose(self, step: StepInputs[Tensor], sizes: StepSizes, *, pdl: bool) -> None:
-        """Compute the rest of a step, of no rows but those that are sampled or kept, and their likeliest tokens."""
+        """Compute the rest of a step, of no rows but those that are sampled or kept, and the likeliest token after each
+        row that is sampled."""
         if sizes.num_samples == 0 and not sizes.keeps_all_rows:
             return
         room, last = self._room, self._weights.layers[-1]

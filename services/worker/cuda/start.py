@@ -103,7 +103,8 @@ def start_cuda_runner(
 
     if device.type == "cuda":
         on_stage("compiling kernels")
-        compile_kernels(runner_with(1), runner_with(1, filled_up_to), limits_with(1), torch.get_num_threads())
+        with model.with_few_layers():
+            compile_kernels(runner_with(1), runner_with(1, filled_up_to), limits_with(1), torch.get_num_threads())
         if file:
             # The first step waits for other ranks in kernels, which do so for seconds only.
             file.board.exchange(b"compiled")

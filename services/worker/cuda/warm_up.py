@@ -1,4 +1,4 @@
-"""Before a worker serves: every kernel is compiled, all at once, and every kind of step made and timed.
+"""Before a worker serves: every kernel is compiled, all at once, and some steps are made and timed.
 
 A kernel that were compiled in the middle of a request would take as long as a hundred steps; and to the fleet, a worker
 that makes no step for so long is lost.
@@ -14,7 +14,7 @@ from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.made_up_steps import every_kind, usual
+from services.worker.cuda.made_up_steps import every_kind, every_way_to_choose, usual
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.step_plan import StepPlan
 from services.worker.engine.step_time import StepTimeModel
@@ -51,8 +51,8 @@ def compile_kernels(plain: CudaRunner, filling: CudaRunner, limits: EngineLimits
 
 
 def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) -> None:
-    """Make each kind of step once, so that libraries have their plans too; then teach what steps take."""
-    for plan in every_kind(limits):
+    """Make some steps, so that what libraries load for them is there; then teach what steps take."""
+    for plan in every_way_to_choose(limits):
         runner.launch(plan).result()
     for plan in usual(limits):
         step_time.observe(plan, *timed_ms(runner, plan))

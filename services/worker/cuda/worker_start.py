@@ -34,7 +34,7 @@ _TOLD_TIMES = 20
 def start_worker_runner(
     engine: EngineConfig, on_progress: Callable[[str, float], None]
 ) -> tuple[EngineLimits, CudaRunner | LeadingRunner, StepTimeModel]:
-    """Load a model onto the GPU, take its memory, and make each kind of step once, to see how long they take.
+    """Load a model onto the GPU, take its memory, and make some steps, to see how long they take.
 
     `on_progress` hears what is being done, and which share of it is. Of several ranks this is the one that leads.
     Raises ModelFileError, NcclError, and ConfigError for what the GPU cannot do, or has no memory for.

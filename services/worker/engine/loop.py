@@ -26,7 +26,7 @@ FIRST_LEAD_MS = 3.0
 LEAD_MARGIN = 1.5
 """Of what planning and launching decodes took of late."""
 LEAD_SHARE = 0.1
-QUICK_LAUNCH_MS = 3.0
+QUICK_LAUNCH_MS = 5.0
 """A step with prompts that is launched in less is planned late, as decodes are, and no token is delivered before it."""
 
 
