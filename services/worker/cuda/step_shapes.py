@@ -19,7 +19,8 @@ MOST_ROWS = 2304
 """Of a step with prompts that is filled up: more take the device longer than the host takes to launch them."""
 _CHUNK_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 480, 512, 640, 768, 896, 1024)
 """Sizes of steps with prompts, and from there on multiples of 128. By time, not by rows: cuBLAS takes longer for some
-than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for 640."""
+than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for
+640."""
 _DECODE_CAPS = (64,)
 """Decodes beside prompts that there is room for, if not for all. Room for 256 beside 12 costs 0.3 ms a step, for 64
 less than 0.1: a program for nothing takes its microsecond too."""
