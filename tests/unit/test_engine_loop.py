@@ -237,6 +237,14 @@ class SlowToLaunch(Device):
         return super().launch(plan)
 
 
+def test_who_arrives_while_a_prompt_is_computed_is_in_the_next_step() -> None:
+    """If a step with prompts is launched as quickly as one of decodes; else it is planned at once."""
+    long, short = add_command(add(1, 40, max_tokens=2)), add_command(add(2, 2, max_tokens=2))
+    device = run_ahead((0, long), (25, short), (300, shutdown_command()))
+    first = next(plan for plan in device.plans if any(chunk.sequence_id == 2 for chunk in plan.chunks))
+    assert first.step == 4, "the third runs from 20 to 30 ms"
+
+
 # Preparing
 
 
@@ -281,11 +289,3 @@ def test_a_sequence_expires_in_time_while_the_runner_prepares() -> None:
     runner, front = run_preparing((0, held), (1000, shutdown_command()))
     assert [output.end for output in front.outputs] == [engine_pb2.SEQUENCE_END_EXPIRED]
     assert runner.prepared_before_step == []
-
-
-def test_who_arrives_while_a_prompt_is_computed_is_in_the_next_step() -> None:
-    """If a step with prompts is launched as quickly as one of decodes; else it is planned at once."""
-    long, short = add_command(add(1, 40, max_tokens=2)), add_command(add(2, 2, max_tokens=2))
-    device = run_ahead((0, long), (25, short), (300, shutdown_command()))
-    first = next(plan for plan in device.plans if any(chunk.sequence_id == 2 for chunk in plan.chunks))
-    assert first.step == 4, "the third runs from 20 to 30 ms"
