@@ -5,7 +5,6 @@
 // beside it, prompt or single token, its additions are the same in the same order: so are its bits.
 #include "exponential.h"
 #include "heads.h"
-#include "parallel.h"
 #include "vectors.h"
 
 #define MAX_TILE_QUERIES 32
