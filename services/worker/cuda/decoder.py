@@ -256,7 +256,10 @@ class DeviceDecoder:
                 own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning
             )
         if sizes.num_tiles:
-            prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
+            prefill_attention(
+                queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl,
+                is_batch_invariant=self.is_batch_invariant,
+            )  # fmt: skip
         if sizes.dense_runs:
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)

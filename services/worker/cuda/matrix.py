@@ -35,6 +35,8 @@ _SWIGLU_IN_TILES_FROM_ROWS = 8192
 """Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
+_GIVING_MOST_BYTES = 8192
+"""Of an output's weights: with more, `gemv_and_give`, whose programs have two, takes longer than giving in the norm."""
 _OUTPUTS_OF_ALL_PROCESSORS = 8192
 """So many are programs for all processors without a part of the inputs each."""
 
@@ -86,11 +88,11 @@ class Multiplier:
             tile_product.tile_product(rows.values, weight, out, pdl=pdl)
             return Scaled(out) if rows.scales is None else Scaled(out, rows.scales, matrix.channel_scales)
         if num_rows == 1 and rows.scales is None:
-            if seat:
+            if seat and weight[0].nbytes <= _GIVING_MOST_BYTES:
                 gemv_and_give(rows.values, weight, matrix.channel_scales, out, seat, pdl=pdl)
-            else:
-                gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
-            return Scaled(out, is_given=seat is not None)
+                return Scaled(out, is_given=True)
+            gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
+            return Scaled(out)
         tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
         if tuning and tuning.num_splits == 1 and seat:
             small_product_and_give(rows, weight, matrix.channel_scales, out, tuning, seat, pdl=pdl)

@@ -17,7 +17,7 @@ from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
-FEW_BYTES = 2 << 20
+FEW_BYTES = 8 << 20
 """A rank stores up to so much of a sum to others, who add it up in the norm that reads it; larger sums are NCCL's. See
 docs/gpu.md, "Ranks on several GPUs"."""
 WHOLE_ROWS_AT_ONCE = 16

@@ -74,9 +74,6 @@ class DecodeTuning:
     num_warps: int
     num_stages: int
     """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
-    parts_at_once: int = 1
-    """Pieces' results that the merge reads before it adds them up; a power of two. Each takes registers of all
-    programs, so only few rows, whose programs find room all the same, have more than one."""
 
 
 INVARIANT_TUNING = DecodeTuning(64, 4, 5)
@@ -88,7 +85,7 @@ INVARIANT_PIECE_TOKENS = 1024
 def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
     """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
     if num_rows < 16:
-        return DecodeTuning(64, 4, 5, parts_at_once=4)
+        return DecodeTuning(64, 4, 5)
     return DecodeTuning(64, 2, 5 if is_fp8 else 7 if num_rows <= 64 else 3)
 
 
@@ -204,7 +201,6 @@ def decode_attention(
         TILE=tile,
         WINDOW=window or 0,
         MOST_MEMBERS=MOST_MEMBERS,
-        PARTS_AT_ONCE=tuning.parts_at_once,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=tuning.num_warps,
@@ -238,7 +234,6 @@ def _decode_attention(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     MOST_MEMBERS: tl.constexpr,
-    PARTS_AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Program (key head, piece)."""
@@ -314,13 +309,13 @@ def _decode_attention(
             mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
             best, total, mixed = _with_parts(
                 sums, log_weights, tl.load(splits + 4 * row), num_splits, 1, heads, group < GROUP, best, total, mixed,
-                NUM_HEADS, HEAD_DIM, BLOCK_DIM, PARTS_AT_ONCE,
+                NUM_HEADS, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
     if is_last:
         if shared_sums is not None:
             best, total, mixed = _with_parts(
                 shared_sums, shared_log_weights, tl.load(splits + 4 * row + 2), tl.load(splits + 4 * row + 3),
-                MOST_MEMBERS, heads, group < GROUP, best, total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM, PARTS_AT_ONCE,
+                MOST_MEMBERS, heads, group < GROUP, best, total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
         mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
@@ -329,28 +324,21 @@ def _decode_attention(
 @triton.jit
 def _with_parts(
     sums, log_weights, first, count, step, heads, in_group, best, total, mixed,
-    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, AT_ONCE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Add parts from `first` on, each weighted by its share of the exponentials."""
     dims = tl.arange(0, BLOCK_DIM)
     inside = in_group[:, None] & (dims < HEAD_DIM)[None, :]
-    for index in range(0, count, AT_ONCE):
-        parts = index + tl.arange(0, AT_ONCE)
-        is_part = parts < count
-        places = ((first + parts * step) * NUM_HEADS)[:, None] + heads[None, :]
+    for index in range(count):
         # Past the first-level cache, which other processors' stores do not reach.
-        log_weight = tl.load(
-            log_weights + places, is_part[:, None] & in_group[None, :], other=float("-inf"), cache_modifier=".cg"
-        )
-        part = tl.load(
-            sums + places[:, :, None] * HEAD_DIM + dims[None, None, :], is_part[:, None, None] & inside[None, :, :],
-            other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        new_best = tl.maximum(best, tl.max(log_weight, axis=0))
+        place = (first + index * step) * NUM_HEADS + heads
+        log_weight = tl.load(log_weights + place, in_group, other=0.0, cache_modifier=".cg")
+        part = tl.load(sums + place[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, log_weight)
         base = tl.where(new_best == float("-inf"), 0.0, new_best)
         shrink = tl.exp2(best - base)
-        weight = tl.exp2(log_weight - base[None, :])
-        total = total * shrink + tl.sum(weight, axis=0)
-        mixed = mixed * shrink[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        weight = tl.exp2(log_weight - base)
+        total = total * shrink + weight
+        mixed = mixed * shrink[:, None] + part * weight[:, None]
         best = new_best
     return best, total, mixed

@@ -46,7 +46,7 @@ def gemv_and_give(
     _gemv_and_give[(num_outputs // 2,)](
         row, weight, channel_scales, out, num_inputs, num_outputs, seat.addresses, seat.counts, seat.num_places,
         RANK=seat.rank, WORLD=seat.world_size, BLOCK=block, PDL=pdl, launch_pdl=pdl,
-        num_warps=4 if block <= 4096 else 8,
+        num_warps=2 if block * weight.element_size() <= 8192 else 4,
     )  # fmt: skip
 
 
