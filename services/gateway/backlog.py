@@ -26,6 +26,10 @@ STATED_AGAIN_S = 0.05
 """What other gateways know of this one's calls on their way is no older, as long as there are any."""
 ANSWER_LIMIT_S = 0.5
 """Longest wait for an answer; then calls go on without: storing them says what is wrong with Redis."""
+CALM_S = 0.005
+"""No call has been refused for so long: the flood is over."""
+LONGEST_S = 0.1
+"""So long, at most, calls that were let in wait for that."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +60,9 @@ class Backlog:
         self._waiting: list[tuple[Arrival, asyncio.Future[bool]]] = []
         """Calls for which nobody has answered yet, in order."""
         self._wanted = asyncio.Event()
+        self._refused_at_s = -math.inf
+        self._calm = asyncio.Event()
+        self._calm.set()
 
     @contextmanager
     def arrival(self) -> Iterator[Arrival]:
@@ -72,11 +79,19 @@ class Backlog:
             self._room -= 1
             self._count(arrival)
         elif self._is_full() or not await self._answer(arrival):
+            self._note_refusal()
             raise backlog_full(self._num_taken, self._limit)
 
     def let_in_known(self, arrival: Arrival) -> None:
         """The same for a request that waits already, or has ended: reading it on takes no room."""
         self._count(arrival)
+
+    async def calm(self) -> None:
+        """Wait while calls are being refused, for LONGEST_S at most.
+
+        gRPC hands one call a turn to the event loop: work for those that were let in would delay all refusals.
+        """
+        await self._calm.wait()
 
     def submitting(self, arrival: Arrival) -> None:
         """Its submit is sent next. An answer that is asked for behind it counts it in the backlog."""
@@ -141,6 +156,20 @@ class Backlog:
             return True
         age_s = self._clock() - self._no_room_at_s
         return age_s < REMEMBERED_S or (age_s < STALE_S and bool(self._waiting))
+
+    def _note_refusal(self) -> None:
+        self._refused_at_s = self._clock()
+        if self._calm.is_set():
+            self._calm.clear()
+            self._look_whether_calm(self._refused_at_s + LONGEST_S)
+
+    def _look_whether_calm(self, until_s: float) -> None:
+        now_s = self._clock()
+        left_s = min(self._refused_at_s + CALM_S, until_s) - now_s
+        if left_s > 0:
+            asyncio.get_running_loop().call_later(left_s, self._look_whether_calm, until_s)
+        else:
+            self._calm.set()
 
     def _count(self, arrival: Arrival) -> None:
         arrival.on_its_way = True

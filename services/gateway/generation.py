@@ -107,6 +107,7 @@ class Generation:
             await self._let_in(arrival, request.request_id, caller)
             valid = validate(request, self._model)
             async with self._in_work:
+                await self._backlog.calm()
                 return await self._accept(valid, caller, span, arrival)
 
     async def _accept(self, valid: ValidRequest, caller: Caller, span: Span, arrival: Arrival) -> Stream:
