@@ -36,6 +36,10 @@ class Seam:
     """They pass when it returns, not when it is called."""
 
 
+def _inputs(_: object, request: Any, __: object) -> int:
+    return len(request.inputs)
+
+
 def _outputs(_: object, done: Any) -> int:
     return sum(len(output.token_ids) for output in done.outputs)
 
@@ -53,8 +57,8 @@ SEAMS: Mapping[str, Sequence[Seam]] = {
         Seam("gateway has token", "services.gateway.delivery", "DeliveryService.route", _frames),
     ),
     "services.tokenizer": (
-        Seam("tokenizer called", "services.tokenizer.server", "TokenizerService.encode"),
-        Seam("tokenizer answers", "services.tokenizer.server", "TokenizerService.encode", at_end=True),
+        Seam("tokenizer called", "services.tokenizer.server", "TokenizerService.encode_all", _inputs),
+        Seam("tokenizer answers", "services.tokenizer.server", "TokenizerService.encode_all", _inputs, at_end=True),
     ),
     "services.scheduler": (Seam("place asked", "services.common.store.requests", "RequestStore.place"),),
     "benchmarks.gateway.paced_worker": (

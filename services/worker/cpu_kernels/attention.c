@@ -1,16 +1,16 @@
 // Attention over a paged KV cache, with the softmax computed as it goes (Milakov and Gimelshein, 2018; the tiles are
 // FlashAttention's, Dao et al., 2022).
 //
-// A query sees LANES neighbouring keys at a time, from its sequence's first to its own. Whatever is computed beside it,
-// prompt or single token, its additions are the same in the same order: so are its bits.
+// A query sees PAIR vectors of neighbouring keys at a time, from its sequence's first to its own. Whatever is computed
+// beside it, prompt or single token, its additions are the same in the same order: so are its bits.
 #include "exponential.h"
 #include "heads.h"
-#include "parallel.h"
 #include "vectors.h"
 
 #define MAX_TILE_QUERIES 32
 #define MAX_HEAD_DIM 256
-#define QUERIES_AT_ONCE 8 // whose scores with LANES keys are in registers together
+#define PAIR 2 // vectors of keys, for each of which a score is in registers, of so many queries together
+#define QUERIES_AT_ONCE (LANES == 16 ? 8 : 4)
 #define VECTORS_AT_ONCE 4 // of a result, in registers for VALUE_QUERIES_AT_ONCE queries
 #define VALUE_QUERIES_AT_ONCE (LANES == 16 ? 4 : 2)
 #define HIDDEN -1e30f // below every score; finite, so that nothing is subtracted from infinity
@@ -27,64 +27,101 @@ typedef struct {
 // The queries of a tile that share a head of keys, and what was summed up of each so far.
 typedef struct {
     float queries[MAX_TILE_QUERIES * MAX_HEAD_DIM], sums[MAX_TILE_QUERIES * MAX_HEAD_DIM];
-    floats weight_sums[MAX_TILE_QUERIES], weights[MAX_TILE_QUERIES];
+    floats weight_sums[MAX_TILE_QUERIES], weights[MAX_TILE_QUERIES][PAIR];
     float largest[MAX_TILE_QUERIES], rescale[MAX_TILE_QUERIES];
     int64_t positions[MAX_TILE_QUERIES];
     int count;
     int64_t stride; // of queries and sums: head_dim, rounded up to whole vectors
 } work;
 
-static ALWAYS_INLINE void score(work *w, int first, int count, const float *keys, const float *next_keys,
-                                int64_t head_dim, int64_t block_size, ints key_positions, ints is_key, int64_t window) {
-    floats scores[QUERIES_AT_ONCE];
+// LANES neighbouring tokens of a block, the first at `position`. Of them, some query of the tile sees those from `from`
+// to before `to`.
+typedef struct {
+    const float *keys, *values;
+    int32_t position;
+    int from, to;
+} vector;
+
+typedef struct {
+    vector of[PAIR];
+} pair;
+
+static ints lane_numbers(void) {
+    ints lanes;
+    for (int i = 0; i < LANES; i++)
+        lanes[i] = i;
+    return lanes;
+}
+
+static ALWAYS_INLINE floats seen_scores(floats scores, const vector *v, int32_t position, int32_t window) {
+    const ints lanes = lane_numbers(), key_positions = lanes + v->position;
+    const ints is_seen = (lanes < v->to) & (key_positions <= position) & (key_positions > position - window);
+    return is_seen ? scores : (floats)HIDDEN;
+}
+
+static ALWAYS_INLINE floats weights_of(floats seen, float largest) {
+    return seen == HIDDEN ? (floats)0 : exponential(seen - largest);
+}
+
+static ALWAYS_INLINE void score(work *w, int first, int count, const pair *keys, const pair *next, int64_t head_dim,
+                                int64_t block_size, int64_t window) {
+    floats scores[QUERIES_AT_ONCE][PAIR];
     UNROLL
     for (int q = 0; q < count; q++)
-        scores[q] = 0;
+        scores[q][0] = scores[q][1] = 0;
     for (int64_t d = 0; d < head_dim; d++) {
-        const floats k = load(keys + d * block_size);
-        __builtin_prefetch(next_keys + d * block_size, 0, 2);
+        const floats k0 = load(keys->of[0].keys + d * block_size), k1 = load(keys->of[1].keys + d * block_size);
+        __builtin_prefetch(next->of[0].keys + d * block_size, 0, 2);
+        __builtin_prefetch(next->of[1].keys + d * block_size, 0, 2);
         UNROLL
-        for (int q = 0; q < count; q++)
-            scores[q] = multiply_add((floats)w->queries[(first + q) * w->stride + d], k, scores[q]);
+        for (int q = 0; q < count; q++) {
+            floats x = w->queries[(first + q) * w->stride + d];
+            LOADED_ONCE(x);
+            scores[q][0] = multiply_add(x, k0, scores[q][0]);
+            scores[q][1] = multiply_add(x, k1, scores[q][1]);
+        }
     }
     UNROLL
     for (int q = 0; q < count; q++) {
         const int i = first + q;
         const int32_t position = (int32_t)w->positions[i];
-        const ints is_seen = is_key & (key_positions <= position) & (key_positions > position - (int32_t)window);
-        const floats seen = is_seen ? scores[q] : (floats)HIDDEN;
-        const float before = w->largest[i], here = largest_lane(seen), largest = here > before ? here : before;
-        const floats weights = is_seen ? exponential(seen - largest) : (floats)0;
+        const floats seen0 = seen_scores(scores[q][0], keys->of, position, (int32_t)window);
+        const floats seen1 = seen_scores(scores[q][1], keys->of + 1, position, (int32_t)window);
+        const float before = w->largest[i], here = largest_lane(__builtin_elementwise_max(seen0, seen1));
+        const float largest = here > before ? here : before;
+        const floats weights0 = weights_of(seen0, largest), weights1 = weights_of(seen1, largest);
         w->rescale[i] = before == largest ? 1 : exponential((floats)(before - largest))[0];
-        w->weight_sums[i] = multiply_add(w->weight_sums[i], (floats)w->rescale[i], weights);
-        w->weights[i] = weights;
+        w->weight_sums[i] = multiply_add(w->weight_sums[i], (floats)w->rescale[i], weights0) + weights1;
+        w->weights[i][0] = weights0;
+        w->weights[i][1] = weights1;
         w->largest[i] = largest;
     }
 }
 
-static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, int vectors, const float *values,
-                                     const float *next_values, int64_t head_dim, int first_key, int end_key) {
+static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, int vectors, const pair *values,
+                                     const pair *next, int64_t head_dim) {
     floats sums[VALUE_QUERIES_AT_ONCE][VECTORS_AT_ONCE];
     UNROLL
     for (int q = 0; q < count; q++)
         UNROLL
     for (int v = 0; v < vectors; v++)
         sums[q][v] = load(w->sums + (first + q) * w->stride + d + v * LANES) * w->rescale[first + q];
-    for (int key = first_key; key < end_key; key++) {
-        floats value[VECTORS_AT_ONCE];
-        UNROLL
-        for (int v = 0; v < vectors; v++) {
-            value[v] = load(values + key * head_dim + d + v * LANES);
-            __builtin_prefetch(next_values + key * head_dim + d + v * LANES, 0, 2);
-        }
-        UNROLL
-        for (int q = 0; q < count; q++) {
-            const floats weight = ((const float *)&w->weights[first + q])[key];
+    for (int n = 0; n < PAIR; n++)
+        for (int key = values->of[n].from; key < values->of[n].to; key++) {
+            floats value[VECTORS_AT_ONCE];
             UNROLL
-            for (int v = 0; v < vectors; v++)
-                sums[q][v] = multiply_add(weight, value[v], sums[q][v]);
+            for (int v = 0; v < vectors; v++) {
+                value[v] = load(values->of[n].values + key * head_dim + d + v * LANES);
+                __builtin_prefetch(next->of[n].values + key * head_dim + d + v * LANES, 0, 2);
+            }
+            UNROLL
+            for (int q = 0; q < count; q++) {
+                const floats weight = ((const float *)&w->weights[first + q][n])[key];
+                UNROLL
+                for (int v = 0; v < vectors; v++)
+                    sums[q][v] = multiply_add(weight, value[v], sums[q][v]);
+            }
         }
-    }
     UNROLL
     for (int q = 0; q < count; q++)
         UNROLL
@@ -93,30 +130,28 @@ static ALWAYS_INLINE void add_values(work *w, int first, int count, int64_t d, i
 }
 
 #define SCORE(n)                                                                                                       \
-    case n: score(w, q, n, keys, next_keys, h->head_dim, h->block_size, key_positions, is_key, window); break
+    case n: score(w, q, n, keys, next, h->head_dim, h->block_size, window); break
 
-static void score_all(work *w, const float *keys, const float *next_keys, const heads *h, ints key_positions,
-                      ints is_key, int64_t window) {
+static void score_all(work *w, const pair *keys, const pair *next, const heads *h, int64_t window) {
     for (int q = 0; q < w->count; q += QUERIES_AT_ONCE)
         switch (w->count - q) {
             SCORE(1);
             SCORE(2);
             SCORE(3);
+#if LANES == 16
             SCORE(4);
             SCORE(5);
             SCORE(6);
             SCORE(7);
-            default:
-                score(w, q, QUERIES_AT_ONCE, keys, next_keys, h->head_dim, h->block_size, key_positions, is_key,
-                      window);
+#endif
+            default: score(w, q, QUERIES_AT_ONCE, keys, next, h->head_dim, h->block_size, window);
         }
 }
 
 #define ADD(n, vectors)                                                                                                \
-    case n: add_values(w, q, n, d, vectors, values, next_values, h->head_dim, first_key, end_key); break
+    case n: add_values(w, q, n, d, vectors, values, next, h->head_dim); break
 
-static void add_all_values(work *w, const float *values, const float *next_values, const heads *h, int first_key,
-                           int end_key) {
+static void add_all_values(work *w, const pair *values, const pair *next, const heads *h) {
     for (int q = 0; q < w->count; q += VALUE_QUERIES_AT_ONCE) {
         const int count = w->count - q < VALUE_QUERIES_AT_ONCE ? w->count - q : VALUE_QUERIES_AT_ONCE;
         int64_t d = 0;
@@ -170,63 +205,77 @@ static void give_results(const work *w, const attention *a, const tile *t, int64
     }
 }
 
-static ints lane_numbers(void) {
-    ints lanes;
-    for (int i = 0; i < LANES; i++)
-        lanes[i] = i;
-    return lanes;
-}
-
-// Where a head's keys and values of a block are.
-typedef struct {
-    const float *keys, *values;
-} place;
-
-static place place_of(const attention *a, int64_t block, int64_t kv_head) {
-    return (place){a->cache + keys_at(a->heads, block, kv_head), a->cache + values_at(a->heads, block, kv_head)};
-}
-
-// The first position that a tile's first query sees.
-static int64_t first_seen(const attention *a, const tile *t) {
-    return t->first_position - a->window + 1 > 0 ? t->first_position - a->window + 1 : 0;
-}
-
 // A tile's queries that share a head of keys.
 typedef struct {
     const tile *tile;
     int64_t kv_head;
 } task;
 
-static place first_place(const attention *a, task t) {
-    const int64_t *table = a->batch->block_tables + t.tile->table_start;
-    return place_of(a, table[first_seen(a, t.tile) / a->heads->block_size], t.kv_head);
+// The positions that some query of a task sees, and the number of their last vector.
+typedef struct {
+    int64_t first, last;
+} range_of_keys;
+
+static int64_t largest_of(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static range_of_keys seen_by(const attention *a, task t) {
+    const int64_t first = t.tile->first_position;
+    return (range_of_keys){largest_of(first - a->window + 1, 0), first + t.tile->num_rows - 1};
 }
 
-// While a block is computed with, the one after it is asked for, line by line: the blocks of a sequence lie anywhere,
-// so that the processor cannot guess the next one. `behind` is what is read after this task.
-static void attend(work *w, const attention *a, task of, place behind) {
+// Vectors are numbered from a sequence's first key; a block begins with one.
+static int64_t vectors_of_block(const heads *h) { return (h->block_size + LANES - 1) / LANES; }
+
+static int64_t number_of(const heads *h, int64_t position) {
+    return position / h->block_size * vectors_of_block(h) + position % h->block_size / LANES;
+}
+
+static vector vector_at(const attention *a, task t, range_of_keys seen, int64_t number) {
     const heads *h = a->heads;
-    const tile *t = of.tile;
-    const int64_t last = t->first_position + t->num_rows - 1, first = first_seen(a, t);
-    const int64_t *table = a->batch->block_tables + t->table_start, last_block = last / h->block_size;
-    const ints lanes = lane_numbers();
-    take_queries(w, a, t, of.kv_head);
-    for (int64_t block = first / h->block_size; block <= last_block; block++) {
-        const place here = place_of(a, table[block], of.kv_head);
-        const place next = block < last_block ? place_of(a, table[block + 1], of.kv_head) : behind;
-        for (int64_t in_block = 0; in_block < h->block_size; in_block += LANES) {
-            const int64_t position = block * h->block_size + in_block;
-            if (position > last || position + LANES <= first) continue;
-            const int64_t left = h->block_size - in_block;
-            score_all(w, here.keys + in_block, next.keys + in_block, h, lanes + (int32_t)position,
-                      lanes < (int32_t)left, a->window);
-            const int64_t seen = last - position + 1 < left ? last - position + 1 : left;
-            const int64_t unseen = first > position ? first - position : 0, from = in_block * h->head_dim;
-            add_all_values(w, here.values + from, next.values + from, h, (int)unseen,
-                           (int)(seen < LANES ? seen : LANES));
-        }
+    const int64_t block = number / vectors_of_block(h), in_block = number % vectors_of_block(h) * LANES;
+    const int64_t position = block * h->block_size + in_block;
+    const int64_t id = a->batch->block_tables[t.tile->table_start + block];
+    return (vector){
+        a->cache + keys_at(h, id, t.kv_head) + in_block,
+        a->cache + values_at(h, id, t.kv_head) + in_block * h->head_dim,
+        (int32_t)position,
+        (int)largest_of(seen.first - position, 0),
+        (int)least_of(least_of(h->block_size - in_block, LANES), seen.last - position + 1),
+    };
+}
+
+// The pair that begins with an even number. A vector of it that nobody sees is none, at the other one's place.
+static pair pair_at(const attention *a, task t, range_of_keys seen, int64_t number) {
+    const int64_t first = number_of(a->heads, seen.first), last = number_of(a->heads, seen.last);
+    pair p;
+    for (int n = 0; n < PAIR; n++) {
+        const int64_t wanted = number + n, there = least_of(largest_of(wanted, first), last);
+        p.of[n] = vector_at(a, t, seen, there);
+        if (there != wanted) p.of[n].to = p.of[n].from = 0;
     }
-    give_results(w, a, t, of.kv_head);
+    return p;
+}
+
+static int64_t first_pair(const attention *a, range_of_keys seen) {
+    return number_of(a->heads, seen.first) / PAIR * PAIR;
+}
+
+// While a pair is computed with, the one after it is asked for, line by line: the blocks of a sequence lie anywhere, so
+// that the processor cannot guess the next one. `behind` is the task after this one.
+static void attend(work *w, const attention *a, task t, task behind) {
+    const heads *h = a->heads;
+    const range_of_keys seen = seen_by(a, t), seen_behind = seen_by(a, behind);
+    const int64_t last = number_of(h, seen.last);
+    take_queries(w, a, t.tile, t.kv_head);
+    pair here = pair_at(a, t, seen, first_pair(a, seen)), next;
+    for (int64_t number = first_pair(a, seen); number <= last; number += PAIR, here = next) {
+        next = number + PAIR <= last ? pair_at(a, t, seen, number + PAIR)
+                                     : pair_at(a, behind, seen_behind, first_pair(a, seen_behind));
+        score_all(w, &here, &next, h, a->window);
+        add_all_values(w, &here, &next, h);
+    }
+    give_results(w, a, t.tile, t.kv_head);
 }
 
 // The task with this number. A prompt's later tiles see more keys: they come first.
@@ -245,7 +294,7 @@ void attend_own(const heads *h, const batch *b, const float *qkv, const float *c
     for (int64_t number = take(next_task), next; number < num_tasks; number = next) {
         next = take(next_task);
         const task t = task_of(&a, number);
-        attend(&w, &a, t, first_place(&a, next < num_tasks ? task_of(&a, next) : t));
+        attend(&w, &a, t, next < num_tasks ? task_of(&a, next) : t);
     }
 }
 

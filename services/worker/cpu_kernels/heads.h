@@ -2,7 +2,7 @@
 #ifndef SHOAL_HEADS_H
 #define SHOAL_HEADS_H
 
-#include <stdint.h>
+#include "parallel.h"
 
 // A row of queries, keys and values: [num_heads + 2 * num_kv_heads, head_dim].
 typedef struct {
@@ -40,7 +40,7 @@ typedef struct {
 // Write each own row's keys and values to their slots; before, normalize its queries and keys if `norm` is given,
 // [num_heads + num_kv_heads, head_dim], and turn them, in place. qkv: [num_rows, qkv_size]; turns: [num_positions,
 // head_dim / 2, 2], cosines and sines; cache: a layer's.
-void rotate_and_store_own(const heads *h, const batch *b, float *qkv, const float *turns, const float *norm,
+void rotate_and_store_own(team all, const heads *h, const batch *b, float *qkv, const float *turns, const float *norm,
                           float epsilon, float *cache);
 
 // out = softmax(Q K^T / sqrt(head_dim)) V, each row over its sequence's keys up to itself, or the `window` last of

@@ -14,6 +14,7 @@ typedef struct {
     rounded_rows rows;
     float *out;
     int adds;
+    int tile_rows; // that this thread's tiles are shaped for; 0: none
 } int8_product;
 
 static inline floats scaled(ints sums, const int32_t *weight_sums, const float *weight_scales, float row_scale) {
@@ -33,6 +34,6 @@ static inline void finish_int8(const int8_product *p, const ints *sums, int64_t 
 
 // By the processor's tiles (AMX): whether this library has them and they take this product; then compute it.
 int tiles_take(const matrix *m, int64_t num_rows);
-void multiply_own_tiles(const int8_product *p, int64_t num_rows);
+void multiply_own_tiles(team all, int8_product *p, int64_t num_rows);
 
 #endif

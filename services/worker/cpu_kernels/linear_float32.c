@@ -93,7 +93,7 @@ static fetch share_of_next(const task *t, int64_t num_inputs, int64_t part, int6
     return (fetch){(const char *)(panel + num_inputs * PANEL) + piece * part * step, step};
 }
 
-static void multiply_task(const void *of, task t) {
+static void multiply_task(void *of, task t) {
     const product *p = of;
     const matrix *m = p->m;
     float sums[PANELS_OF_A_TASK][ROWS_OF_A_TASK][PANEL] __attribute__((aligned(64)));
@@ -120,7 +120,7 @@ static void multiply_task(const void *of, task t) {
         }
 }
 
-void multiply_own_float32(const matrix *m, const float *rows, int64_t num_rows, float *out, int adds) {
-    const product p = {m, rows, out, adds};
-    do_own_tasks(m->num_outputs, num_rows, ROWS_AT_ONCE, multiply_task, &p);
+void multiply_own_float32(team all, const matrix *m, const float *rows, int64_t num_rows, float *out, int adds) {
+    product p = {m, rows, out, adds};
+    do_own_tasks(all, m->num_outputs, num_rows, ROWS_AT_ONCE, multiply_task, &p);
 }

@@ -57,8 +57,8 @@ static inline ints nearest(floats x, float steps) {
     return __builtin_convertvector(multiply_add(x, (floats)steps, (floats)(ZERO + 0.5f)), ints);
 }
 
-void round_own(const float *rows, int64_t num_rows, int64_t num_inputs, rounded_rows to) {
-    const range own = own_share(num_rows);
+void round_own(team all, const float *rows, int64_t num_rows, int64_t num_inputs, rounded_rows to) {
+    const range own = own_share(all, num_rows);
     for (int64_t row = own.first; row < own.end; row++) {
         const float *x = rows + row * num_inputs;
         const float largest = largest_size(x, num_inputs), steps = LARGEST / largest;
@@ -125,7 +125,7 @@ static void multiply(const uint8_t *rows, int64_t num_inputs, int64_t part, cons
     }
 }
 
-static void multiply_task(const void *of, task t) {
+static void multiply_task(void *of, task t) {
     const int8_product *p = of;
     const matrix *m = p->m;
     ints sums[PANELS_OF_A_TASK][ROWS_OF_A_TASK][2];
@@ -146,11 +146,11 @@ static void multiply_task(const void *of, task t) {
             finish_int8(p, sums[n][row - first], row, t.panel + n);
 }
 
-void multiply_own_int8(const matrix *m, rounded_rows rows, int64_t num_rows, float *out, int adds) {
-    const int8_product p = {m, rows, out, adds};
+void multiply_own_int8(team all, const matrix *m, rounded_rows rows, int64_t num_rows, float *out, int adds) {
+    int8_product p = {m, rows, out, adds, 0};
     if (tiles_take(m, num_rows)) {
-        multiply_own_tiles(&p, num_rows);
+        multiply_own_tiles(all, &p, num_rows);
         return;
     }
-    do_own_tasks(m->num_outputs, num_rows, INT8_ROWS_AT_ONCE, multiply_task, &p);
+    do_own_tasks(all, m->num_outputs, num_rows, INT8_ROWS_AT_ONCE, multiply_task, &p);
 }

@@ -12,11 +12,12 @@ typedef struct {
 
 static void multiply_in_team(void *data) {
     const arguments *a = data;
+    const team all = all_threads();
     if (a->m->scales) {
-        round_own(a->rows, a->num_rows, a->m->num_inputs, a->rounded);
-        GOMP_barrier();
+        round_own(all, a->rows, a->num_rows, a->m->num_inputs, a->rounded);
+        meet_team(all);
     }
-    multiply_own(a->m, a->rows, a->rounded, a->num_rows, a->out, 0);
+    multiply_own(all, a->m, a->rows, a->rounded, a->num_rows, a->out, 0);
 }
 
 // out = rows W^T + bias. rows: [num_rows, num_inputs]; out: [num_rows, num_outputs]. If the matrix is of 8 bits,

@@ -25,11 +25,11 @@ static inline int64_t first_row(const task *t, int64_t piece) { return t->num_ro
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Compute a thread's own tasks of a product. Shares are even to a part of one panel: some pieces of it.
-static ALWAYS_INLINE void do_own_tasks(int64_t num_outputs, int64_t num_rows, int rows_of_a_piece,
-                                       void (*compute)(const void *product, task), const void *product) {
+static ALWAYS_INLINE void do_own_tasks(team all, int64_t num_outputs, int64_t num_rows, int rows_of_a_piece,
+                                       void (*compute)(void *product, task), void *product) {
     const int64_t pieces = (num_rows + rows_of_a_piece - 1) / rows_of_a_piece;
     const int64_t parts = (pieces + PIECES_OF_A_TASK - 1) / PIECES_OF_A_TASK;
-    const range own = own_share(num_panels(num_outputs) * parts);
+    const range own = own_share(all, num_panels(num_outputs) * parts);
     for (int64_t n = own.first; n < own.end;) {
         const int64_t part = n % parts, whole_panels = part ? 0 : (own.end - n) / parts;
         const int64_t end_part = whole_panels ? parts : least(parts, part + own.end - n);

@@ -1,5 +1,4 @@
 #include "ranks.h"
-#include "parallel.h"
 #include "vectors.h"
 
 #define LOOKS_BEFORE_YIELDING 2000 // some tens of microseconds: ranks on cores of their own come within them
@@ -41,8 +40,8 @@ void meet(ranks *k, int64_t count) {
     k->since_s = omp_get_wtime();
 }
 
-void add_given_own(const ranks *k, float *rows, int64_t num_rows, int64_t size) {
-    const range own = own_share(num_rows);
+void add_given_own(team all, const ranks *k, float *rows, int64_t num_rows, int64_t size) {
+    const range own = own_share(all, num_rows);
     const int64_t first = k->sum ? k->rank : 0, end = k->sum ? k->rank + 1 : k->world_size;
     for (int64_t rank = first; rank < end; rank++) {
         const float *given = last_slot(k, rank);

@@ -2,7 +2,7 @@
 #ifndef SHOAL_RANKS_H
 #define SHOAL_RANKS_H
 
-#include <stdint.h>
+#include "parallel.h"
 
 #define LINE_INT64S 8 // of a line of the processor's cache
 
@@ -38,6 +38,6 @@ void meet(ranks *k, int64_t count);
 
 // rows += what each rank gave at the last meeting, in the order of ranks: the same bits on all of them, and whatever
 // rows are beside. Each thread does its own rows, [num_rows, size].
-void add_given_own(const ranks *k, float *rows, int64_t num_rows, int64_t size);
+void add_given_own(team all, const ranks *k, float *rows, int64_t num_rows, int64_t size);
 
 #endif

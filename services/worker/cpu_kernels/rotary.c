@@ -1,6 +1,5 @@
 // Rotary position embedding of queries and keys, and the cache's writes.
 #include "heads.h"
-#include "parallel.h"
 #include "rows.h"
 
 // A pair (x, y) of neighbouring dimensions becomes (x cos - y sin, y cos + x sin).
@@ -34,10 +33,10 @@ static void prefetch_slot(const heads *h, int64_t slot, float *cache) {
         }
 }
 
-void rotate_and_store_own(const heads *h, const batch *b, float *qkv, const float *turns, const float *norm,
+void rotate_and_store_own(team all, const heads *h, const batch *b, float *qkv, const float *turns, const float *norm,
                           float epsilon, float *cache) {
     const int64_t num_turned = h->num_heads + h->num_kv_heads;
-    const range own = own_share(b->num_rows);
+    const range own = own_share(all, b->num_rows);
     for (int64_t row = own.first; row < own.end; row++) {
         float *of_row = qkv + row * qkv_size(h);
         prefetch_slot(h, b->slots[row], cache);
@@ -61,7 +60,7 @@ typedef struct {
 
 static void rotate_and_store_in_team(void *data) {
     const arguments *a = data;
-    rotate_and_store_own(a->h, a->b, a->qkv, a->turns, a->norm, a->epsilon, a->cache);
+    rotate_and_store_own(all_threads(), a->h, a->b, a->qkv, a->turns, a->norm, a->epsilon, a->cache);
 }
 
 // By itself, for its tests.

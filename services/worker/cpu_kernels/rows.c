@@ -1,6 +1,5 @@
 #include "rows.h"
 #include "exponential.h"
-#include "parallel.h"
 #include "vectors.h"
 
 static float sum_of_squares(const float *x, int64_t size) {
@@ -20,14 +19,15 @@ void normalize(const float *row, const float *weight, float *out, int64_t size, 
         out[i] = row[i] * scale * weight[i];
 }
 
-void normalize_own(const float *rows, const float *weight, float *out, int64_t num_rows, int64_t size, float epsilon) {
-    const range own = own_share(num_rows);
+void normalize_own(team all, const float *rows, const float *weight, float *out, int64_t num_rows, int64_t size,
+                   float epsilon) {
+    const range own = own_share(all, num_rows);
     for (int64_t row = own.first; row < own.end; row++)
         normalize(rows + row * size, weight, out + row * size, size, epsilon);
 }
 
-void gate_own(const float *gate_up, float *out, int64_t num_rows, int64_t size) {
-    const range own = own_share(num_rows);
+void gate_own(team all, const float *gate_up, float *out, int64_t num_rows, int64_t size) {
+    const range own = own_share(all, num_rows);
     for (int64_t row = own.first; row < own.end; row++) {
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
         float *to = out + row * size;
@@ -50,12 +50,12 @@ typedef struct {
 
 static void normalize_in_team(void *data) {
     const arguments *a = data;
-    normalize_own(a->rows, a->weight, a->out, a->num_rows, a->size, a->epsilon);
+    normalize_own(all_threads(), a->rows, a->weight, a->out, a->num_rows, a->size, a->epsilon);
 }
 
 static void gate_in_team(void *data) {
     const arguments *a = data;
-    gate_own(a->rows, a->out, a->num_rows, a->size);
+    gate_own(all_threads(), a->rows, a->out, a->num_rows, a->size);
 }
 
 // The last normalization, of the rows that are wanted.

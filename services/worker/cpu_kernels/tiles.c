@@ -70,14 +70,15 @@ static ALWAYS_INLINE void multiply(const uint8_t *rows, int64_t num_inputs, cons
     }
 }
 
-static void multiply_task(const void *of, task t) {
-    const int8_product *p = of;
+static void multiply_task(void *of, task t) {
+    int8_product *p = of;
     const int64_t num_inputs = p->m->num_inputs;
     ints sums[ROWS_OF_A_PIECE][2];
     for (int64_t piece = t.piece; piece < t.end_piece; piece++) {
         const int64_t row = first_row(&t, piece);
         const int count = (int)(first_row(&t, piece + 1) - row);
-        shape_tiles(count);
+        if (count != p->tile_rows) shape_tiles(count);
+        p->tile_rows = count;
         for (int64_t n = t.panel; n < t.panel + t.num_panels; n++) {
             const uint8_t *rows = p->rows.values + row * num_inputs;
             const int8_t *panel = (const int8_t *)p->m->panels + n * PANEL * num_inputs;
@@ -91,8 +92,8 @@ static void multiply_task(const void *of, task t) {
     }
 }
 
-void multiply_own_tiles(const int8_product *p, int64_t num_rows) {
-    do_own_tasks(p->m->num_outputs, num_rows, ROWS_OF_A_PIECE, multiply_task, p);
+void multiply_own_tiles(team all, int8_product *p, int64_t num_rows) {
+    do_own_tasks(all, p->m->num_outputs, num_rows, ROWS_OF_A_PIECE, multiply_task, p);
     _tile_release(); // so that the system has less to keep when it gives the processor to another thread
 }
 #else
@@ -102,7 +103,8 @@ int tiles_take(const matrix *m, int64_t num_rows) {
     return 0;
 }
 
-void multiply_own_tiles(const int8_product *p, int64_t num_rows) {
+void multiply_own_tiles(team all, int8_product *p, int64_t num_rows) {
+    (void)all;
     (void)p;
     (void)num_rows;
 }
