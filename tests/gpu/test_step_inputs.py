@@ -1,6 +1,6 @@
 """How a step's chunks are dealt out to the kernels of attention."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_each_part_of_a_steps_inputs_begins_at_16_bytes(num_tokens: int) -> None
 
 
 def test_a_prompts_last_token_is_attended_as_the_others_where_batches_may_not_matter() -> None:
-    first, later = a_chunk(1, 70, 1), replace(a_chunk(2, 70, 1), sample_index=1)
+    first, later = a_chunk(1, 70, 1), a_chunk(2, 70, 1)._replace(sample_index=1)
     sizes, tiles = mixed_sizes([later, first], a_layout(is_batch_invariant=True), shares=False)
     assert (sizes.num_decodes, sizes.num_tiles, sizes.num_pieces) == (1, 1, 2)
     assert tiles.tolist() == [[1, 1, 70, 1]]

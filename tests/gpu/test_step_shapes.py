@@ -1,6 +1,6 @@
 """What steps are filled up to: few sizes, and in each of them room for every step that is."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -96,7 +96,7 @@ def test_what_has_no_shape_is_computed_as_it_is() -> None:
     layout = a_layout()
     prompt = a_chunk(1, 0, 40)
     assert shapes(layout).of([prompt], shares=False) == StepShape(64, 64, has_chunks=True)
-    assert shapes(layout).of([replace(prompt, scored_token_ids=(1,))], shares=False) is None
+    assert shapes(layout).of([prompt._replace(scored_token_ids=(1,))], shares=False) is None
     assert shapes(layout).of([a_chunk(1, 0, MOST_ROWS + 1)], shares=False) is None
     assert shapes(layout).of([a_chunk(number, 0, 2) for number in range(MOST_CHUNKS + 1)], shares=False) is None
     assert StepShapes(FilledUpTo(), layout, may_share=True).of([prompt], shares=False) is None

@@ -247,6 +247,18 @@ class EngineMachine(RuleBasedStateMachine):
                 enumerate(self.planner._pool._num_holders)
             )
 
+    @invariant()
+    def what_is_kept_of_running_ones_is_what_a_look_at_each_would_say(self) -> None:
+        if self.next_id > 1:
+            planner = self.planner
+            running = list(planner._running.values())
+            assert [s for s in running if s.id in planner._begun] == list(planner._begun.values())
+            assert len(planner._begun) == sum(s.id in planner._running for s in planner._begun.values())
+            prefilled = [s for s in planner._sequences() if not s.is_decoding]
+            assert planner.waiting_prefill_tokens == sum(s.num_ready_tokens for s in prefilled)
+            begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in running)
+            assert planner.prefills_next == (begun or (bool(planner._waiting) and not planner._is_full))
+
     def teardown(self) -> None:
         """Released and left alone, everything ends, and every block is free again."""
         if self.next_id == 1:

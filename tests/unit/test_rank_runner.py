@@ -146,7 +146,7 @@ def test_ranks_that_computed_different_things_all_say_so(tmp_path: Path) -> None
     path = save(tiny_model("llama"), tmp_path)
     with sharded_model(path, 2) as model:
         runner = model.runner(4, 4)
-        other = replace(plan_of(1), chunks=(replace(plan_of(1).chunks[0], token_ids=(5, 50)),))
+        other = replace(plan_of(1), chunks=(plan_of(1).chunks[0]._replace(token_ids=(5, 50)),))
         told = [
             model.threads.submit(rank.compute, plan)
             for rank, plan in zip(runner.ranks, (plan_of(1), other), strict=True)

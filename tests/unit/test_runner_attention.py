@@ -1,7 +1,6 @@
 """Paged attention is attention: over any blocks, any sizes, and prefill mixed with decode."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -211,8 +210,8 @@ def test_a_batch_says_for_each_row_its_token_its_position_and_its_slot() -> None
 
 
 def test_a_batch_says_after_which_rows_something_is_sampled_or_scored() -> None:
-    prompt = replace(a_chunk(1, 6, 3, [9, 5, 7]), sample_index=None)
-    scored = replace(a_chunk(2, 2, 3, [3, 4]), scored_token_ids=(5, 6))
+    prompt = a_chunk(1, 6, 3, [9, 5, 7])._replace(sample_index=None)
+    scored = a_chunk(2, 2, 3, [3, 4])._replace(scored_token_ids=(5, 6))
     batch = a_batch(prompt, scored, a_chunk(3, 3, 1, [8]))
     assert batch.wanted_rows.tolist() == [3, 4, 5, 6]
     assert batch.wanted_tiles.tolist() == [[0, 1, 2, 3], [1, 1, 3, 3], [2, 1, 4, 3], [3, 1, 3, 5]]

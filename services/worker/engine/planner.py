@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from concurrent.futures import Future
+from itertools import chain
 
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
@@ -62,6 +63,9 @@ class Planner:
         # head of those that wait, and nobody overtakes it.
         self._waiting: OrderedDict[SequenceId, Sequence] = OrderedDict()
         self._running: OrderedDict[SequenceId, Sequence] = OrderedDict()
+        self._begun: dict[SequenceId, Sequence] = {}
+        """Those of the running that sampled nothing since they were admitted. The others wait for nothing to be
+        prefilled: all but their last token is computed."""
         self._preparing: OrderedDict[SequenceId, tuple[Sequence, Future[SequenceGrammar]]] = OrderedDict()
         """New ones whose grammar is compiled. They come to wait behind the others when it is there."""
         self._copies: dict[BlockId, BlockId] = {}
@@ -106,14 +110,16 @@ class Planner:
 
     @property
     def prefills_next(self) -> bool:
-        """Whether the next step is to hold a prompt, or a part of one. O(sequences)."""
-        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._running.values())
+        """Whether the next step is to hold a prompt, or a part of one. O(sequences that do not decode)."""
+        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._begun.values())
         return begun or (bool(self._waiting) and not self._is_full)
 
     @property
     def waiting_prefill_tokens(self) -> int:
-        """Tokens, of prompts and forced ones, not yet computed. O(sequences)."""
-        return sum(sequence.num_ready_tokens for sequence in self._sequences() if not sequence.is_decoding)
+        """Tokens, of prompts and forced ones, not yet computed. O(sequences that do not decode)."""
+        preparing = (sequence for sequence, _ in self._preparing.values())
+        not_sampled = chain(self._begun.values(), self._waiting.values(), preparing)
+        return sum(sequence.num_ready_tokens for sequence in not_sampled if not sequence.is_decoding)
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -178,7 +184,7 @@ class Planner:
         if not chunks:
             return None
         for chunk in chunks:
-            self._count(chunk)
+            self._count(self._running[chunk.sequence_id], chunk)
         copies = tuple(BlockCopy(source, destination) for destination, source in self._copies.items())
         self._copies.clear()
         self._num_steps += 1
@@ -196,20 +202,20 @@ class Planner:
             sequence = self._find(chunk.sequence_id)
             if sequence is None:
                 continue
+            samples = computed.token_id is not None
             if computed.token_id is not None:
                 sequence.token_ids.append(computed.token_id)
                 sequence.num_pending_tokens -= 1
             if computed.scored:
                 sequence.tell_from = _last_scored(chunk) + 1
             self._cache_filled_blocks(sequence, chunk)
-            problem = _follow(sequence) if computed.token_id is not None else ""
-            is_over = computed.token_id is not None or (sequence.scores_only and sequence.is_told)
+            problem = _follow(sequence) if samples else ""
             end = engine_pb2.SEQUENCE_END_UNSPECIFIED
             if problem:
                 end = engine_pb2.SEQUENCE_END_FAILED
-            elif is_over:
+            elif samples or (sequence.scores_only and sequence.is_told):
                 end = sequence.end_reached()
-            if computed.token_id is not None or computed.scored:
+            if samples or computed.scored:
                 outputs.append(_output(sequence, chunk, computed, end, problem))
             if end:
                 self._end(sequence)
@@ -256,16 +262,15 @@ class Planner:
         False: some had to give way, so there is no room for new ones.
         """
         num_preempted = self._num_preemptions
-        for sequence in list(self._running.values()):
-            while sequence.state == SequenceState.RUNNING and (num_missing := self._num_missing_blocks(sequence)):
-                if num_missing <= self._pool.num_free:
-                    sequence.block_table += self._pool.allocate(num_missing)
-                else:
-                    self._preempt(next(reversed(self._running.values())))
+        size = self._limits.block_size_tokens
+        lacking = [s for s in self._running.values() if s.num_tokens > size * len(s.block_table)]
+        for sequence in lacking:
+            num_missing = self._limits.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+            while sequence.state == SequenceState.RUNNING and num_missing > self._pool.num_free:
+                self._preempt(next(reversed(self._running.values())))
+            if sequence.state == SequenceState.RUNNING:
+                sequence.block_table += self._pool.allocate(num_missing)
         return self._num_preemptions == num_preempted
-
-    def _num_missing_blocks(self, sequence: Sequence) -> int:
-        return self._limits.blocks_for(sequence.num_tokens) - len(sequence.block_table)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's blocks; it is computed again later, from what the prefix cache still has by then."""
@@ -273,6 +278,7 @@ class Planner:
         sequence.num_computed_tokens = 0
         sequence.move_to(SequenceState.WAITING)
         del self._running[sequence.id]
+        self._begun.pop(sequence.id, None)
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
         sequence.came_after_tokens = FIRST_OF_ALL
@@ -284,10 +290,10 @@ class Planner:
         From the plan on, where their tokens are known: who finds them is computed in a later step, or in the same one,
         in which all keys and values of a layer are written before any is read.
         """
-        if sequence.state != SequenceState.RUNNING:
-            return
         size = self._limits.block_size_tokens
         first, end = chunk.first_position // size, min(chunk.context_tokens, len(sequence.token_ids)) // size
+        if first >= end or sequence.state != SequenceState.RUNNING:
+            return
         self._hash_blocks(sequence, end)
         for index in range(first, end):
             self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
@@ -328,6 +334,7 @@ class Planner:
         sequence.move_to(SequenceState.RUNNING)
         del self._waiting[sequence.id]
         self._running[sequence.id] = sequence
+        self._begun[sequence.id] = sequence
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[BlockId]:
@@ -355,11 +362,13 @@ class Planner:
 
     def _alone(self) -> Sequence | None:
         """The first running sequence that must be alone in its steps."""
-        return next((sequence for sequence in self._running.values() if sequence.wants_step_alone), None)
+        suspects = (sequence for sequence in self._running.values() if sequence.alone_until_tokens)
+        return next((sequence for sequence in suspects if sequence.wants_step_alone), None)
 
     def _chunk_alone(self, sequence: Sequence) -> list[SequenceChunk]:
         """Its next chunk; nothing while another step is in flight: it would not be alone if the engine died then."""
-        return [] if self._num_in_flight else [self._chunk(sequence, self._limits.max_prefill_tokens_per_step)]
+        most_tokens = self._limits.max_prefill_tokens_per_step
+        return [] if self._num_in_flight else [self._chunk(sequence, min(sequence.num_ready_tokens, most_tokens))]
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
@@ -376,7 +385,7 @@ class Planner:
                 tokens_left = min(tokens_left, max(within, least))
             if tokens_left == 0:
                 break
-            chunk = self._chunk(sequence, tokens_left)
+            chunk = self._chunk(sequence, min(sequence.num_ready_tokens, tokens_left))
             chunks.append(chunk)
             self._cache_filled_blocks(sequence, chunk)
             work = work.with_prefill(chunk)
@@ -396,7 +405,7 @@ class Planner:
     def _prefilling(self, may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them
         cannot be, none is: large ones would starve."""
-        begun = (s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding)
+        begun = (s for s in self._begun.values() if s.num_ready_tokens > 0 and not s.is_decoding)
         running = deque(sorted(begun, key=_rank))
         while running or may_admit:
             first = self._first_waiting() if may_admit else None
@@ -417,33 +426,35 @@ class Planner:
         """Who is to be admitted next; None: nobody waits."""
         return min(self._waiting.values(), key=_rank, default=None)
 
-    def _chunk(self, sequence: Sequence, most_tokens: int) -> SequenceChunk:
-        first = sequence.num_computed_tokens
-        end = first + min(sequence.num_ready_tokens, most_tokens)
-        samples = end == sequence.num_tokens
+    def _chunk(self, sequence: Sequence, count: int) -> SequenceChunk:
+        """The next `count` tokens of a sequence, of those that are ready."""
+        first, num_tokens = sequence.num_computed_tokens, sequence.num_tokens
+        end = first + count
+        samples = end == num_tokens
         token_ids = tuple(sequence.token_ids[first:end])
+        # By place: names take half as long again, of hundreds in each step.
         return SequenceChunk(
-            sequence_id=sequence.id,
-            token_ids=token_ids if len(token_ids) == end - first else (*token_ids, PENDING_TOKEN),
-            first_position=first,
-            block_table=sequence.block_table,
-            sampling=sequence.sampling,
-            sample_index=sequence.num_generated_tokens if samples else None,
-            scored_token_ids=_scored(sequence, first, end),
-            seen=_seen(sequence) if samples and sequence.sampling.has_penalties else None,
-            allowed_tokens=sequence.grammar.allowed_tokens if samples and sequence.grammar else None,
+            sequence.id,
+            token_ids if len(token_ids) == end - first else (*token_ids, PENDING_TOKEN),
+            first,
+            sequence.block_table,
+            sequence.sampling,
+            num_tokens - sequence.num_prompt_tokens if samples else None,
+            () if sequence.score_from is None else _scored(sequence, sequence.score_from, first, end),
+            _seen(sequence) if samples and sequence.sampling.has_penalties else None,
+            sequence.grammar.allowed_tokens if samples and sequence.grammar else None,
         )
 
-    def _count(self, chunk: SequenceChunk) -> None:
+    def _count(self, sequence: Sequence, chunk: SequenceChunk) -> None:
         """A chunk is in the step: from the next one on, what it computes is there."""
-        sequence = self._running[chunk.sequence_id]
-        sequence.num_computed_tokens = chunk.context_tokens
-        if sequence.score_from is not None:
-            sequence.score_from = max(sequence.score_from, chunk.context_tokens + 1)
+        end = sequence.num_computed_tokens = chunk.first_position + len(chunk.token_ids)
         if chunk.sample_index is not None:
             sequence.num_pending_tokens += 1
             sequence.num_sampled_tokens += 1
             sequence.score_from = None
+            self._begun.pop(sequence.id, None)
+        elif sequence.score_from is not None:
+            sequence.score_from = max(sequence.score_from, end + 1)
 
     # Ends
 
@@ -462,15 +473,17 @@ class Planner:
         """Forget a sequence and free its blocks."""
         self._waiting.pop(sequence.id, None)
         self._running.pop(sequence.id, None)
+        self._begun.pop(sequence.id, None)
         if entry := self._preparing.pop(sequence.id, None):
             entry[1].cancel()
         self._release_blocks(sequence)
         sequence.move_to(SequenceState.ENDED)
 
     def _find(self, sequence_id: SequenceId) -> Sequence | None:
-        if entry := self._preparing.get(sequence_id):
-            return entry[0]
-        return self._running.get(sequence_id) or self._waiting.get(sequence_id)
+        if found := self._running.get(sequence_id) or self._waiting.get(sequence_id):
+            return found
+        entry = self._preparing.get(sequence_id)
+        return entry[0] if entry else None
 
     def _sequences(self) -> Iterator[Sequence]:
         yield from self._running.values()
@@ -494,11 +507,9 @@ def _follow(sequence: Sequence) -> str:
     return ""
 
 
-def _scored(sequence: Sequence, first: int, end: int) -> tuple[int, ...]:
+def _scored(sequence: Sequence, score_from: int, first: int, end: int) -> tuple[int, ...]:
     """Given tokens that a chunk of positions first to end - 1 has the log-probabilities of: those behind its tokens."""
-    if sequence.score_from is None:
-        return ()
-    return tuple(sequence.token_ids[max(first + 1, sequence.score_from) : end + 1])
+    return tuple(sequence.token_ids[max(first + 1, score_from) : end + 1])
 
 
 def _seen(sequence: Sequence) -> SeenTokens:
@@ -513,16 +524,20 @@ def _output(
     end: engine_pb2.SequenceEnd.ValueType,
     error: str,
 ) -> engine_pb2.SequenceOutput:
-    return engine_pb2.SequenceOutput(
+    # What is seldom there is set where it is: a message takes as long as the fields that it is given, empty or not.
+    output = engine_pb2.SequenceOutput(
         sequence_id=sequence.id,
-        token_ids=[] if computed.token_id is None else [computed.token_id],
-        end=end,
-        error=error,
+        token_ids=() if computed.token_id is None else (computed.token_id,),
         cached_tokens=sequence.num_cached_tokens or 0,
-        logprobs=[_logprobs(computed.logprobs)] if computed.logprobs else [],
-        given_logprobs=[_logprobs(scored) for scored in computed.scored],
-        given_from=_last_scored(chunk) + 1 - len(computed.scored) if computed.scored else 0,
     )
+    if end:
+        output.end, output.error = end, error
+    if computed.logprobs:
+        output.logprobs.append(_logprobs(computed.logprobs))
+    if computed.scored:
+        output.given_logprobs.extend(map(_logprobs, computed.scored))
+        output.given_from = _last_scored(chunk) + 1 - len(computed.scored)
+    return output
 
 
 def _last_scored(chunk: SequenceChunk) -> int:

@@ -187,7 +187,7 @@ class Sequence:
         nothing any more; and so does one whose pending token is its last whatever it is, or must be known to choose
         the next.
         """
-        num_tokens = self.num_tokens - self.num_computed_tokens
+        num_tokens = len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
         is_last_left = self.held or self.scores_only or (self.num_pending_tokens and not self._goes_on_unseen)
         return num_tokens - 1 if is_last_left else num_tokens
 
@@ -215,7 +215,7 @@ class Sequence:
     @property
     def _goes_on_unseen(self) -> bool:
         """Whether the token after a pending one can be planned: it does not depend on it, and is allowed."""
-        depends = self.sampling.has_penalties or self.grammar is not None
+        depends = self.grammar is not None or self.sampling.has_penalties
         return not depends and self.num_generated_tokens < self.max_tokens
 
     def move_to(self, state: SequenceState) -> None:
