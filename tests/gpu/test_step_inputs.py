@@ -59,8 +59,8 @@ def test_a_prompts_last_token_is_attended_as_the_others_where_batches_may_not_ma
     sizes, tiles = mixed_sizes([later, first], a_layout(is_batch_invariant=True), shares=False)
     assert (sizes.num_decodes, sizes.num_tiles, sizes.num_pieces) == (1, 1, 2)
     assert tiles.tolist() == [[1, 1, 70, 1]]
-    assert not a_layout(is_batch_invariant=True).is_decode(first)
-    assert a_layout().is_decode(first)
+    assert a_layout(is_batch_invariant=True).num_decodes([first]) == 0
+    assert a_layout().num_decodes([first]) == 1
 
 
 def test_pieces_of_a_context_depend_on_nothing_else_where_batches_may_not_matter() -> None:

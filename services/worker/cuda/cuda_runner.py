@@ -7,6 +7,7 @@ begins with never leave the device before it.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -66,12 +67,12 @@ class LaunchedStep:
         if self.ranks_state:
             DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())
-        sampled, scored = self.sampled.get(), self.scored.get()
-        chunks = []
-        for index, chunk in enumerate(self.plan.chunks):
-            token_id = None if chunk.sample_index is None else next(tokens)
-            given = tuple(scored.get((index, place)) for place in range(len(chunk.scored_token_ids)))
-            chunks.append(ChunkResult(token_id, sampled.get((index, 0)), tuple(x for x in given if x)))
+        chunks = [ChunkResult(None if chunk.sample_index is None else next(tokens)) for chunk in self.plan.chunks]
+        for (index, _), logprobs in self.sampled.get().items():
+            chunks[index] = chunks[index]._replace(logprobs=logprobs)
+        # They are there in the order of their places.
+        for index, scored in groupby(self.scored.get().items(), lambda item: item[0][0]):
+            chunks[index] = chunks[index]._replace(scored=tuple(logprobs for _, logprobs in scored))
         return StepResult(tuple(chunks), took_ms)
 
 
@@ -141,7 +142,8 @@ class CudaRunner:
         begins = self._moment()
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
-        prefixes = self._prefixes(chunks)
+        num_decodes = self._layout.num_decodes(chunks)
+        prefixes = self._prefixes(chunks[:num_decodes])
         shape = self._shapes.of(chunks, shares=bool(prefixes))
         if shape is None:
             sizes, exact_tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
@@ -149,7 +151,6 @@ class CudaRunner:
             self._attend(inputs, sizes)
         else:
             sizes = shape.sizes(self._layout, sum(chunk.sample_index is not None for chunk in chunks))
-            num_decodes = self._layout.num_decodes(chunks)
             tiles = chunk_tiles(chunks, num_decodes, leaves_dense=False) if shape.has_chunks else None
             inputs = self._give_inputs(chunks, sizes, tiles, prefixes)
             self._graphs.launch(shape)
@@ -159,9 +160,8 @@ class CudaRunner:
             self._choose(inputs, sizes)
         return self._read(plan, inputs, sizes, begins)
 
-    def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
+    def _prefixes(self, decodes: Sequence[SequenceChunk]) -> list[SharedPrefix]:
         """What the decodes of a step share, by tiles of the kernel."""
-        decodes = chunks[: self._layout.num_decodes(chunks)]
         if not self._shapes.may_share(len(decodes)):
             return []
         groups = shared_prefixes(

@@ -76,8 +76,10 @@ class Scoring:
         first_row = 0
         for index, chunk in enumerate(chunks):
             end = first_row + len(chunk.token_ids) - (chunk.sample_index is not None)
-            begin = end - len(chunk.scored_token_ids)
             first_row += len(chunk.token_ids)
+            if not chunk.scored_token_ids:
+                continue
+            begin = end - len(chunk.scored_token_ids)
             num_top = chunk.sampling.num_scored_logprobs
             asked += [
                 (row, token, (index, place), num_top)

@@ -59,9 +59,9 @@ def needs_all_logits(chunk: SequenceChunk) -> bool:
 
 
 def _is_adjusted(chunk: SequenceChunk) -> bool:
-    parameters = chunk.sampling
-    has_penalties = chunk.seen is not None and parameters.has_penalties
-    return bool(parameters.logit_bias) or has_penalties or chunk.allowed_tokens is not None
+    if chunk.allowed_tokens is not None or chunk.sampling.logit_bias:
+        return True
+    return chunk.seen is not None and chunk.sampling.has_penalties
 
 
 def _is_cut(parameters: SamplingParameters) -> bool:

@@ -152,18 +152,14 @@ class StepLayout:
             return INVARIANT_PIECE_TOKENS
         return even_length(own_tokens, num_pieces, self.block_size_tokens, LEAST_PIECE_TOKENS)
 
-    def is_decode(self, chunk: SequenceChunk) -> bool:
-        """Whether a chunk is one token whose successor is chosen, with nothing else to tell."""
-        return self._is_like_a_decode(chunk) and chunk.sample_index is not None and not chunk.scored_token_ids
-
     def num_decodes(self, chunks: Sequence[SequenceChunk]) -> int:
         """Return how many chunks in front are attended as decodes are."""
-        return next((index for index, chunk in enumerate(chunks) if not self._is_like_a_decode(chunk)), len(chunks))
-
-    def _is_like_a_decode(self, chunk: SequenceChunk) -> bool:
-        # By what else is in a step, a prompt's last token comes alone or not: its kernel must not depend on that.
-        is_generated = chunk.sample_index is not None and chunk.sample_index > 0
-        return len(chunk.token_ids) == 1 and (is_generated or not self.is_batch_invariant)
+        for index, chunk in enumerate(chunks):
+            # By what else is in a step, a prompt's last token comes alone or not: its kernel must not depend on that.
+            is_first = self.is_batch_invariant and not chunk.sample_index
+            if len(chunk.token_ids) > 1 or is_first:
+                return index
+        return len(chunks)
 
 
 def num_shared_pieces_for(num_decodes: int) -> int:

@@ -100,13 +100,13 @@ class StepShapes:
 
     def of(self, chunks: Sequence[SequenceChunk], *, shares: bool) -> StepShape | None:
         """Return what a step is filled up to; None: it is computed as it is."""
-        if all(map(self._layout.is_decode, chunks)):
-            num_rows = _least(self._decodes, len(chunks))
-            return StepShape(num_rows, num_rows, shares=shares) if num_rows else None
         num_decodes = self._layout.num_decodes(chunks)
+        is_scored = any(chunk.scored_token_ids for chunk in chunks)
+        if num_decodes == len(chunks) and not is_scored and all(chunk.sample_index is not None for chunk in chunks):
+            num_rows = _least(self._decodes, num_decodes)
+            return StepShape(num_rows, num_rows, shares=shares) if num_rows else None
         num_rows = _least(self._chunks, sum(len(chunk.token_ids) for chunk in chunks))
         cap = _least(self._caps, num_decodes)
-        is_scored = any(chunk.scored_token_ids for chunk in chunks)
         if num_rows is None or cap is None or is_scored or len(chunks) - num_decodes > MOST_CHUNKS:
             return None
         return StepShape(num_rows, min(cap, num_rows), has_chunks=True, shares=shares)

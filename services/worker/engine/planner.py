@@ -372,6 +372,8 @@ class Planner:
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
+        if not self._begun and not self._waiting:
+            return chunks
         budget_ms = self._budget_ms() if chunks else None
         work = StepWork.of(chunks)
         tokens_left = self._limits.max_prefill_tokens_per_step
