@@ -1,22 +1,14 @@
-"""How many streams and waiting requests this gateway takes: refused at once, before any work is done.
-
-The script that accepts a request is what enforces the backlog's limit. This is a cheap bound in front of it, so that a
-flood costs neither tokenizers nor Redis anything.
-"""
+"""How many calls this gateway takes, and what a caller is told at a limit."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from services.common.errors import Exhausted, ShoalError, Unavailable
-from services.common.store.connection import StoreError
 
-REFRESH_S = 0.2
-FRESH_S = 0.02
-STALE_S = 0.1
-LONGEST_WAIT_S = 0.05
+BACKLOG_FULL = "BACKLOG_FULL"
 RETRY_AFTER_MS = 1_000
 
 
@@ -114,77 +106,11 @@ class ShortCalls:
             self._num_open -= 1
 
 
-class Backlog:
-    """Requests that wait for a worker: the intake's length as last read, and what this gateway does meanwhile."""
-
-    def __init__(self, length: Callable[[], Awaitable[int]], limit: int, clock: Callable[[], float]) -> None:
-        """`length`: reads the intake's length from Redis. `clock`: the loop's, in s."""
-        self._read_length = length
-        self._limit = limit
-        self._clock = clock
-        self._length = 0
-        self._read_at_s = -REFRESH_S
-        self._in_flight = 0
-        self._wanted = asyncio.Event()
-        self._reading_done: asyncio.Future[None] | None = None
-
-    async def run(self) -> None:
-        """Keep the length known, until cancelled."""
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REFRESH_S):
-                    await self._wanted.wait()
-            self._wanted.clear()
-            with suppress(StoreError, TimeoutError):
-                async with asyncio.timeout(REFRESH_S):
-                    self._length = await self._read_length()
-            self._read_at_s = self._clock()
-            if self._reading_done is not None:
-                self._reading_done.set_result(None)
-                self._reading_done = None
-
-    async def check(self) -> None:
-        """Raise Exhausted if the backlog is full.
-
-        What is refused is refused by a length read within the last FRESH_S. In a flood one call waits for each reading,
-        and the others are refused at once, by a length that is older by the time that the reading takes: STALE_S at
-        most, or all wait, for LONGEST_WAIT_S.
-        """
-        if self._full:
-            age_s = self._clock() - self._read_at_s
-            if age_s > STALE_S or (age_s > FRESH_S and self._reading_done is None):
-                await self._refresh()
-        if self._full:
-            raise backlog_full(self._length + self._in_flight, self._limit)
-
-    @contextmanager
-    def taking(self) -> Iterator[None]:
-        """A request is on its way to the intake; it is there when the block ends without an error."""
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-        self._length += 1
-
-    @property
-    def _full(self) -> bool:
-        return self._length + self._in_flight >= self._limit
-
-    async def _refresh(self) -> None:
-        if self._reading_done is None:
-            self._reading_done = asyncio.get_running_loop().create_future()
-            self._wanted.set()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LONGEST_WAIT_S):
-                await asyncio.shield(self._reading_done)
-
-
 def backlog_full(length: int, limit: int) -> Exhausted:
     """What a caller is told when too many requests wait."""
     return Exhausted(
         f"{length} requests wait for a worker, and at most {limit} may; come back later",
-        reason="BACKLOG_FULL",
+        reason=BACKLOG_FULL,
         retry_after_ms=RETRY_AFTER_MS,
     )
 

@@ -13,12 +13,13 @@ from gen.shoal.fleet.v1 import delivery_pb2_grpc
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
+from services.common.grants import Ask, Grant
 from services.common.ids import new_gateway_id
 from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.demand import DemandStore
 from services.common.store.gateways import GatewayLease
-from services.common.store.intake import Intake
+from services.common.store.grants import GrantStore
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
@@ -26,8 +27,9 @@ from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import Tracer, tracing
 from services.common.tls.credentials import fleet_server_credentials
 from services.gateway import delivery, server
-from services.gateway.admission import Backlog, OpenCalls, ShortCalls, draining
+from services.gateway.admission import OpenCalls, ShortCalls, draining
 from services.gateway.authentication import Authentication
+from services.gateway.backlog import Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.config import GatewayConfig
 from services.gateway.delivery import DeliveryService
@@ -112,7 +114,6 @@ async def _serve(
     replay = Replay(tokenizer)
     calls = OpenCalls(config.max_streams, config.max_connection_streams, counted.refused)
     short_calls = ShortCalls(config.max_short_calls, counted.refused)
-    backlog = Backlog(Intake(redis, config.pool).length, config.backlog_limit, clock)
     known = KnownRequests(store.peek)
     workers = WorkerDirectory(redis, config.pool)
     hints = Hints(workers)
@@ -132,6 +133,7 @@ async def _serve(
         fleet_address = config.advertised(await fleet.start(config.fleet_listen))
         gateway = new_gateway_id(fleet_address)
         limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms, config.log_prompts)
+        backlog = _backlog(GrantStore(redis, config.pool), limits, clock)
         generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
         service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
@@ -178,6 +180,13 @@ async def _serve(
             task.cancel()
         # Behind the hints: the streams that this breaks are no worker's death.
         await fleet.stop(0)
+
+
+def _backlog(grants: GrantStore, limits: Limits, clock: Callable[[], float]) -> Backlog:
+    def ask(num_on_their_way: int, num_wanted: int) -> Awaitable[Grant]:
+        return grants.ask(Ask(limits.gateway, num_on_their_way, num_wanted, limits.backlog_limit))
+
+    return Backlog(ask, limits.backlog_limit, clock)
 
 
 async def _drain(

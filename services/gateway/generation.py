@@ -16,7 +16,8 @@ from services.common.telemetry import conventions
 from services.common.telemetry.trace_context import is_sampled
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
-from services.gateway.admission import Backlog
+from services.gateway.admission import BACKLOG_FULL
+from services.gateway.backlog import Arrival, Backlog
 from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import Identity, cache_salt
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_IN_WORK = 16
 """Calls that are encoded and stored at once: enough for tokenizers and Redis, and so few that a flood's refusals, which
-the event loop takes in turn with them, come soon. As many as the backlog's limit may wait."""
+the event loop takes in turn with them, come soon. As many as the backlog has room for may wait."""
 MAX_DEADLINE_MS = 30 * 24 * 3_600_000
 """A gRPC deadline farther away than this is none."""
 
@@ -101,13 +102,15 @@ class Generation:
         return stream
 
     async def _admit(self, request: inference_pb2.GenerateRequest, caller: Caller, span: Span) -> Stream:
-        await self._refuse_surplus(request.request_id, caller)
-        valid = validate(request, self._model)
-        with self._backlog.taking():
+        with self._backlog.arrival() as arrival:
+            # Before anything else is looked at: in a flood, this is all that most calls cost.
+            await self._let_in(arrival, request.request_id, caller)
+            valid = validate(request, self._model)
             async with self._in_work:
-                return await self._accept(valid, caller, span)
+                await self._backlog.calm()
+                return await self._accept(valid, caller, span, arrival)
 
-    async def _accept(self, valid: ValidRequest, caller: Caller, span: Span) -> Stream:
+    async def _accept(self, valid: ValidRequest, caller: Caller, span: Span, arrival: Arrival) -> Stream:
         prompt = valid.token_ids
         if valid.text is not None:
             prompt = await self._encode(valid.text, caller, span)
@@ -119,7 +122,12 @@ class Generation:
         if self._limits.log_prompts:
             asked = list(prompt) if valid.text is None else str(valid.text)
             logger.info("prompt", extra={**about(move.key, span.traceparent), "prompt": asked})
-        return await self._requests.submit(move, len(prompt), span)
+        try:
+            return await self._requests.submit(move, len(prompt), span, lambda: self._backlog.submitting(arrival))
+        except Exhausted as error:
+            if error.reason == BACKLOG_FULL:
+                self._backlog.found_full()
+            raise
 
     async def _encode(self, text: tokenizer_pb2.EncodeRequest, caller: Caller, span: Span) -> tuple[int, ...]:
         asked_at_s = self._clock()
@@ -134,16 +142,15 @@ class Generation:
         encode.end({conventions.USAGE_INPUT_TOKENS: len(prompt)})
         return prompt
 
-    async def _refuse_surplus(self, request_id: str, caller: Caller) -> None:
-        # Before anything else is looked at: in a flood, this is all that most calls cost.
+    async def _let_in(self, arrival: Arrival, request_id: str, caller: Caller) -> None:
         try:
-            await self._backlog.check()
+            await self._backlog.let_in(arrival)
         except Exhausted:
-            # A known request waits already, or has ended: reading it on adds nothing.
             if not request_id or not await self._known.knows(
                 request_key(caller.identity.tenant, check_request_id(request_id))
             ):
                 raise
+            self._backlog.let_in_known(arrival)
 
     def _move(
         self, valid: ValidRequest, prompt: tuple[int, ...], max_tokens: int, caller: Caller, traceparent: str

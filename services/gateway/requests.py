@@ -16,7 +16,7 @@ from services.common.record.reader import Reader
 from services.common.record.record import Record
 from services.common.record.transitions import Verdict
 from services.common.store.ids import claim_id, pool_of
-from services.common.store.requests import Peek, RequestStore
+from services.common.store.requests import Peek, RequestStore, Submitted
 from services.common.telemetry.tracing import Side, Span, Tracer
 from services.gateway import spans
 from services.gateway.admission import backlog_full, tenant_full, tokens_used_up
@@ -50,9 +50,12 @@ class Requests:
         self._joining = Joining(store, streams, clock)
         self._clock = clock
 
-    async def submit(self, move: moves.Submit, num_prompt_tokens: int, span: Span) -> Stream:
-        """Accept a request, and open its stream. A known one is read from its first token. `span`: of the call.
+    async def submit(
+        self, move: moves.Submit, num_prompt_tokens: int, span: Span, submitting: Callable[[], None]
+    ) -> Stream:
+        """Accept a request, and open its stream. A known one is read from its first token.
 
+        `span`: of the call. `submitting`: called as the submit is sent.
         Raises Exhausted if the backlog or one of the tenant's quotas is full, AlreadyExists for an id that is taken.
         """
         tenant, _, request_id = move.key.partition("/")
@@ -62,8 +65,7 @@ class Requests:
         with self._streams.arriving(move.key):
             try:
                 asked_at_s, intake = self._clock(), self._tracer.begin("intake", span.traceparent)
-                # A nonce of its own for each try: Redis may run one, lose it, and run the next.
-                submitted = await retried(lambda: self._store.submit(replace(move, nonce=new_nonce())))
+                submitted = await retried(lambda: self._submit(move, submitting))
                 self._metrics.intake.observe(self._clock() - asked_at_s)
                 intake.end()
             except BaseException:
@@ -95,6 +97,11 @@ class Requests:
                     raise _taken(request_id, "with another payload")
                 case verdict:
                     raise Internal(f"a submit was answered {verdict}")
+
+    async def _submit(self, move: moves.Submit, submitting: Callable[[], None]) -> Submitted:
+        submitting()
+        # A nonce of its own for each try: Redis may run one, lose it, and run the next.
+        return await self._store.submit(replace(move, nonce=new_nonce()))
 
     async def attach(self, key: RequestKey, held: tuple[Held, ...], gateway: GatewayId) -> Stream:
         """Read a request on for a client, behind what it holds. The stream of an ended one has all that is left.

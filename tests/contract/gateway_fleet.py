@@ -51,15 +51,32 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         """How many of the next calls find it away."""
         self.checked: list[pb.ResponseFormat] = []
         """Forms that it was asked about. It refuses the regex "[", as the real one does."""
+        self.num_encoded = 0
+        """Inputs, so far."""
+        self.num_waiting = 0
+        """Calls that are held now."""
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+
+    def hold(self) -> None:
+        """Encode nothing until `let_go`."""
+        self._goes_on.clear()
+
+    def let_go(self) -> None:
+        self._goes_on.set()
 
     async def Encode(self, request: tokenizer_pb2.EncodeRequest, context: Any) -> tokenizer_pb2.EncodeResponse:  # noqa: N802
         await self._maybe_refuse(context)
+        await self._until_let_go()
+        self.num_encoded += 1
         return _encoded(request)
 
     async def EncodeAll(  # noqa: N802
         self, request: tokenizer_pb2.EncodeAllRequest, context: Any
     ) -> tokenizer_pb2.EncodeAllResponse:
         await self._maybe_refuse(context)
+        await self._until_let_go()
+        self.num_encoded += len(request.inputs)
         asked = [tokenizer_pb2.EncodeRequest.FromString(each) for each in request.inputs]
         results = [tokenizer_pb2.Encoded(response=_encoded(each).SerializeToString()) for each in asked]
         return tokenizer_pb2.EncodeAllResponse(results=results)
@@ -89,6 +106,13 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             vocabulary_tokens=VOCABULARY_TOKENS,
             end_token_ids=[END_TOKEN],
         )
+
+    async def _until_let_go(self) -> None:
+        self.num_waiting += 1
+        try:
+            await self._goes_on.wait()
+        finally:
+            self.num_waiting -= 1
 
     async def _maybe_refuse(self, context: Any) -> None:
         if self.refuses:

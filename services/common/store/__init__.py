@@ -15,5 +15,6 @@
 `leadership`   the leader's lease and epoch
 `workers`      registration and reports of workers
 `gateways`     leases of gateways
+`grants`       how gateways share the room in the backlog
 `recovery`     what happens after Redis lost its last writes
 """

@@ -7,7 +7,6 @@ from redis.asyncio import Redis
 
 from services.common.ids import RequestKey, TenantId
 from services.common.record.record import Attempt
-from services.common.store.connection import command
 from services.common.store.keys import Keys
 from services.common.store.streams import Entry, read_many
 
@@ -54,10 +53,6 @@ class Intake:
         """Entries behind `after`; see `streams`."""
         entries = await read_many(self._redis, {self.stream: after}, block_ms, count)
         return self.parse(entries.get(self.stream, []))
-
-    async def length(self) -> int:
-        """How many requests wait. Raises StoreUnavailable."""
-        return int(await command(self._redis, "XLEN", self.stream))
 
     @staticmethod
     def parse(entries: Sequence[Entry]) -> list[Queued]:

@@ -30,6 +30,8 @@ class Keys:
         """Run id of the server whose data was recovered last."""
         self.workers = f"{self.prefix}workers"
         """Set of worker ids."""
+        self.grants = f"{self.prefix}grants"
+        """Hash: gateway -> how many of its calls count beside the intake, and until when; expires."""
         self.demand = f"{self.prefix}demand"
         """Hash: a fleet.v1.PoolDemand, and when the leader told it."""
 

@@ -25,6 +25,7 @@ from services.worker.kernels.embedding import embed
 from services.worker.kernels.gemv import gemv_swiglu
 from services.worker.kernels.norm import add_rms_norm
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.peers import Seat
 from services.worker.kernels.prefill_attention import prefill_attention
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
@@ -175,8 +176,8 @@ class DeviceDecoder:
         if self.is_batch_invariant:
             logits = torch.empty((len(hidden), len(weight)), dtype=hidden.dtype, device=hidden.device)
             tile_product(hidden, weight, logits)
-            return logits
-        logits = hidden @ weight.T
+        else:
+            logits = hidden @ weight.T
         return self.ranks.whole(logits) if self.ranks else logits
 
     def _embed(self, step: StepInputs[Tensor], residual: Tensor, pdl: bool) -> Scaled | None:
@@ -191,8 +192,11 @@ class DeviceDecoder:
 
     def _norm(self, delta: Scaled | None, residual: Tensor, weight: Tensor, out: Rows, pdl: bool) -> None:
         """Add to the residual, over ranks if they have not done so by themselves, and norm it."""
-        seat = self.ranks.sums if self.ranks and self.ranks.are_few(len(residual)) else None
-        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, seat, pdl=pdl)
+        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, self._seat(len(residual)), pdl=pdl)
+
+    def _seat(self, num_rows: int) -> Seat | None:
+        """Where norms sum so many rows over ranks; None: they do not."""
+        return self.ranks.sums if self.ranks and self.ranks.are_few(num_rows) else None
 
     def _over_ranks(self, part: Scaled, pdl: bool) -> Scaled:
         """What a rank has of a sum: of few rows as it is, for the norm to add up."""
@@ -251,11 +255,12 @@ class DeviceDecoder:
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
         """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
-        may_split = self.ranks is None or self.ranks.are_few(len(rows.values))
-        return self._over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=may_split), pdl)
+        seat, out = self._seat(len(rows.values)), self._room.hidden[: len(rows.values)]
+        may_split = self.ranks is None or seat is not None
+        return self._over_ranks(self._multiplier(rows, matrix, out, may_split=may_split, pdl=pdl, seat=seat), pdl)
 
-    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
-        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
+    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool) -> Scaled:
+        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=False, pdl=pdl)
 
     def _attended(
         self,
@@ -281,7 +286,10 @@ class DeviceDecoder:
                 own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning
             )
         if sizes.num_tiles:
-            prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
+            prefill_attention(
+                queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl,
+                is_batch_invariant=self.is_batch_invariant,
+            )  # fmt: skip
         if sizes.dense_runs:
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)

@@ -79,7 +79,7 @@ def start_cuda_runner(
     )
     weights, kind = load(), ACTIVATIONS[options.weights]
     if options.is_batch_invariant:
-        _check_invariant(weights, kind, shard)
+        _check_invariant(weights, kind)
     ranks = _join_ranks(file, config, most, options, device) if file else None
     model = DeviceDecoder(config, weights, shard, most, kind, ranks, is_batch_invariant=options.is_batch_invariant)
     model.may_be_dense &= options.has_dense_attention
@@ -133,9 +133,7 @@ def _filled_up_to(options: DeviceOptions, most: MostWork, shard: Shard) -> Fille
     return FilledUpTo(decode_sizes(options.max_sequences), chunks)
 
 
-def _check_invariant(weights: DeviceWeights, kind: torch.dtype, shard: Shard) -> None:
-    if shard.world_size > 1:
-        raise ConfigError("the batch-invariant mode is for one rank: how ranks add up depends on the number of rows")
+def _check_invariant(weights: DeviceWeights, kind: torch.dtype) -> None:
     layer = weights.layers[0]
     for matrix in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, weights.lm_head):
         if not fits(matrix.values, kind):
@@ -160,7 +158,8 @@ def _join_ranks(
         config,
         MostRows(most.num_rows, most.num_sequences, ACTIVATIONS[options.weights]),
         device,
-        has_own_device=has_own_device,
+        # It refuses ranks that share a device; and what it adds up in which order goes by the number of rows.
+        has_nccl=has_own_device and not options.is_batch_invariant,
     )
 
 
