@@ -72,6 +72,8 @@ class Scoring:
         self, chunks: Sequence[SequenceChunk], hidden: Tensor, logits: Callable[[Tensor], Tensor]
     ) -> AskedLogprobs:
         """Those of given tokens. hidden: last hidden states of all rows of the step; `logits` maps some of them."""
+        if not any(chunk.scored_token_ids for chunk in chunks):
+            return AskedLogprobs(())
         asked: list[tuple[int, int, Place, int]] = []
         first_row = 0
         for index, chunk in enumerate(chunks):

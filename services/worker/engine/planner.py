@@ -107,13 +107,13 @@ class Planner:
     @property
     def prefills_next(self) -> bool:
         """Whether the next step is to hold a prompt, or a part of one. O(sequences)."""
-        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._running.values())
+        begun = any(sequence.is_prefilling for sequence in self._running.values())
         return begun or (bool(self._waiting) and not self._is_full)
 
     @property
     def waiting_prefill_tokens(self) -> int:
         """Tokens, of prompts and forced ones, not yet computed. O(sequences)."""
-        return sum(sequence.num_ready_tokens for sequence in self._sequences() if not sequence.is_decoding)
+        return sum(sequence.num_ready_tokens for sequence in self._sequences() if sequence.is_prefilling)
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -288,6 +288,8 @@ class Planner:
             return
         size = self._limits.block_size_tokens
         first, end = chunk.first_position // size, min(chunk.context_tokens, len(sequence.token_ids)) // size
+        if first >= end:
+            return
         self._hash_blocks(sequence, end)
         for index in range(first, end):
             self._cache.add(sequence.block_table[index], sequence.block_hashes[index])
@@ -362,11 +364,17 @@ class Planner:
         return [] if self._num_in_flight else [self._chunk(sequence, self._limits.max_prefill_tokens_per_step)]
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
-        chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
-        budget_ms = self._budget_ms() if chunks else None
+        chunks: list[SequenceChunk] = []
+        begun: list[Sequence] = []
+        for sequence in self._running.values():
+            if sequence.is_decoding:
+                chunks.append(self._chunk(sequence, 1))
+            elif sequence.num_ready_tokens > 0:
+                begun.append(sequence)
+        budget_ms = self._budget_ms() if chunks and (begun or self._waiting) else None
         work = StepWork.of(chunks)
         tokens_left = self._limits.max_prefill_tokens_per_step
-        for sequence in self._prefilling(may_admit):
+        for sequence in self._prefilling(begun, may_admit):
             if budget_ms is not None:
                 within = self._step_time.tokens_within(
                     budget_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
@@ -393,10 +401,9 @@ class Planner:
         backlog_ms = self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
         return budget_ms * min(MOST_STRETCH, max(1.0, backlog_ms / (BACKLOG_BUDGETS * budget_ms)))
 
-    def _prefilling(self, may_admit: bool) -> Iterator[Sequence]:
+    def _prefilling(self, begun: list[Sequence], may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them
         cannot be, none is: large ones would starve."""
-        begun = (s for s in self._running.values() if s.num_ready_tokens > 0 and not s.is_decoding)
         running = deque(sorted(begun, key=_rank))
         while running or may_admit:
             first = self._first_waiting() if may_admit else None
@@ -513,16 +520,20 @@ def _output(
     end: engine_pb2.SequenceEnd.ValueType,
     error: str,
 ) -> engine_pb2.SequenceOutput:
-    return engine_pb2.SequenceOutput(
+    output = engine_pb2.SequenceOutput(
         sequence_id=sequence.id,
-        token_ids=[] if computed.token_id is None else [computed.token_id],
-        end=end,
-        error=error,
+        token_ids=() if computed.token_id is None else (computed.token_id,),
         cached_tokens=sequence.num_cached_tokens or 0,
-        logprobs=[_logprobs(computed.logprobs)] if computed.logprobs else [],
-        given_logprobs=[_logprobs(scored) for scored in computed.scored],
-        given_from=_last_scored(chunk) + 1 - len(computed.scored) if computed.scored else 0,
     )
+    # Most outputs have none of these: they would cost as much as the rest.
+    if end:
+        output.end, output.error = end, error
+    if computed.logprobs:
+        output.logprobs.append(_logprobs(computed.logprobs))
+    if computed.scored:
+        output.given_logprobs.extend(map(_logprobs, computed.scored))
+        output.given_from = _last_scored(chunk) + 1 - len(computed.scored)
+    return output
 
 
 def _last_scored(chunk: SequenceChunk) -> int:

@@ -187,7 +187,7 @@ class Sequence:
         nothing any more; and so does one whose pending token is its last whatever it is, or must be known to choose
         the next.
         """
-        num_tokens = self.num_tokens - self.num_computed_tokens
+        num_tokens = len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
         is_last_left = self.held or self.scores_only or (self.num_pending_tokens and not self._goes_on_unseen)
         return num_tokens - 1 if is_last_left else num_tokens
 
@@ -195,6 +195,12 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether all but the token it sampled last is computed."""
         return self.num_sampled_tokens > 0 and self.num_ready_tokens == 1
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether a step may compute tokens of it, of its prompt or forced ones."""
+        num_ready_tokens = self.num_ready_tokens
+        return num_ready_tokens > 1 or (num_ready_tokens == 1 and self.num_sampled_tokens == 0)
 
     @property
     def wants_step_alone(self) -> bool:
@@ -215,8 +221,8 @@ class Sequence:
     @property
     def _goes_on_unseen(self) -> bool:
         """Whether the token after a pending one can be planned: it does not depend on it, and is allowed."""
-        depends = self.sampling.has_penalties or self.grammar is not None
-        return not depends and self.num_generated_tokens < self.max_tokens
+        num_generated_tokens = len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
+        return num_generated_tokens < self.max_tokens and self.grammar is None and not self.sampling.has_penalties
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state. Raises ValueError for a move that `TRANSITIONS` does not have."""
