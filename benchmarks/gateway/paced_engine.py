@@ -35,6 +35,10 @@ class PacedRunner:
         """Begin a step."""
         return PacedStep(plan, time.perf_counter() + self._step_s)
 
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
 
 class PacedStep:
     """A step that ends at a given time."""
@@ -66,7 +70,7 @@ def age_us(token_id: int, now_us: int) -> int:
     return (now_us // TICK_US - (token_id - FIRST_TOKEN)) % NUM_TOKENS * TICK_US
 
 
-def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
+def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, StepTimeModel]:
     """In place of the real engine's: nothing is loaded."""
     model = read_stored_model(config.model_path)
     limits = EngineLimits(
@@ -78,7 +82,7 @@ def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tu
         context_tokens=context_tokens(model),
         vocabulary_size=read_vocabulary(model).num_tokens,
     )
-    return limits, PacedRunner(float(os.environ[STEP_MS_VARIABLE]) / 1000)
+    return limits, PacedRunner(float(os.environ[STEP_MS_VARIABLE]) / 1000), StepTimeModel()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
@@ -45,14 +45,7 @@ class EngineConfig:
         """Read flags (None: the process's own). Exits with status 2 if one is missing, unknown or out of range."""
         parser = argparse.ArgumentParser(prog="python -m services.worker.engine_process", description=cls.__doc__)
         for declared in fields(cls):
-            parser.add_argument(
-                _flag(declared.name),
-                type=_converter(declared),
-                choices=declared.metadata.get("choices"),
-                required=declared.default is MISSING,
-                default=None if declared.default is MISSING else declared.default,
-                help=declared.metadata["help"],
-            )
+            _declare(parser, declared, is_required=declared.default is MISSING)
         return cls(**vars(parser.parse_args(arguments)))
 
     @property
@@ -62,10 +55,33 @@ class EngineConfig:
 
     def arguments(self) -> list[str]:
         """Return the flags that `parse` reads back."""
-        return [text for declared in fields(self) for text in (_flag(declared.name), str(getattr(self, declared.name)))]
+        return as_flags({declared.name: getattr(self, declared.name) for declared in fields(self)})
+
+
+def add_rank_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare those flags by which other programs than an engine's are ranks; they may be left out."""
+    for declared in fields(EngineConfig):
+        if declared.name in ("fd", "rank", "memory_fd", "bell_fds"):
+            _declare(parser, declared, is_required=False)
+
+
+def as_flags(told: Mapping[str, object]) -> list[str]:
+    """Return fields as flags."""
+    return [text for name, value in told.items() for text in (_flag(name), str(value))]
 
 
 _MAY_BE_0 = ("fd", "rank", "memory_fd", "kv_cache_bytes", "context_tokens")
+
+
+def _declare(parser: argparse.ArgumentParser, declared: "Field[object]", *, is_required: bool) -> None:
+    parser.add_argument(
+        _flag(declared.name),
+        type=_converter(declared),
+        choices=declared.metadata.get("choices"),
+        required=is_required,
+        default=None if declared.default is MISSING else declared.default,
+        help=declared.metadata["help"],
+    )
 
 
 def _converter(declared: "Field[object]") -> Callable[[str], object]:

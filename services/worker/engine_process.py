@@ -29,7 +29,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import RanksLostError, Runner
-from services.worker.engine.step_time import INITIAL, ON_A_GPU, StepTimeModel
+from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.pipe import EnginePipe
 from services.worker.plan_ring import PlanReader, PlanWriter
@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return follow(config, pipe)
         # Reads the vocabulary beside the loading: right behind it, it would take the first requests' time.
         grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(read_stored_model(config.model_path))))
-        step_time = StepTimeModel(ON_A_GPU if config.device == "cuda" else INITIAL)
-        limits, runner = load(config, step_time, pipe)
+        limits, runner, step_time = load(config, pipe)
         collect_rarely()
         pipe.send(engine_pb2.EngineEvent(ready=ready(limits)))
         EngineLoop(Planner(limits, step_time, grammars), step_time, runner, pipe, monotonic_ms).run()
@@ -69,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tuple[EngineLimits, Runner]:
-    """Load the model and allocate the KV cache, telling the front how far it is. `step_time` may be taught.
+def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, StepTimeModel]:
+    """Load the model and allocate the KV cache, telling the front how far it is; say what is known of steps' times.
 
     Raises ConfigError and ModelFileError.
     """
@@ -83,15 +82,16 @@ def load(config: EngineConfig, step_time: StepTimeModel, pipe: EnginePipe) -> tu
     if config.device == "cuda":
         from services.worker.cuda.worker_start import start_worker_runner
 
-        return start_worker_runner(config, step_time, report)
+        return start_worker_runner(config, report)
     from services.worker.runner.rank_runner import ShardedRunner
     from services.worker.runner.start import start_cpu_runner, start_rank
 
     model = read_stored_model(config.model_path)
     if config.shards == 1:
-        return start_cpu_runner(model, config, lambda share: report("loading weights", share))
+        return *start_cpu_runner(model, config, lambda share: report("loading weights", share)), StepTimeModel()
     limits, rank, memory = start_rank(model, config, lambda share: report("loading weights", share))
-    return limits, ShardedRunner(rank, PlanWriter(memory, [socket.socket(fileno=bell) for bell in config.bells]))
+    plans = PlanWriter(memory, [socket.socket(fileno=bell) for bell in config.bells])
+    return limits, ShardedRunner(rank, plans), StepTimeModel()
 
 
 def follow(config: EngineConfig, pipe: EnginePipe) -> int:

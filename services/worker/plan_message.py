@@ -60,6 +60,7 @@ def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
     )
 
 
+@lru_cache(maxsize=4096)
 def _sampling_message(sampling: SamplingParameters) -> rank_pb2.RankSampling:
     return rank_pb2.RankSampling(
         temperature=sampling.temperature,

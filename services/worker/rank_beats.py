@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 BEAT_S = 0.2
-LOOKS_WITHOUT_BEAT = 5
+LOOKS_WITHOUT_BEAT = 7
 LINE_BYTES = 64
 _COUNT = struct.Struct("<Q")
 

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,18 @@ class RankLink:
     memory_fd: int
     bells: tuple[socket.socket, ...]
     """To ranks 1, 2 and so on; of another rank than 0, the one to it."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What its process is told of it: fields of EngineConfig."""
+        bell_fds = ",".join(str(bell.fileno()) for bell in self.bells)
+        return {"rank": self.rank, "memory_fd": self.memory_fd, "bell_fds": bell_fds}
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """What its process inherits."""
+        memory = (self.memory_fd,) if self.memory_fd else ()
+        return (*memory, *(bell.fileno() for bell in self.bells))
 
 
 @contextmanager

@@ -151,6 +151,26 @@ def test_chunks_attend_to_what_is_before_them_and_to_themselves(
     assert_near(out, prefill_attention_reference(queries, layer, tiles, tables, window))
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_a_row_attends_the_same_wherever_its_chunk_begins(dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    length = 2 * BLOCK + 3
+    layer, tables = a_cache([length], num_kv_heads, head_dim, dtype)
+    queries = random(seeded(7), length, num_heads, head_dim, dtype=queries_of(dtype))
+
+    def attended(*sizes: int) -> Tensor:
+        out = torch.full_like(queries, math.nan)
+        for first, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
+            row, count = np.array([first], dtype=np.int32), np.array([size], dtype=np.int32)
+            tiles = torch.from_numpy(cut_chunks(row, count, row)).to(DEVICE)
+            prefill_attention(queries, layer, tiles, tables, out, is_batch_invariant=True)
+        return out
+
+    whole = attended(length)
+    for begin in (1, BLOCK - 3, BLOCK, BLOCK + 7, length - 1):
+        assert torch.equal(attended(begin, length - begin), whole), f"a chunk that begins at {begin}"
+
+
 def test_both_kernels_agree_on_one_token() -> None:
     num_heads, num_kv_heads, head_dim = HEADS[0]
     layer, tables = a_cache(LENGTHS, num_kv_heads, head_dim, torch.float32)

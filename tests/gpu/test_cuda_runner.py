@@ -11,8 +11,9 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.folder import read_folder
-from services.worker.cuda import cuda_runner, shared_prefixes
+from services.worker.cuda import cuda_runner, shared_prefixes, step_shapes
 from services.worker.cuda.cuda_runner import CudaRunner
+from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
@@ -42,7 +43,12 @@ class FinishingFront(PretendedFront):
 
 
 def a_runner(
-    folder: Path, weights: DeviceWeightFormat = "float32", *, is_batch_invariant: bool = False, **options: int
+    folder: Path,
+    weights: DeviceWeightFormat = "float32",
+    *,
+    is_batch_invariant: bool = False,
+    has_graphs: bool = IS_CUDA,
+    **options: int,
 ) -> tuple[EngineLimits, CudaRunner]:
     stored = open_folder_decoder(read_folder(folder))
     return start_cuda_runner(
@@ -55,7 +61,7 @@ def a_runner(
             max_sequences=4,
             context_tokens=128,
             num_blocks=40,
-            has_graphs=IS_CUDA,
+            has_graphs=has_graphs,
             is_batch_invariant=is_batch_invariant,
             **{"max_prefill_tokens_per_step": 16, **options},  # type: ignore[arg-type]
         ),
@@ -96,8 +102,36 @@ def test_every_family_gives_the_references_tokens_in_float32(family: str, tmp_pa
     assert answers == {number: reference_greedy(model, prompt, num_tokens) for number, prompt in enumerate(asked, 1)}
 
 
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_steps_that_are_filled_up_to_a_graphs_size_give_the_same_tokens(
+    is_batch_invariant: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model("qwen3", num_hidden_layers=2, **sizes)
+    limits, runner = a_runner(save(model, tmp_path), has_graphs=True, is_batch_invariant=is_batch_invariant)
+    assert limits.filled_up_to == (20,)
+    asked = [prompts()[1], prompts()[0], prompts()[2]]
+    looks = [[greedy(1, asked[0], 3)], [], [greedy(number, prompt, 3) for number, prompt in enumerate(asked[1:], 2)]]
+    # The second time, on a device, all of it is in graphs.
+    for _ in range(2):
+        answers, _ = generate(limits, runner, *looks)
+        assert answers == {number: reference_greedy(model, prompt, 3) for number, prompt in enumerate(asked, 1)}
+
+
+def test_what_is_prepared_between_requests_changes_nothing_of_theirs(tmp_path: Path) -> None:
+    limits, runner = a_runner(save(tiny_model("qwen3", num_hidden_layers=1), tmp_path), has_graphs=True)
+    runner.launch(made_up_step(1, [7], limits.block_size_tokens)).result()
+    before = [layer.kv.clone() for layer in runner.cache.layers]
+    assert before[0].any()
+    num_prepared = 0
+    while runner.prepare():
+        num_prepared += 1
+    assert 0 < num_prepared <= 5, "one to four decodes, and a step with prompts; some of them were captured before"
+    assert all(torch.equal(layer.kv, kv) for layer, kv in zip(runner.cache.layers, before, strict=True))
+
+
 def test_what_prompts_begin_with_in_common_is_attended_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_runner, "_LEAST_SHARING_DECODES", 2)
+    monkeypatch.setattr(step_shapes, "_LEAST_SHARING_DECODES", 2)
     monkeypatch.setattr(shared_prefixes, "LEAST_SHARED_TOKENS", 16)
     monkeypatch.setattr(shared_prefixes, "LEAST_TOKENS_SAVED", 1)
     model = tiny_model("qwen3", num_hidden_layers=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from services.worker.benchmark.engine import main
-from services.worker.benchmark.profile import Shape
+from services.worker.benchmark.profile import MadeUpStep
 from tests.gpu.devices import DEVICE
 
 CONFIG = {
@@ -39,6 +39,6 @@ def test_a_line_says_how_many_tokens_a_load_gave(tmp_path: Path, capsys: pytest.
 
 
 def test_a_steps_shape_is_read_and_its_sequences_share_no_block() -> None:
-    plan = Shape.parse("3x2@127").plan(64)
-    assert [(len(chunk.token_ids), chunk.first_position) for chunk in plan.chunks] == [(2, 127)] * 3
-    assert sorted(block for chunk in plan.chunks for block in chunk.block_table) == list(range(9))
+    plan = MadeUpStep.parse("3x2@127+1x70@0").plan(64)
+    assert [(len(chunk.token_ids), chunk.first_position) for chunk in plan.chunks] == [(2, 127)] * 3 + [(70, 0)]
+    assert sorted(block for chunk in plan.chunks for block in chunk.block_table) == list(range(11))

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from services.worker.kernels.choose_token import RANK_WORDS, RankPart, choose_likeliest, part_results
+from services.worker.kernels.gemv import gemv_and_give, gemv_reference
 from services.worker.kernels.norm import add_rms_norm, add_rms_norm_reference
 from services.worker.kernels.peers import BROKEN, DIFFERENT, LOST, MOST_LOOKS, STATE_SIZE, Seat
-from services.worker.kernels.rows import Rows, Scaled
+from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.scale_rows import scale_rows
 from services.worker.kernels.share_rows import PART, places_for, share_rows, share_rows_reference
-from tests.gpu.devices import DEVICE, DTYPES, assert_near, random, seeded
+from services.worker.kernels.small_product import ProductTuning, small_product_and_give
+from tests.gpu.devices import DEVICE, DTYPES, IS_CUDA, assert_near, random, seeded
 
 RANK, OTHER, WORLD = 0, 1, 2
 
@@ -81,6 +83,86 @@ def test_a_norm_adds_what_all_ranks_give_meeting_after_meeting(
         assert_near(meeting.given(num_rows, number).view(dtype), own.dequantized().to(dtype))
     assert meeting.seat.counts.tolist() == [3] * num_rows + [0] * 2
     assert meeting.broken == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_there_are_places_meet_some_after_the_others(dtype: torch.dtype) -> None:
+    num_places, num_rows, size, generator = 3, 5, 64, seeded(1)
+    meeting = Meeting.of(num_places, Seat.words_of(size, dtype))
+    parts = random(generator, 2, num_rows, size)
+    row_scales, channel_scales = random(generator, num_rows).abs(), random(generator, size).abs()
+    own = Scaled(parts, row_scales, channel_scales)
+    theirs = random(generator, num_rows, size, dtype=dtype)
+    meeting.other_gives(theirs[:num_places], 1)
+    meeting.other_gives(theirs[num_places:], 2)
+    residual, weight = random(generator, num_rows, size, dtype=dtype), random(generator, size, dtype=dtype)
+    both = Scaled((parts.sum(dim=0) * row_scales[:, None] * channel_scales).to(dtype).float() + theirs.float())
+    expected_residual, expected = add_rms_norm_reference(both, residual, weight, 1e-5, to_fp8=True)
+    out = Rows(torch.zeros_like(residual, dtype=FP8), torch.full((num_rows,), float("nan"), device=DEVICE))
+    add_rms_norm(own, residual, weight, 1e-5, out, meeting.seat)
+    assert_near(residual, expected_residual)
+    assert expected.scales is not None
+    assert out.scales is not None
+    assert_near(out.scales, expected.scales, dtype)
+    assert meeting.seat.counts.tolist() == [2, 2, 1]
+    assert meeting.broken == 0
+
+
+def assert_a_norm_takes_what_was_given(out: Tensor, meeting: Meeting, number: int) -> None:
+    """What a product has given is what it has itself, and a norm adds the other rank's to it and gives nothing more."""
+    num_rows, size = out.shape
+    generator = seeded(number)
+    assert torch.equal(meeting.given(num_rows, number).view(out.dtype), out)
+    meeting.others.zero_()
+    theirs = random(generator, num_rows, size, dtype=out.dtype)
+    meeting.other_gives(theirs, number)
+    residual, weight = random(generator, num_rows, size, dtype=out.dtype), torch.ones(size, device=DEVICE)
+    both = Scaled(out.float() + theirs.float())
+    expected_residual, expected = add_rms_norm_reference(both, residual, weight, 1e-5, to_fp8=False)
+    normed = Rows(torch.full_like(residual, float("nan")))
+    add_rms_norm(Scaled(out, is_given=True), residual, weight, 1e-5, normed, meeting.seat)
+    assert_near(residual, expected_residual)
+    assert_near(normed.values, expected.values)
+    assert not meeting.others.any()
+    assert meeting.seat.counts[:num_rows].tolist() == [number] * num_rows
+    assert meeting.broken == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, FP8])
+def test_a_product_of_one_row_is_given_while_it_is_made(weight_dtype: torch.dtype, rank: int) -> None:
+    dtype = DTYPES[1] if weight_dtype == FP8 else weight_dtype
+    num_outputs, num_inputs = (4096, 7168) if IS_CUDA else (6, 130)
+    meeting = Meeting.of(2, Seat.words_of(num_outputs, dtype), rank)
+    for number in (1, 2, 3):
+        generator = seeded(number)
+        row = random(generator, 1, num_inputs, dtype=dtype)
+        weight = random(generator, num_outputs, num_inputs, dtype=weight_dtype)
+        scales = random(generator, num_outputs).abs() if weight_dtype == FP8 else None
+        out = torch.full((1, num_outputs), float("nan"), device=DEVICE).to(dtype)
+        gemv_and_give(row, weight, scales, out, meeting.seat)
+        assert_near(out, gemv_reference(row, weight, scales))
+        assert_a_norm_takes_what_was_given(out, meeting, number)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 33] if IS_CUDA else [1, 3])
+@pytest.mark.parametrize("weight_dtype", [DTYPES[1], FP8])
+def test_a_product_of_few_rows_is_given_with_its_scales_in(weight_dtype: torch.dtype, num_rows: int) -> None:
+    dtype = DTYPES[1]
+    num_outputs, num_inputs = (8192, 4096) if IS_CUDA else (128, 256)
+    meeting = Meeting.of(num_rows + 1, Seat.words_of(num_outputs, dtype))
+    for number in (1, 2, 3):
+        generator = seeded(number)
+        rows, scales = Rows(random(generator, num_rows, num_inputs, dtype=weight_dtype)), None
+        weight = random(generator, num_outputs, num_inputs, dtype=weight_dtype)
+        if weight_dtype == FP8:
+            rows = Rows(rows.values, random(generator, num_rows).abs())
+            scales = random(generator, num_outputs).abs()
+        out = torch.full((num_rows, num_outputs), float("nan"), device=DEVICE).to(dtype)
+        small_product_and_give(rows, weight, scales, out, ProductTuning(64, 256, 4), meeting.seat, pdl=IS_CUDA)
+        product = rows.values.float() @ weight.float().T
+        assert_near(out, Scaled(product, rows.scales, scales).dequantized(), torch.bfloat16)
+        assert_a_norm_takes_what_was_given(out, meeting, number)
 
 
 def test_what_another_rank_does_not_give_is_waited_for_only_so_long() -> None:

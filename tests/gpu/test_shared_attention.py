@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from services.worker.cuda.shared_prefixes import SharedPrefix, tiles_of
-from services.worker.cuda.step_inputs import StepLayout, decode_batch, decode_sizes, fill, views
+from services.worker.cuda.step_inputs import StepLayout, decode_batch, fill, views
+from services.worker.cuda.step_shapes import StepShape
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk
@@ -66,7 +67,7 @@ def attend(
         SequenceChunk(SequenceId(number), (1,), context - 1, tuple(map(BlockId, table)), SamplingParameters(), 1)
         for number, (table, context) in enumerate(zip(tables, contexts, strict=True))
     ]
-    sizes = decode_sizes(num_rows + 2, layout, shares=True)
+    sizes = StepShape(num_rows + 2, num_rows + 2, shares=True).sizes(layout, num_rows)
     numbers = np.full(sizes.num_numbers, -1, dtype=np.int32)
     padded = np.array([[*table, *[0] * (width - len(table))] for table in tables], dtype=np.int32)
     tiles = tiles_of(groups, members_of_piece(num_heads, num_kv_heads), sizes.num_shared_pieces)

@@ -1,13 +1,11 @@
 """How a step's chunks are dealt out to the kernels of attention."""
 
 from dataclasses import fields, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from services.worker.cuda.dense_attention import DenseRun, dense_runs
-from services.worker.cuda.graphs import graph_sizes
 from services.worker.cuda.step_inputs import StepInputs, StepLayout, mixed_sizes, views
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
@@ -54,13 +52,6 @@ def test_each_part_of_a_steps_inputs_begins_at_16_bytes(num_tokens: int) -> None
         assert (array.ctypes.data - numbers.ctypes.data) % 16 == 0, part.name
         array += 1
     assert numbers.max() == 1, "no two parts share a number"
-
-
-def test_no_graph_is_filled_up_by_more_than_6_percent() -> None:
-    sizes = graph_sizes(512)
-    assert sizes[0] == 1
-    assert sizes[-1] == 512
-    assert all((after - before - 1) / (before + 1) <= 0.06 for before, after in pairwise(sizes))
 
 
 def test_a_prompts_last_token_is_attended_as_the_others_where_batches_may_not_matter() -> None:

@@ -141,6 +141,9 @@ class PretendedRunner:
             self._write(chunk)
         return PretendedStep(StepResult(tuple(self._read(chunk) for chunk in plan.chunks)))
 
+    def prepare(self) -> bool:
+        return False
+
     def _copy(self, plan: StepPlan) -> None:
         size = self.limits.block_size_tokens
         destinations = [copy.destination for copy in plan.block_copies]

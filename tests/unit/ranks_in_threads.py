@@ -41,6 +41,9 @@ class ThreadedRunner:
         assert others == [None] * len(others), "rank 0 alone says what came of a step"
         return FinishedStep(result)
 
+    def prepare(self) -> bool:
+        return False
+
 
 @dataclass
 class ShardedModel:

@@ -235,3 +235,57 @@ class SlowToLaunch(Device):
             self.time.now_ms += 15
             self.ends_ms = self.time.now_ms - 10
         return super().launch(plan)
+
+
+def test_who_arrives_while_a_prompt_is_computed_is_in_the_next_step() -> None:
+    """If a step with prompts is launched as quickly as one of decodes; else it is planned at once."""
+    long, short = add_command(add(1, 40, max_tokens=2)), add_command(add(2, 2, max_tokens=2))
+    device = run_ahead((0, long), (25, short), (300, shutdown_command()))
+    first = next(plan for plan in device.plans if any(chunk.sequence_id == 2 for chunk in plan.chunks))
+    assert first.step == 4, "the third runs from 20 to 30 ms"
+
+
+# Preparing
+
+
+@dataclass
+class Preparing(PretendedRunner):
+    """Has so many parts to prepare, of 30 ms each."""
+
+    parts: int = 5
+    time: Time = field(default_factory=Time)
+    prepared_before_step: list[int] = field(default_factory=list)
+    prepared: int = 0
+
+    def prepare(self) -> bool:
+        if self.prepared == self.parts:
+            return False
+        self.prepared += 1
+        self.time.now_ms += 30
+        return True
+
+    def launch(self, plan: StepPlan) -> PretendedStep:
+        self.prepared_before_step.append(self.prepared)
+        return super().launch(plan)
+
+
+def run_preparing(*due: tuple[float, engine_pb2.EngineCommand]) -> tuple[Preparing, TimedFront]:
+    limits = limits_of()
+    runner = Preparing(limits)
+    step_time = StepTimeModel()
+    front = TimedFront([], time=runner.time, due=list(due))
+    EngineLoop(Planner(limits, step_time), step_time, runner, front, runner.time).run()
+    return runner, front
+
+
+def test_while_nothing_else_is_to_be_done_the_runner_prepares_a_part_at_a_time() -> None:
+    runner, _ = run_preparing((70, add_command(add(1, 2, max_tokens=3))), (1000, shutdown_command()))
+    assert runner.prepared_before_step == [3, 3, 3], "who came in the third part waited for that one, and no other"
+    assert runner.prepared == 5
+
+
+def test_a_sequence_expires_in_time_while_the_runner_prepares() -> None:
+    held = add_command(add(1, prompt=1, held=True, remaining_ms=40))
+    runner, front = run_preparing((0, held), (1000, shutdown_command()))
+    assert [output.end for output in front.outputs] == [engine_pb2.SEQUENCE_END_EXPIRED]
+    assert runner.prepared_before_step == []

@@ -127,3 +127,70 @@ def test_a_step_that_takes_longer_than_its_launch_is_learned_from() -> None:
     for _ in range(50):
         model.observe(large, took_ms=60.0, launch_ms=15.0)
     assert model.predict_ms(large) == pytest.approx(60.0, rel=0.05)
+
+
+# Steps with prompts that are filled up
+
+FILLED = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=0.0)
+
+
+def test_a_step_with_a_prompt_takes_what_it_is_filled_up_to_takes() -> None:
+    model = StepTimeModel(FILLED, (64, 128))
+    assert model.predict_ms(a_plan((100, 1), (0, 69))) == pytest.approx(4 + 0.02 * 128)
+    assert model.predict_ms(a_plan((0, 200))) == pytest.approx(4 + 0.02 * 200), "none is so large"
+    assert model.predict_ms(a_decode(3)) == pytest.approx(4 + 0.02 * 3), "decodes have sizes of their own"
+
+
+def test_what_steps_took_is_learned_of_the_rows_that_they_were_filled_up_to() -> None:
+    model = StepTimeModel(FILLED, (64, 128, 256))
+    for tokens in [60, 65, 129, 100, 256, 140] * 50:
+        filled = min(size for size in (64, 128, 256) if size >= tokens)
+        model.observe(a_plan((0, tokens)), 5 + 0.03 * filled)
+    assert model.predict_ms(a_plan((0, 66))) == pytest.approx(5 + 0.03 * 128, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("budget_ms", "decodes", "prefill", "within"),
+    [
+        (4 + 0.02 * 200, 10, 0, 118),  # 190 would fit: 128 rows are filled, the other 62 would cost 128.
+        (4 + 0.02 * 128.5, 10, 0, 118),
+        (4 + 0.02 * 50, 10, 0, 54),  # 40 would fit, and cost as much as these.
+        (4 + 0.02 * 300.5, 10, 0, 290),  # More than the largest size.
+        (4 + 0.02 * 200, 10, 100, 18),  # A second prompt fills up what the first one left.
+        (4 + 0.02 * 90, 10, 90, 28),  # Also when there is no time left: those rows are computed in any case.
+        (3.0, 10, 0, 0),
+    ],
+)
+def test_prompts_are_cut_so_that_a_step_is_full(budget_ms: float, decodes: int, prefill: int, within: int) -> None:
+    model = StepTimeModel(FILLED, (64, 128, 256))
+    work = StepWork(decodes + prefill, 0, num_prefill_tokens=prefill)
+    assert model.tokens_within(budget_ms, work, 0, are_scored=False) == within
+
+
+def curved_ms(size: int) -> float:
+    """Few rows cost what reading the weights takes, many what multiplying does."""
+    return max(5.0, 0.5 + 0.0227 * size)
+
+
+def test_a_budget_is_used_up_though_time_is_no_straight_line_of_the_rows() -> None:
+    sizes = tuple(range(32, 2049, 32))
+    model = StepTimeModel(FILLED, sizes)
+    for size in (2048, 1024, 512, 256, 128):
+        model.observe(a_plan((0, size)), curved_ms(size))
+    for _ in range(50):
+        model.observe(a_decode(8), 4.2)
+        tokens = model.tokens_within(12.0, StepWork.of(a_decode(8).chunks), 0, are_scored=False)
+        plan = a_plan(*[(100, 1)] * 8, (0, tokens))
+        model.observe(plan, curved_ms(plan.num_tokens))
+    assert plan.num_tokens == 480, "512 rows take 12.1 ms"
+    assert model.predict_ms(a_decode(8)) == pytest.approx(4.2, rel=0.03)
+    assert model.predict_ms(a_plan((0, 384))) == pytest.approx(curved_ms(384), rel=0.1), "between 256 and 512"
+
+
+def test_what_changes_for_steps_of_one_size_is_expected_of_the_others_too() -> None:
+    model = StepTimeModel(FILLED, (64, 128, 256))
+    for size in (64, 128, 256) * 30:
+        model.observe(a_plan((0, size)), curved_ms(size))
+    for _ in range(60):
+        model.observe(a_plan((0, 128)), 1.5 * curved_ms(128))
+    assert model.predict_ms(a_plan((0, 256))) > 1.2 * curved_ms(256)

@@ -72,6 +72,9 @@ class Device:
         self.steps.append(Step(self.clock, plan, begun_ms, ends_ms))
         return self.steps[-1]
 
+    def prepare(self) -> bool:
+        return False
+
 
 @dataclass
 class Clients:

@@ -106,8 +106,8 @@ class LoadFront:
 class WatchedStepTime(StepTimeModel):
     """Remembers what steps were thought to take, and what they took, in ms."""
 
-    def __init__(self) -> None:
-        super().__init__(ON_A_GPU)
+    def __init__(self, filled_up_to: Sequence[int]) -> None:
+        super().__init__(ON_A_GPU, filled_up_to)
         self.steps: list[tuple[float, float]] = []
 
     def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(engine: Engine, given: argparse.Namespace) -> None:
     numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
-    step_time = WatchedStepTime()
+    step_time = WatchedStepTime(engine.rank.limits.filled_up_to)
     warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
     since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
     print_line(

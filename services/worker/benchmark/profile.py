@@ -2,14 +2,16 @@
 
     python -m services.worker.benchmark.profile --model DIR --dummy --dtype bf16 --step 32x1@768 --step 4x2048@0
 
-A step is SEQUENCESxTOKENS@CONTEXT: so many chunks of so many tokens, each behind so many cached ones. A kernel's time
-is what passes from the end of the one in front of it to its own end, so that all times add up to the step's. The least:
-the larger of bytes over the memory's read bandwidth and operations over the peak, as measured (docs/gpu.md).
+A step is SEQUENCESxTOKENS@CONTEXT: so many chunks of so many tokens, each behind so many cached ones; several such
+with a + between them, as 16x1@768+1x496@0, are one step. A kernel's time is what passes from the end of the one in
+front of it to its own end, so that all times add up to the step's. The least: the larger of bytes over the memory's
+read bandwidth and operations over the peak, as measured (docs/gpu.md).
 """
 
 import argparse
 import statistics
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +52,7 @@ _LIBRARY_PRODUCTS = ("gemm", "_gemv", "nvjet", "cutlass", "xmma", "_small_produc
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A step to look at."""
+    """Sequences of a step that are alike."""
 
     num_sequences: int
     num_tokens: int
@@ -63,54 +65,71 @@ class Shape:
         sequences, tokens = chunks.split("x")
         return cls(int(sequences), int(tokens), int(cached))
 
+
+@dataclass(frozen=True, slots=True)
+class MadeUpStep:
+    """A step to look at; what decodes comes first."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "MadeUpStep":
+        """Read shapes with a + between them. Raises ValueError."""
+        return cls(text, tuple(map(Shape.parse, text.split("+"))))
+
     def plan(self, block_size_tokens: int) -> StepPlan:
         """Make the step; every sequence has blocks of its own."""
-        num_blocks = -(-(self.cached_tokens + self.num_tokens) // block_size_tokens)
-        return StepPlan(
-            1,
-            tuple(
-                SequenceChunk(
-                    SequenceId(number + 1),
-                    tuple((number * 7 + place) % 1000 for place in range(self.num_tokens)),
-                    self.cached_tokens,
-                    tuple(BlockId(number * num_blocks + block) for block in range(num_blocks)),
-                    SamplingParameters(),
-                    0,
+        chunks: list[SequenceChunk] = []
+        num_blocks = 0
+        for shape in self.shapes:
+            own_blocks = -(-(shape.cached_tokens + shape.num_tokens) // block_size_tokens)
+            for _ in range(shape.num_sequences):
+                number = len(chunks)
+                chunks.append(
+                    SequenceChunk(
+                        SequenceId(number + 1),
+                        tuple((number * 7 + place) % 1000 for place in range(shape.num_tokens)),
+                        shape.cached_tokens,
+                        tuple(map(BlockId, range(num_blocks, num_blocks + own_blocks))),
+                        SamplingParameters(),
+                        0,
+                    )
                 )
-                for number in range(self.num_sequences)
-            ),
-        )
+                num_blocks += own_blocks
+        return StepPlan(1, tuple(chunks))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look at steps; return the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.profile", description=__doc__)
     add_engine_options(parser)
-    parser.add_argument("--step", type=Shape.parse, action="append", required=True, metavar="NxT@C", help="a step")
+    parser.add_argument("--step", type=MadeUpStep.parse, action="append", required=True, metavar="NxT@C", help="a step")
     given = parser.parse_args(arguments)
     try:
         with engine_of(given, arguments) as engine:
             engine.runner.cache.fill_randomly()
-            for shape in given.step:
-                _look(engine, shape)
+            for step in given.step:
+                _look(engine, step)
     except (ConfigError, ModelFileError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _look(engine: Engine, shape: Shape) -> None:
-    plan = shape.plan(engine.rank.limits.block_size_tokens)
-    step_us = _timed_us(engine, plan)
+def _look(engine: Engine, step: MadeUpStep) -> None:
+    plan = step.plan(engine.rank.limits.block_size_tokens)
+    step_us, launch_us = _timed_us(engine, plan), _launch_us(engine, plan)
     floors = _floors_us(engine, plan)
     times: dict[str, list[float]] = defaultdict(list)
     for name, took_us in _kernels(engine, plan):
         times[name].append(took_us)
     profiled_us = sum(map(sum, times.values()))
     print_line(
-        step=f"{shape.num_sequences}x{shape.num_tokens}@{shape.cached_tokens}",
+        step=step.name,
         dtype=engine.rank.options.weights,
         step_us=round(step_us, 1),
+        launch_us=round(launch_us, 1),
         profiled_us=round(profiled_us, 1),
         floor_us=round(sum(floors.values()), 1),
         share_of_floor=round(sum(floors.values()) / step_us, 3),
@@ -135,6 +154,17 @@ def _timed_us(engine: Engine, plan: StepPlan) -> float:
         event.record()
     torch.cuda.synchronize()
     return float(statistics.median(1000 * a.elapsed_time(b) for a, b in pairwise(events)))
+
+
+def _launch_us(engine: Engine, plan: StepPlan) -> float:
+    """Median time that a launch takes the host, on a device that does nothing else."""
+    launches_s = []
+    for _ in range(TIMED_STEPS):
+        began_s = time.monotonic()
+        step = engine.runner.launch(plan)
+        launches_s.append(time.monotonic() - began_s)
+        step.result()
+    return 1e6 * statistics.median(launches_s)
 
 
 def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """The engine that a benchmark measures; if it has several ranks, the others are a process each.
 
-python -m services.worker.benchmark.ranks --rank 1 --memory-fd 3 --bell-fd 4 --front-fd 5 --model DIR --shards 2 ...
+python -m services.worker.benchmark.ranks --fd 5 --rank 1 --memory-fd 3 --bell-fds 4 --model DIR --shards 2 ...
 """
 
 import argparse
@@ -16,7 +16,7 @@ from services.common.model.errors import ModelFileError
 from services.worker.benchmark.options import Engine, add_engine_options, load_engine
 from services.worker.cuda.rank_runner import LeadingRunner, follow, watch_ranks
 from services.worker.engine.runner import RanksLostError
-from services.worker.engine_config import RANKS_LOST_STATUS
+from services.worker.engine_config import RANKS_LOST_STATUS, add_rank_flags, as_flags
 from services.worker.plan_ring import PlanReader, PlanWriter
 from services.worker.rank_file import RankFile
 from services.worker.rank_links import RankLink, rank_links
@@ -43,19 +43,11 @@ def engine_of(arguments: argparse.Namespace, told: Sequence[str] | None) -> Iter
             beats.stop()
 
 
-def add_rank_options(parser: argparse.ArgumentParser, *, is_required: bool) -> None:
-    """Declare the flags that `other_ranks` gives."""
-    parser.add_argument("--rank", type=int, default=0, required=is_required, help="which one this is, from 1")
-    parser.add_argument("--memory-fd", type=int, required=is_required, help="memory that all ranks map")
-    parser.add_argument("--bell-fd", type=int, required=is_required, help="the socket to rank 0")
-    parser.add_argument("--front-fd", type=int, required=is_required, help="a socket; closed: nobody wants it any more")
-
-
 @contextmanager
 def other_ranks(shards: int, module: str, options: Sequence[str]) -> Iterator[RankLink]:
     """Start ranks 1 and up, and give what rank 0 needs; they are gone when the block ends.
 
-    `module`: their program; `options`: its own, beside those of `add_rank_options`.
+    `module`: their program; `options`: its own, beside those of `add_rank_flags`.
     """
     fronts: list[socket.socket] = []
     processes: list[subprocess.Popen[bytes]] = []
@@ -64,13 +56,12 @@ def other_ranks(shards: int, module: str, options: Sequence[str]) -> Iterator[Ra
             for link in links[1:]:
                 ours, theirs = socket.socketpair()
                 fronts.append(ours)
-                (bell,) = link.bells
-                fds = {"--memory-fd": link.memory_fd, "--bell-fd": bell.fileno(), "--front-fd": theirs.fileno()}
-                told = [text for name, fd in fds.items() for text in (name, str(fd))]
-                command = [sys.executable, "-m", module, "--rank", str(link.rank), *told]
+                told = as_flags({"fd": theirs.fileno(), **link.told})
+                command = [sys.executable, "-m", module, *told, *options]
                 with theirs:
-                    processes.append(subprocess.Popen([*command, *options], pass_fds=list(fds.values())))
+                    processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno(), *link.fds]))
                 # Theirs alone: when they are gone, it is closed.
+                (bell,) = link.bells
                 bell.close()
             yield links[0]
         finally:
@@ -88,15 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m services.worker.benchmark.ranks", description=__doc__, allow_abbrev=False
     )
     add_engine_options(parser)
-    add_rank_options(parser, is_required=True)
+    add_rank_flags(parser)
     given, _ = parser.parse_known_args(arguments)
     file = RankFile(given.memory_fd, given.rank, given.shards)
     try:
         runner = load_engine(given, given.rank, file).runner
         # As rank 0's in a profile: zeros are read with less power.
         runner.cache.fill_randomly()
-        front = socket.socket(fileno=given.front_fd)
-        plans = PlanReader(file.plans, given.rank, socket.socket(fileno=given.bell_fd), front)
+        front, bell = socket.socket(fileno=given.fd), socket.socket(fileno=int(given.bell_fds))
+        plans = PlanReader(file.plans, given.rank, bell, front)
         watch_ranks(file)
         follow(runner, plans)
     except RanksLostError as error:

@@ -16,10 +16,11 @@ from functools import partial
 import torch
 
 from services.worker.benchmark.options import device_of, print_line
-from services.worker.benchmark.ranks import add_rank_options, other_ranks
+from services.worker.benchmark.ranks import other_ranks
 from services.worker.cuda.nccl import Nccl
 from services.worker.cuda.peer_memory import share_memory
 from services.worker.cuda.ranks import LOOKS
+from services.worker.engine_config import add_rank_flags
 from services.worker.kernels.norm import add_rms_norm
 from services.worker.kernels.peers import MOST_LOOKS, STATE_SIZE, Seat
 from services.worker.kernels.rows import Rows, Scaled
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shards", type=int, default=2, help="ranks (2)")
     parser.add_argument("--size", type=int, default=4096, help="of a row (4096)")
     parser.add_argument("--rows", type=int, nargs="+", required=True, help="numbers of rows")
-    add_rank_options(parser, is_required=False)
+    add_rank_flags(parser)
     told = sys.argv[1:] if arguments is None else list(arguments)
     given = parser.parse_args(told)
     if given.rank:

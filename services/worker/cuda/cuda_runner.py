@@ -4,6 +4,7 @@ What the host does for the next step happens while the device computes this one;
 begins with never leave the device before it.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
-from services.worker.cuda.graphs import DecodeGraphs
+from services.worker.cuda.graphs import StepGraphs
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.logprobs import AskedLogprobs, Scoring
 from services.worker.cuda.places import Places
@@ -23,20 +24,21 @@ from services.worker.cuda.step_inputs import (
     StepInputs,
     StepLayout,
     StepSizes,
-    decode_sizes,
+    chunk_tiles,
     fill,
     mixed_sizes,
     num_shared_pieces_for,
     views,
 )
+from services.worker.cuda.step_shapes import MOST_CHUNKS, NEVER, FilledUpTo, StepShape, StepShapes
 from services.worker.cuda.transfer import HostCopy, pinned, to_device
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
 from services.worker.kernels.shared_attention import members_of_piece
 
 _STEPS_IN_FLIGHT = 3
 """Inputs that are kept: of the step that is filled, of one in flight, and of one whose copy may not be done."""
-_LEAST_SHARING_DECODES = 16
-"""Of fewer, attention is a small part of a step."""
+_OVERLAPPED_BELOW_ROWS = 512
+"""Kernels of fewer rows begin before those in front have ended. Of more it harms, 4 % at 1,024: they take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,11 @@ class CudaRunner:
         model: DeviceDecoder,
         cache: DeviceKvCache,
         most: MostWork,
-        graph_sizes: Sequence[int] = (),
+        filled_up_to: FilledUpTo = NEVER,
+        *,
+        captures: bool = False,
     ) -> None:
-        """`graph_sizes`: numbers of decodes whose steps are captured as graphs; empty on a CPU."""
+        """`filled_up_to`: sizes of steps that are to be graphs. `captures`: not on a CPU; it fills steps up as well."""
         self._model = model
         self.cache = cache
         self._device = model.last_tokens.device
@@ -105,21 +109,31 @@ class CudaRunner:
         config = model.config
         self._members_of_piece = members_of_piece(config.num_heads, config.num_kv_heads)
         # A window has left a prefix behind sooner or later.
-        self._may_share = config.sliding_window is None and not model.is_batch_invariant
-        shares_from = _LEAST_SHARING_DECODES if self._may_share else None
-        self._graphs = DecodeGraphs(graph_sizes, self._launch_decodes, shares_from)
+        may_share = config.sliding_window is None and not model.is_batch_invariant
+        self._shapes = StepShapes(filled_up_to, self._layout, may_share=may_share)
+        self._graphs = StepGraphs(self._launch_filled, captures=captures)
+        self._to_prepare = deque(self._shapes.usual())
 
     @torch.inference_mode()
-    def rehearse_graphs(self) -> None:
-        """Launch what graphs of decodes hold, by themselves, once in each form that kernels have."""
-        for size, shares in self._graphs.forms():
-            self._launch_decodes(size, shares)
+    def rehearse(self) -> None:
+        """Launch what graphs hold, by itself, once in each form that kernels have."""
+        for shape in self._shapes.forms():
+            self._launch_filled(shape)
 
-    def capture_graphs(self) -> None:
-        """Capture the steps of decodes that are to be graphs. Before the first step that the planner wants."""
-        # No piece of a context, in any size: what is launched before the capture has nothing to attend to.
-        self._numbers.zero_()
-        self._graphs.capture_all()
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture the graph of another shape, while no step runs. False: all are there that are captured ahead."""
+        while self._to_prepare:
+            shape = self._to_prepare.popleft()
+            if shape not in self._graphs:
+                # What is launched before the capture has no tokens: it writes nothing, anywhere.
+                self._give_inputs((), shape.sizes(self._layout, 0), None, ())
+                self._graphs.launch(shape)
+                if done := self._moment():
+                    # Else the inputs of the next one might be written over these before they are copied.
+                    done.synchronize()
+                return True
+        return False
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -128,21 +142,27 @@ class CudaRunner:
         self.cache.copy(plan.block_copies)
         chunks = plan.chunks
         prefixes = self._prefixes(chunks)
-        graph_size = self._graphs.size_for(len(chunks)) if all(map(self._layout.is_decode, chunks)) else None
-        if graph_size is not None:
-            sizes = self._decode_sizes(graph_size, bool(prefixes))
-            self._give_inputs(chunks, sizes, None, prefixes)
-            self._graphs.replay(graph_size, shares=bool(prefixes))
+        shape = self._shapes.of(chunks, shares=bool(prefixes))
+        if shape is None:
+            sizes, exact_tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
+            inputs = self._give_inputs(chunks, sizes, exact_tiles, prefixes)
+            self._attend(inputs, sizes)
         else:
-            sizes, tiles = mixed_sizes(chunks, self._layout, shares=bool(prefixes))
-            self._give_inputs(chunks, sizes, tiles, prefixes)
-            self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=False)
-        return self._read(plan, self._inputs(sizes), sizes, begins)
+            sizes = shape.sizes(self._layout, sum(chunk.sample_index is not None for chunk in chunks))
+            num_decodes = self._layout.num_decodes(chunks)
+            tiles = chunk_tiles(chunks, num_decodes, leaves_dense=False) if shape.has_chunks else None
+            inputs = self._give_inputs(chunks, sizes, tiles, prefixes)
+            self._graphs.launch(shape)
+        if shape is None or shape.has_chunks:
+            # Of exactly as many rows as there are samples: a dozen kernels, launched while the device computes all that
+            # is in front of them.
+            self._choose(inputs, sizes)
+        return self._read(plan, inputs, sizes, begins)
 
     def _prefixes(self, chunks: Sequence[SequenceChunk]) -> list[SharedPrefix]:
         """What the decodes of a step share, by tiles of the kernel."""
         decodes = chunks[: self._layout.num_decodes(chunks)]
-        if not self._may_share or len(decodes) < _LEAST_SHARING_DECODES:
+        if not self._shapes.may_share(len(decodes)):
             return []
         groups = shared_prefixes(
             [chunk.block_table for chunk in decodes],
@@ -151,16 +171,24 @@ class CudaRunner:
         )
         return tiles_of(groups, self._members_of_piece, num_shared_pieces_for(len(decodes)))
 
-    def _launch_decodes(self, num_rows: int, shares: bool) -> None:
-        """What a graph of decodes holds."""
-        sizes = self._decode_sizes(num_rows, shares)
-        self._model.forward(self._inputs(sizes), sizes, self.cache, pdl=True)
+    def _launch_filled(self, shape: StepShape) -> None:
+        """What a graph holds: a step of decodes whole, of one with prompts all but the choice of tokens."""
+        sizes = shape.sizes(self._layout, 0)
+        inputs = views(self._numbers, sizes)
+        self._attend(inputs, sizes)
+        if not shape.has_chunks:
+            self._choose(inputs, sizes)
 
-    def _decode_sizes(self, num_rows: int, shares: bool) -> StepSizes:
-        return decode_sizes(num_rows, self._layout, shares=shares)
+    def _attend(self, inputs: StepInputs[Tensor], sizes: StepSizes) -> None:
+        self._model.attend(inputs, sizes, self.cache, pdl=self._overlaps(sizes.num_rows))
 
-    def _inputs(self, sizes: StepSizes) -> StepInputs[Tensor]:
-        return views(self._numbers, sizes)
+    def _choose(self, inputs: StepInputs[Tensor], sizes: StepSizes) -> None:
+        num_rows = sizes.num_rows if sizes.keeps_all_rows else sizes.num_samples
+        self._model.choose(inputs, sizes, pdl=self._overlaps(num_rows))
+
+    def _overlaps(self, num_rows: int) -> bool:
+        """Whether kernels of so many rows begin before those in front have ended."""
+        return self._device.type == "cuda" and num_rows < _OVERLAPPED_BELOW_ROWS
 
     def _give_inputs(
         self,
@@ -168,13 +196,14 @@ class CudaRunner:
         sizes: StepSizes,
         tiles: Numbers | None,
         prefixes: Sequence[SharedPrefix],
-    ) -> None:
+    ) -> StepInputs[Tensor]:
         host = self._host[self._num_steps % _STEPS_IN_FLIGHT]
         self._num_steps += 1
         places, tables = self._places.of(chunks)
         fill(views(host.numpy(), sizes), chunks, places, tables, tiles, prefixes, self._layout)
         count = sizes.num_numbers
         self._numbers[:count].copy_(host[:count], non_blocking=True)
+        return views(self._numbers, sizes)
 
     def _read(
         self, plan: StepPlan, inputs: StepInputs[Tensor], sizes: StepSizes, begins: torch.cuda.Event | None
@@ -221,10 +250,10 @@ def _most_numbers(most: MostWork, layout: StepLayout) -> int:
     return StepSizes(
         num_rows=most.num_rows,
         num_decodes=sequences,
-        num_chunks=sequences,
+        num_chunks=sequences + MOST_CHUNKS,
         num_samples=sequences,
         num_pieces=layout.num_pieces(sequences),
-        num_tiles=most.num_rows // 2 + sequences,
+        num_tiles=most.num_rows // 2 + sequences + MOST_CHUNKS,
         table_blocks=layout.table_blocks,
         num_shared_pieces=num_shared_pieces_for(sequences),
     ).num_numbers

@@ -1,5 +1,7 @@
 """A decoder's forward pass on the device, all of it in memory that is taken once."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,7 @@ from services.worker.kernels.embedding import embed
 from services.worker.kernels.gemv import gemv_swiglu
 from services.worker.kernels.norm import add_rms_norm
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.peers import Seat
 from services.worker.kernels.prefill_attention import prefill_attention
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
@@ -76,6 +79,7 @@ class DeviceDecoder:
         self._heads = [
             HeadWeights(turns, layer.qkv_proj.bias, layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
+        self._computed_layers: Sequence[int] = range(config.num_layers)
         self.is_batch_invariant = is_batch_invariant
         self._room = _Room(
             self.config,
@@ -109,16 +113,31 @@ class DeviceDecoder:
         """Logits of the step's samples: [num_samples, vocabulary_size], of several ranks this one's part."""
         return self._room.logits[:num_samples]
 
-    def forward(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
-        """Compute a step: its keys and values, and the likeliest token after each row that is sampled.
+    @contextmanager
+    def with_few_layers(self) -> Iterator[None]:
+        """In here a step computes two layers, and one of each kind: every kernel, but a fraction of the launches.
 
-        Captured in a graph, this is what the graph holds. `pdl`: kernels begin before those in front have ended; it
-        helps where a kernel takes a few microseconds, and harms where it takes more.
+        The first one is no other's like: its norm adds nothing to the residual.
+        """
+        windowed, layers = self.config.sliding_layers, range(self.config.num_layers)
+        kinds = {index in windowed: index for index in reversed(layers)}
+        self._computed_layers = sorted({*layers[:2], *kinds.values()})
+        try:
+            yield
+        finally:
+            self._computed_layers = layers
+
+    def attend(self, step: StepInputs[Tensor], sizes: StepSizes, cache: DeviceKvCache, *, pdl: bool) -> None:
+        """Compute a step up to the last layer's attention: all of its keys and values. It looks at no samples.
+
+        `pdl`: kernels begin before those in front have ended; it helps where a kernel takes a few microseconds, and
+        harms where it takes more.
         """
         room, config, num_rows = self._room, self.config, sizes.num_rows
         residual = room.residual[:num_rows]
         delta = self._embed(step, residual, pdl)
-        for index, (layer, heads, kv) in enumerate(zip(self._weights.layers, self._heads, cache.layers, strict=True)):
+        for index in self._computed_layers:
+            layer, heads, kv = self._weights.layers[index], self._heads[index], cache.layers[index]
             window = config.sliding_window if index in config.sliding_layers else None
             normed = self._normed(delta, residual, layer.attention_norm, layer.qkv_proj, pdl)
             qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
@@ -126,16 +145,20 @@ class DeviceDecoder:
             rope_and_write(
                 qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
             )
-            only_samples = layer is self._weights.layers[-1] and not sizes.keeps_all_rows
-            if only_samples and sizes.num_samples == 0:
-                return
-            attended = self._attend(queries, qkv.product, step, sizes, kv, window, pdl)
-            if only_samples:
-                attended, residual = self._only_sampled(attended, residual, step, sizes)
-            delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
-            normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
-            activated = self._activate(normed, layer, pdl)
-            delta = self._back(activated, layer.down_proj, pdl)
+            attended = self._attended(queries, qkv.product, step, sizes, kv, window, pdl)
+            if layer is not self._weights.layers[-1]:
+                delta = self._behind_attention(layer, attended, residual, pdl)
+
+    def choose(self, step: StepInputs[Tensor], sizes: StepSizes, *, pdl: bool) -> None:
+        """Compute the rest of a step, of no rows but those that are sampled or kept, and the likeliest token after each
+        row that is sampled."""
+        if sizes.num_samples == 0 and not sizes.keeps_all_rows:
+            return
+        room, last = self._room, self._weights.layers[-1]
+        attended, residual = room.attended[: sizes.num_rows], room.residual[: sizes.num_rows]
+        if not sizes.keeps_all_rows:
+            attended, residual = self._only_sampled(attended, residual, step, sizes)
+        delta = self._behind_attention(last, attended, residual, pdl)
         final = Rows(room.normed[: len(residual)])
         self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
@@ -153,8 +176,8 @@ class DeviceDecoder:
         if self.is_batch_invariant:
             logits = torch.empty((len(hidden), len(weight)), dtype=hidden.dtype, device=hidden.device)
             tile_product(hidden, weight, logits)
-            return logits
-        logits = hidden @ weight.T
+        else:
+            logits = hidden @ weight.T
         return self.ranks.whole(logits) if self.ranks else logits
 
     def _embed(self, step: StepInputs[Tensor], residual: Tensor, pdl: bool) -> Scaled | None:
@@ -169,8 +192,11 @@ class DeviceDecoder:
 
     def _norm(self, delta: Scaled | None, residual: Tensor, weight: Tensor, out: Rows, pdl: bool) -> None:
         """Add to the residual, over ranks if they have not done so by themselves, and norm it."""
-        seat = self.ranks.sums if self.ranks and self.ranks.are_few(len(residual)) else None
-        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, seat, pdl=pdl)
+        add_rms_norm(delta, residual, weight, self.config.rms_norm_eps, out, self._seat(len(residual)), pdl=pdl)
+
+    def _seat(self, num_rows: int) -> Seat | None:
+        """Where norms sum so many rows over ranks; None: they do not."""
+        return self.ranks.sums if self.ranks and self.ranks.are_few(num_rows) else None
 
     def _over_ranks(self, part: Scaled, pdl: bool) -> Scaled:
         """What a rank has of a sum: of few rows as it is, for the norm to add up."""
@@ -188,6 +214,14 @@ class DeviceDecoder:
             torch.index_select(attended, 0, step.sample_rows, out=room.sampled_attended[: sizes.num_samples]),
             torch.index_select(residual, 0, step.sample_rows, out=room.sampled[: sizes.num_samples]),
         )
+
+    def _behind_attention(
+        self, layer: DecoderLayerWeights[DeviceMatrix], attended: Tensor, residual: Tensor, pdl: bool
+    ) -> Scaled:
+        """What is left of a layer; returns what the next norm adds to the residual."""
+        delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
+        normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
+        return self._back(self._activate(normed, layer, pdl), layer.down_proj, pdl)
 
     def _normed(self, delta: Scaled | None, residual: Tensor, weight: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
         """Add to the residual, and norm it for a product."""
@@ -221,13 +255,14 @@ class DeviceDecoder:
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
         """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
-        may_split = self.ranks is None or self.ranks.are_few(len(rows.values))
-        return self._over_ranks(self._multiply(rows, matrix, self._room.hidden, pdl, may_split=may_split), pdl)
+        seat, out = self._seat(len(rows.values)), self._room.hidden[: len(rows.values)]
+        may_split = self.ranks is None or seat is not None
+        return self._over_ranks(self._multiplier(rows, matrix, out, may_split=may_split, pdl=pdl, seat=seat), pdl)
 
-    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, *, may_split: bool = False) -> Scaled:
-        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=may_split, pdl=pdl)
+    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool) -> Scaled:
+        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=False, pdl=pdl)
 
-    def _attend(
+    def _attended(
         self,
         queries: Tensor,
         qkv: Tensor,
@@ -251,7 +286,10 @@ class DeviceDecoder:
                 own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning
             )
         if sizes.num_tiles:
-            prefill_attention(queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl)
+            prefill_attention(
+                queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl,
+                is_batch_invariant=self.is_batch_invariant,
+            )  # fmt: skip
         if sizes.dense_runs:
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)

@@ -10,6 +10,8 @@ from services.worker.engine.step_plan import SeenTokens, SequenceChunk, StepPlan
 GREEDY = SamplingParameters()
 _SHARED_TOKENS = 1024
 """Of a prefix that is worth reading once for some 20 decodes."""
+_USUAL_ROWS = (1024, 512, 256, 128)
+"""Of steps with prompts whose times are taken at the start; what others take is thought to lie between."""
 _DRAWN = SamplingParameters(temperature=1.0)
 _CUT = SamplingParameters(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, frequency_penalty=0.1, repetition_penalty=1.1,
@@ -47,30 +49,40 @@ def made_up_step(
     )
 
 
+def every_way_to_choose(limits: EngineLimits) -> Iterator[StepPlan]:
+    """Steps that together take all that chooses tokens."""
+    for sampling in (_DRAWN, _CUT, GREEDY):
+        yield made_up_step(1, [min(2, limits.longest_chunk_tokens)], limits.block_size_tokens, sampling)
+
+
 def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps that together take every kernel, in every form, that steps within these limits take.
 
     Which one multiplies goes by the number of rows, of whole steps and of those that something is sampled after:
-    `cuda/matrix.py`.
+    `cuda/matrix.py`; whether it overlaps with the one in front as well.
     """
     most, max_sequences, size = limits.longest_chunk_tokens, limits.max_sequences, limits.block_size_tokens
-    for sampling in (_DRAWN, _CUT, GREEDY):
-        yield made_up_step(1, [min(2, most)], size, sampling)
-    for num_rows in (7, 24, 48, 100):
+    yield from every_way_to_choose(limits)
+    for num_rows in (7, 24, 48):
         if num_rows <= most:
             yield made_up_step(0, [num_rows], size)
-        if 1 < num_rows < max_sequences:
-            yield made_up_step(num_rows - 1, [min(100, most)], size)
     shared_tokens = -(-_SHARED_TOKENS // size) * size
-    for num_decodes in (24, 100):
-        if num_decodes < max_sequences and shared_tokens < limits.context_tokens:
-            yield made_up_step(num_decodes, [min(100, most)], size, cached_tokens=shared_tokens)
+    # Few rows, whose kernels overlap, and many.
+    for num_tokens in sorted({min(100, most), min(600, most)}):
+        for num_decodes in (6, 23, 47, 99):
+            if num_decodes < max_sequences:
+                yield made_up_step(num_decodes, [num_tokens], size)
+        for num_decodes in (24, 100):
+            if num_decodes < max_sequences and shared_tokens < limits.context_tokens:
+                yield made_up_step(num_decodes, [num_tokens], size, cached_tokens=shared_tokens)
 
 
 def usual(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps whose times tell what others take: chunks beside decodes, and decodes alone."""
     most, max_sequences, size = limits.longest_chunk_tokens, limits.max_sequences, limits.block_size_tokens
-    for num_tokens in (most, most // 2, most // 4, most // 8):
-        yield made_up_step(min(8, max_sequences - 1), [max(2, num_tokens)], size)
+    beside = min(8, max_sequences - 1)
+    for num_rows in (most, *_USUAL_ROWS):
+        if beside + 2 <= num_rows <= most:
+            yield made_up_step(beside, [num_rows - beside], size)
     for num_decodes in (64, 32, 16, 8, 4, 1):
         yield made_up_step(min(num_decodes, max_sequences), [], size)

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from services.worker.kernels import tile_product
-from services.worker.kernels.gemv import gemv
+from services.worker.kernels.gemv import gemv, gemv_and_give
+from services.worker.kernels.peers import Seat
 from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
-from services.worker.kernels.small_product import MOST_ROWS, ProductTuning, fits, small_product
+from services.worker.kernels.small_product import (
+    MOST_ROWS,
+    ProductTuning,
+    fits,
+    small_product,
+    small_product_and_give,
+)
 from services.worker.weight_format import DeviceWeightFormat
 
 ACTIVATIONS: dict[DeviceWeightFormat, torch.dtype] = {
@@ -26,8 +33,12 @@ _CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS = 256
 """Of fp8: from there on cuBLAS applies a scale a row and a channel for less than the kernel behind it."""
 _SWIGLU_IN_TILES_FROM_ROWS = 8192
 """Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
-_GEMV_MOST_FP8 = 8192
-"""Longest side of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores."""
+_GEMV_MOST_FP8_WEIGHTS = 32 << 20
+"""Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
+_GIVING_MOST_BYTES = 8192
+"""Of an output's weights: with more, `gemv_and_give`, whose programs have two, takes longer than giving in the norm."""
+_OUTPUTS_OF_ALL_PROCESSORS = 8192
+"""So many are programs for all processors without a part of the inputs each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +76,27 @@ class Multiplier:
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._parts = torch.zeros(MOST_PARTS * MOST_ROWS * largest_split, dtype=torch.float32, device=device)
 
-    def __call__(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool) -> Scaled:
-        """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts."""
+    def __call__(
+        self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool, seat: Seat | None = None
+    ) -> Scaled:
+        """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts.
+
+        With a `seat` where the norm behind sums it over ranks, it is given there, if that is done while it is made.
+        """
         num_rows, weight = len(rows.values), matrix.values
         if self._is_batch_invariant:
             tile_product.tile_product(rows.values, weight, out, pdl=pdl)
             return Scaled(out) if rows.scales is None else Scaled(out, rows.scales, matrix.channel_scales)
         if num_rows == 1 and rows.scales is None:
+            if seat and weight[0].nbytes <= _GIVING_MOST_BYTES:
+                gemv_and_give(rows.values, weight, matrix.channel_scales, out, seat, pdl=pdl)
+                return Scaled(out, is_given=True)
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
             return Scaled(out)
         tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
+        if tuning and tuning.num_splits == 1 and seat:
+            small_product_and_give(rows, weight, matrix.channel_scales, out, tuning, seat, pdl=pdl)
+            return Scaled(out, is_given=True)
         product = out
         if tuning:
             if tuning.num_splits > 1:
@@ -103,7 +125,7 @@ class Multiplier:
         """
         if matrix.channel_scales is None:
             return False
-        return self._is_batch_invariant or num_rows > 1 or max(matrix.values.shape) > _GEMV_MOST_FP8
+        return self._is_batch_invariant or num_rows > 1 or matrix.values.numel() > _GEMV_MOST_FP8_WEIGHTS
 
     def how_to_activate(self, rows: Rows, gate_up: DeviceMatrix, *, to_fp8: bool) -> Activation:
         """Return how rows are multiplied with a gate and what it opens for. `to_fp8`: what comes out is rounded."""
@@ -136,7 +158,7 @@ def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuni
         tuning = ProductTuning(128, 256, 4)
     elif num_outputs > num_inputs:
         tuning = ProductTuning(64, 256, 4)
-    elif not may_split:
+    elif not may_split or num_outputs >= _OUTPUTS_OF_ALL_PROCESSORS:
         tuning = ProductTuning(64, 256, 6)
     elif num_rows > 32:
         tuning = ProductTuning(64, 256, 6, num_splits=2)

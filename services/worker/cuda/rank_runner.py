@@ -41,6 +41,10 @@ class LeadingRunner:
         with _of_lost_ranks(self._plans):
             return LedStep(self._plans, self._runner.launch(plan))
 
+    def prepare(self) -> bool:
+        """All was prepared at the start, by all ranks at the same time."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class LedStep:

@@ -17,7 +17,7 @@ from services.worker.rank_file import RankFile
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 
-FEW_BYTES = 2 << 20
+FEW_BYTES = 8 << 20
 """A rank stores up to so much of a sum to others, who add it up in the norm that reads it; larger sums are NCCL's. See
 docs/gpu.md, "Ranks on several GPUs"."""
 WHOLE_ROWS_AT_ONCE = 16
@@ -43,9 +43,10 @@ class DeviceRanks:
     """One rank's seat among the ranks: all launch the same in the same order."""
 
     def __init__(
-        self, file: RankFile, config: DecoderConfig, most: MostRows, device: torch.device, *, has_own_device: bool
+        self, file: RankFile, config: DecoderConfig, most: MostRows, device: torch.device, *, has_nccl: bool
     ) -> None:
-        """`config` is the whole model's. All ranks do it at once. `has_own_device`: no other rank shares the device.
+        """`config` is the whole model's. All ranks do it at once. `has_nccl`: large sums are NCCL's; else the norms
+        that read them sum them all.
 
         Raises ConfigError and NcclError.
         """
@@ -56,15 +57,14 @@ class DeviceRanks:
         self._first_columns = torch.tensor(
             [*(part.start for part in parts), config.vocabulary_size], dtype=torch.int32, device=device
         )
-        # NCCL refuses ranks that share a device; then all sums are small ones. Programs beyond those that a device
-        # holds at once begin in their order on every rank, so that the first one that waits is always met.
-        self._nccl = Nccl(file) if has_own_device else None
+        self._nccl = Nccl(file) if has_nccl else None
         self._state = torch.zeros(STATE_SIZE, dtype=torch.int32, device=device)
         self._state[MOST_LOOKS] = LOOKS if device.type == "cuda" else PRETENDED_LOOKS
         row_bytes = config.hidden_size * most.dtype.itemsize * (file.world_size - 1)
-        few_rows = min(most.num_rows, FEW_BYTES // row_bytes) if self._nccl else most.num_rows
+        # Programs beyond those that a device holds at once begin in their order on every rank, so that the first one
+        # that waits is always met.
         sizes = [
-            (few_rows, Seat.words_of(config.hidden_size, most.dtype)),
+            (min(most.num_rows, FEW_BYTES // row_bytes), Seat.words_of(config.hidden_size, most.dtype)),
             (most.num_samples, RANK_WORDS),
             (places_for(WHOLE_ROWS_AT_ONCE, self._most_columns), PART),
         ]
@@ -84,7 +84,7 @@ class DeviceRanks:
 
     def are_few(self, num_rows: int) -> bool:
         """Whether rows are summed by the norm that reads them, at `sums`."""
-        return num_rows <= self.sums.num_places
+        return self._nccl is None or num_rows <= self.sums.num_places
 
     def sum(self, product: Scaled, *, pdl: bool) -> Scaled:
         """Sum a product of many rows, which is whole and in the model's type, over ranks; in place.

@@ -8,11 +8,11 @@ import torch
 from services.common.config import ConfigError
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
-from services.worker.cuda.graphs import graph_sizes
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
+from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
@@ -79,15 +79,15 @@ def start_cuda_runner(
     )
     weights, kind = load(), ACTIVATIONS[options.weights]
     if options.is_batch_invariant:
-        _check_invariant(weights, kind, shard)
+        _check_invariant(weights, kind)
     ranks = _join_ranks(file, config, most, options, device) if file else None
     model = DeviceDecoder(config, weights, shard, most, kind, ranks, is_batch_invariant=options.is_batch_invariant)
     model.may_be_dense &= options.has_dense_attention
-    sizes = graph_sizes(options.max_sequences) if options.has_graphs else []
+    filled_up_to = _filled_up_to(options, most, shard)
 
-    def runner_with(num_blocks: int) -> CudaRunner:
+    def runner_with(num_blocks: int, filled_up_to: FilledUpTo = NEVER, *, captures: bool = False) -> CudaRunner:
         cache = DeviceKvCache(rank_config, num_blocks, options.block_size_tokens, options.kv_dtype, device)
-        return CudaRunner(model, cache, most, sizes)
+        return CudaRunner(model, cache, most, filled_up_to, captures=captures)
 
     def limits_with(num_blocks: int) -> EngineLimits:
         return EngineLimits(
@@ -98,11 +98,13 @@ def start_cuda_runner(
             step_budget_ms=options.step_budget_ms,
             context_tokens=context_tokens,
             vocabulary_size=config.vocabulary_size,
+            filled_up_to=filled_up_to.chunks,
         )
 
     if device.type == "cuda":
         on_stage("compiling kernels")
-        compile_kernels(runner_with(1), limits_with(1), torch.get_num_threads())
+        with model.with_few_layers():
+            compile_kernels(runner_with(1), runner_with(1, filled_up_to), limits_with(1), torch.get_num_threads())
         if file:
             # The first step waits for other ranks in kernels, which do so for seconds only.
             file.board.exchange(b"compiled")
@@ -114,15 +116,24 @@ def start_cuda_runner(
             num_blocks = min(int(told) for told in file.board.exchange(str(num_blocks).encode()))
         if num_blocks < 1:
             raise ConfigError(f"{options.memory_share} of the device's memory leave no room for a block of KV cache")
-    runner = runner_with(num_blocks)
-    on_stage("capturing graphs")
-    runner.capture_graphs()
+    runner = runner_with(num_blocks, filled_up_to, captures=device.type == "cuda" and options.has_graphs)
+    if file:
+        # Later, ranks would not do it at the same time.
+        on_stage("capturing graphs")
+        while runner.prepare():
+            pass
     return limits_with(num_blocks), runner
 
 
-def _check_invariant(weights: DeviceWeights, kind: torch.dtype, shard: Shard) -> None:
-    if shard.world_size > 1:
-        raise ConfigError("the batch-invariant mode is for one rank: how ranks add up depends on the number of rows")
+def _filled_up_to(options: DeviceOptions, most: MostWork, shard: Shard) -> FilledUpTo:
+    if not options.has_graphs:
+        return NEVER
+    # Sums of many rows over ranks are a library's, which is not known to be right in a graph of ours.
+    chunks = chunk_sizes(most.num_rows) if shard.world_size == 1 else ()
+    return FilledUpTo(decode_sizes(options.max_sequences), chunks)
+
+
+def _check_invariant(weights: DeviceWeights, kind: torch.dtype) -> None:
     layer = weights.layers[0]
     for matrix in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj, weights.lm_head):
         if not fits(matrix.values, kind):
@@ -147,7 +158,8 @@ def _join_ranks(
         config,
         MostRows(most.num_rows, most.num_sequences, ACTIVATIONS[options.weights]),
         device,
-        has_own_device=has_own_device,
+        # It refuses ranks that share a device; and what it adds up in which order goes by the number of rows.
+        has_nccl=has_own_device and not options.is_batch_invariant,
     )
 
 

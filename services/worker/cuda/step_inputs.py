@@ -60,15 +60,15 @@ class StepSizes:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the parts, in the order of StepInputs."""
+        """Of the parts, in the order of StepInputs. Samples last: how many there are moves no other part."""
         return (
             *[(self.num_rows,)] * 4,
-            *[(self.num_samples,)] * 2,
             (self.num_pieces, PIECE_COLUMNS),
             (self.num_decodes, SPLIT_COLUMNS),
             (self.num_shared_pieces, SHARED_COLUMNS),
             (self.num_tiles, TILE_COLUMNS),
             (self.num_chunks, self.table_blocks),
+            *[(self.num_samples,)] * 2,
         )
 
     @property
@@ -89,10 +89,6 @@ class StepInputs(Generic[Array]):
     """[num_rows]: block * block_size_tokens + place in the block; -1: the row is computed for nothing"""
     places: Array
     """[num_rows]: where the sequence's last token is kept on the device"""
-    sample_rows: Array
-    """[num_samples]: rows that a token is chosen after"""
-    sample_places: Array
-    """[num_samples]; -1: computed for nothing"""
     pieces: Array
     """[num_pieces, PIECE_COLUMNS]"""
     splits: Array
@@ -103,6 +99,10 @@ class StepInputs(Generic[Array]):
     """[num_tiles, TILE_COLUMNS]"""
     block_tables: Array
     """[num_chunks, table_blocks]"""
+    sample_rows: Array
+    """[num_samples]: rows that a token is chosen after"""
+    sample_places: Array
+    """[num_samples]; -1: computed for nothing"""
 
 
 def views(numbers: Array, sizes: StepSizes) -> StepInputs[Array]:
@@ -166,20 +166,6 @@ class StepLayout:
         return len(chunk.token_ids) == 1 and (is_generated or not self.is_batch_invariant)
 
 
-def decode_sizes(num_rows: int, layout: StepLayout, *, shares: bool) -> StepSizes:
-    """Sizes of a step of decodes alone, one row each. `shares`: some have a prefix in common."""
-    return StepSizes(
-        num_rows=num_rows,
-        num_decodes=num_rows,
-        num_chunks=num_rows,
-        num_samples=num_rows,
-        num_pieces=layout.num_pieces(num_rows),
-        num_tiles=0,
-        table_blocks=layout.table_blocks,
-        num_shared_pieces=num_shared_pieces_for(num_rows) if shares else 0,
-    )
-
-
 def num_shared_pieces_for(num_decodes: int) -> int:
     """Return how many pieces of prefixes, and so how many tiles of members, a step of so many decodes has at most."""
     return _SHARED_PIECES + num_decodes // 16
@@ -190,19 +176,10 @@ def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: 
 
     `shares`: some of the decodes have a prefix in common.
     """
-    counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
     num_decodes = layout.num_decodes(chunks)
-    first_rows = np.cumsum(counts) - counts
-    runs = dense_runs(chunks) if layout.may_be_dense else ()
-    tiled = np.array(
-        [i for i in range(num_decodes, len(chunks)) if not (layout.may_be_dense and is_dense(chunks[i]))],
-        dtype=np.int64,
-    )
-    first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
-    tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
-    tiles[:, 3] = tiled[tiles[:, 3]]
+    tiles = chunk_tiles(chunks, num_decodes, leaves_dense=layout.may_be_dense)
     sizes = StepSizes(
-        num_rows=int(counts.sum()),
+        num_rows=sum(len(chunk.token_ids) for chunk in chunks),
         num_decodes=num_decodes,
         num_chunks=len(chunks),
         num_samples=sum(chunk.sample_index is not None for chunk in chunks),
@@ -210,10 +187,23 @@ def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: 
         num_tiles=len(tiles),
         table_blocks=layout.table_blocks,
         num_shared_pieces=num_shared_pieces_for(num_decodes) if shares else 0,
-        dense_runs=runs,
+        dense_runs=dense_runs(chunks) if layout.may_be_dense else (),
         keeps_all_rows=any(chunk.scored_token_ids for chunk in chunks),
     )
     return sizes, tiles
+
+
+def chunk_tiles(chunks: Sequence[SequenceChunk], num_decodes: int, *, leaves_dense: bool) -> Numbers:
+    """Return the tiles of all chunks behind the decodes, but, if `leaves_dense`, for those that cuDNN attends."""
+    counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
+    first_rows = np.cumsum(counts) - counts
+    tiled = np.array(
+        [i for i in range(num_decodes, len(chunks)) if not (leaves_dense and is_dense(chunks[i]))], dtype=np.int64
+    )
+    first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
+    tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
+    tiles[:, 3] = tiled[tiles[:, 3]]
+    return tiles
 
 
 def fill(
@@ -225,11 +215,12 @@ def fill(
     prefixes: Sequence[SharedPrefix],
     layout: StepLayout,
 ) -> None:
-    """Write a step. Chunks may be fewer than there is room for; what is behind them is computed for nothing.
+    """Write a step. Chunks and tiles may be fewer than there is room for, or none; what is behind them is computed for
+    nothing.
 
     places: [num_chunks]; tables: [num_chunks, table_blocks]; prefixes: by tiles of the kernel.
     """
-    counts = np.array([len(chunk.token_ids) for chunk in chunks])
+    counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
     num_rows, num_chunks = int(counts.sum()), len(chunks)
     chunk_of_row = np.repeat(np.arange(num_chunks), counts)
     first_rows = np.cumsum(counts) - counts
@@ -248,25 +239,27 @@ def fill(
     inputs.slots[num_rows:] = -1
     inputs.places[num_rows:] = 0
 
-    samples = np.array([chunk.sample_index is not None for chunk in chunks])
+    samples = np.array([chunk.sample_index is not None for chunk in chunks], dtype=bool)
     num_samples = int(samples.sum())
     inputs.sample_rows[:num_samples] = (first_rows + counts - 1)[samples]
     inputs.sample_places[:num_samples] = places[samples]
     inputs.sample_rows[num_samples:] = 0
     inputs.sample_places[num_samples:] = -1
 
-    num_decodes = min(len(inputs.splits), num_chunks)
+    inputs.pieces[:] = -1
+    inputs.splits[:] = 0
+    inputs.shared_pieces[:] = 0
+    num_decodes = layout.num_decodes(chunks)
     if num_decodes:
-        inputs.splits[:] = 0
         own_from = _fill_prefixes(inputs, prefixes, num_decodes, block_size_tokens)
         contexts = first_positions[:num_decodes] + 1
-        length = layout.piece_tokens(contexts - own_from, len(inputs.pieces))
+        length = layout.piece_tokens(contexts - own_from, layout.num_pieces(num_decodes))
         pieces, splits = cut_contexts(own_from, contexts, length)
         inputs.pieces[: len(pieces)] = pieces
-        inputs.pieces[len(pieces) :] = -1
         inputs.splits[:num_decodes, :2] = splits
+    inputs.tiles[:] = 0
     if tiles is not None:
-        inputs.tiles[:] = tiles
+        inputs.tiles[: len(tiles)] = tiles
     inputs.block_tables[:num_chunks] = tables
     inputs.block_tables[num_chunks:] = 0
 
@@ -276,7 +269,6 @@ def _fill_prefixes(
 ) -> Numbers:
     """Write what decodes share. Returns the position that each one's own pieces begin at: [num_decodes]."""
     own_from = np.zeros(num_decodes, dtype=np.int32)
-    inputs.shared_pieces[:] = 0
     if not prefixes:
         return own_from
     lengths = np.array([prefix.num_blocks * block_size_tokens for prefix in prefixes], dtype=np.int32)

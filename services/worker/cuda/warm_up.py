@@ -1,4 +1,4 @@
-"""Before a worker serves: every kernel is compiled, all at once, and every kind of step made and timed.
+"""Before a worker serves: every kernel is compiled, all at once, and some steps are made and timed.
 
 A kernel that were compiled in the middle of a request would take as long as a hundred steps; and to the fleet, a worker
 that makes no step for so long is lost.
@@ -14,7 +14,7 @@ from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 from services.worker.cuda.cuda_runner import CudaRunner
-from services.worker.cuda.made_up_steps import every_kind, usual
+from services.worker.cuda.made_up_steps import every_kind, every_way_to_choose, usual
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.step_plan import StepPlan
 from services.worker.engine.step_time import StepTimeModel
@@ -39,17 +39,20 @@ def compiled_only(threads: int) -> Iterator[None]:
             JITFunction.run = run
 
 
-def compile_kernels(runner: CudaRunner, limits: EngineLimits, threads: int) -> None:
-    """Compile what steps within these limits take; Triton's cache on disk has what was compiled before."""
+def compile_kernels(plain: CudaRunner, filling: CudaRunner, limits: EngineLimits, threads: int) -> None:
+    """Compile what steps within these limits take; Triton's cache on disk has what was compiled before.
+
+    `plain` computes steps as they are, `filling` fills them up: both are taken, and kernels have forms for each.
+    """
     with compiled_only(threads):
         for plan in every_kind(limits):
-            runner.launch(plan)
-        runner.rehearse_graphs()
+            plain.launch(plan)
+        filling.rehearse()
 
 
 def warm_up(runner: CudaRunner, limits: EngineLimits, step_time: StepTimeModel) -> None:
-    """Make each kind of step once, so that libraries have their plans too; then teach what steps take."""
-    for plan in every_kind(limits):
+    """Make some steps, so that what libraries load for them is there; then teach what steps take."""
+    for plan in every_way_to_choose(limits):
         runner.launch(plan).result()
     for plan in usual(limits):
         step_time.observe(plan, *timed_ms(runner, plan))

@@ -16,7 +16,7 @@ from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.warm_up import timed_ms, warm_up
 from services.worker.cuda.weights import weights_bytes
 from services.worker.engine.limits import EngineLimits
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_time import ON_A_GPU, StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.plan_ring import PlanReader, PlanWriter
 from services.worker.rank_file import RankFile
@@ -32,20 +32,20 @@ _TOLD_TIMES = 20
 
 
 def start_worker_runner(
-    engine: EngineConfig, step_time: StepTimeModel, on_progress: Callable[[str, float], None]
-) -> tuple[EngineLimits, CudaRunner | LeadingRunner]:
-    """Load a model onto the GPU, take its memory, and make each kind of step once; `step_time` sees how long they take.
+    engine: EngineConfig, on_progress: Callable[[str, float], None]
+) -> tuple[EngineLimits, CudaRunner | LeadingRunner, StepTimeModel]:
+    """Load a model onto the GPU, take its memory, and make some steps, to see how long they take.
 
     `on_progress` hears what is being done, and which share of it is. Of several ranks this is the one that leads.
     Raises ModelFileError, NcclError, and ConfigError for what the GPU cannot do, or has no memory for.
     """
     if engine.shards == 1:
-        return _start(engine, step_time, on_progress, None)
+        return _start(engine, on_progress, None)
     file = RankFile(engine.memory_fd, engine.rank, engine.shards)
-    limits, runner = _start(engine, step_time, on_progress, file)
+    limits, runner, step_time = _start(engine, on_progress, file)
     watch_ranks(file)
     bells = [socket.socket(fileno=bell) for bell in engine.bells]
-    return limits, LeadingRunner(runner, PlanWriter(file.plans, bells))
+    return limits, LeadingRunner(runner, PlanWriter(file.plans, bells)), step_time
 
 
 def start_following(engine: EngineConfig, front: socket.socket) -> tuple[EngineLimits, Callable[[], None]]:
@@ -55,7 +55,7 @@ def start_following(engine: EngineConfig, front: socket.socket) -> tuple[EngineL
     Raises as `start_worker_runner`.
     """
     file = RankFile(engine.memory_fd, engine.rank, engine.shards)
-    limits, runner = _start(engine, StepTimeModel(), lambda stage, share: None, file)
+    limits, runner, _ = _start(engine, lambda stage, share: None, file)
     watch_ranks(file)
     (bell,) = engine.bells
     plans = PlanReader(file.plans, engine.rank, socket.socket(fileno=bell), front)
@@ -63,11 +63,8 @@ def start_following(engine: EngineConfig, front: socket.socket) -> tuple[EngineL
 
 
 def _start(
-    engine: EngineConfig,
-    step_time: StepTimeModel,
-    on_progress: Callable[[str, float], None],
-    file: RankFile | None,
-) -> tuple[EngineLimits, CudaRunner]:
+    engine: EngineConfig, on_progress: Callable[[str, float], None], file: RankFile | None
+) -> tuple[EngineLimits, CudaRunner, StepTimeModel]:
     device = find_device(engine.rank, engine.shards)
     torch.set_num_threads(max(1, engine.threads // engine.shards))
     if engine.block_size_tokens not in BLOCK_SIZES_TOKENS:
@@ -94,6 +91,7 @@ def _start(
             f"--max-sequences ({engine.max_sequences}), or end what else is on it"
         ) from error
     on_progress("warming up", 0.0)
+    step_time = StepTimeModel(ON_A_GPU, limits.filled_up_to)
     if device.type == "cuda":
         warm_up(runner, limits, step_time)
     else:
@@ -102,7 +100,7 @@ def _start(
         took_ms, _ = timed_ms(runner, plan)
         for _ in range(_TOLD_TIMES):
             step_time.observe(plan, took_ms)
-    return limits, runner
+    return limits, runner, step_time
 
 
 def _options(engine: EngineConfig, config: DecoderConfig, device: torch.device) -> DeviceOptions:

@@ -17,6 +17,9 @@ class EngineLimits:
     context_tokens: int
     """Most tokens of prompt and answer together."""
     vocabulary_size: int
+    filled_up_to: tuple[int, ...] = ()
+    """Numbers of tokens, ascending, that steps with prompts are filled up to: one between two of them takes as long as
+    the larger. One of more than the last is computed as it is."""
 
     @property
     def longest_chunk_tokens(self) -> int:

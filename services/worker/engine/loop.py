@@ -26,6 +26,8 @@ FIRST_LEAD_MS = 3.0
 LEAD_MARGIN = 1.5
 """Of what planning and launching decodes took of late."""
 LEAD_SHARE = 0.1
+QUICK_LAUNCH_MS = 5.0
+"""A step with prompts that is launched in less is planned late, as decodes are, and no token is delivered before it."""
 
 
 class FrontChannel(Protocol):
@@ -97,26 +99,41 @@ class EngineLoop:
                 self._deliver_ended()
 
     def _obey_until_turn(self, busy: bool) -> bool:
-        """Carry out what the front wants, until a step is to be planned. False: it wants the engine to stop.
-
-        A command ends the wait: to launch a step with a prompt takes longer than to launch decodes.
-        """
-        commands = self._front.take(0 if busy else self._idle_ms())
-        while not commands and (early_ms := self._early_ms()) > SHORTEST_LOOK_MS:
+        """Carry out what the front wants, until a step is to be planned. False: it wants the engine to stop."""
+        commands = self._front.take(0) if busy else self._take_idly()
+        while self._obey(commands):
+            if (early_ms := self._early_ms()) <= SHORTEST_LOOK_MS:
+                return True
             # A step that ends sooner than was thought leaves the device idle.
             commands = self._front.take(min(early_ms, LONGEST_LOOK_MS))
-        return self._obey(commands)
+        return False
+
+    def _take_idly(self) -> list[engine_pb2.EngineCommand]:
+        """Wait for what the front wants. Meanwhile the runner prepares for later steps, a part at a time."""
+        while (idle_ms := self._idle_ms()) is None or idle_ms > PREPARED_LOOK_MS:
+            if not self._runner.prepare():
+                break
+            if commands := self._front.take(0):
+                return commands
+        return self._front.take(self._idle_ms())
 
     def _early_ms(self) -> float:
         """How long a step that is planned now would lie behind the one that runs, for nothing."""
-        if not self._launched or self._runner.steps_ahead == 0 or self._planner.prefills_next:
+        if not self._launched or self._runner.steps_ahead == 0:
             return 0.0
-        return self._left_ms(SURE_SHARE) - self._lead_ms
+        lead_ms, launch_ms = self._lead_ms, self._step_time.launch_ms
+        if self._planner.prefills_next:
+            if launch_ms > QUICK_LAUNCH_MS:
+                return 0.0
+            lead_ms += LEAD_MARGIN * launch_ms
+        return self._left_ms(SURE_SHARE) - lead_ms
 
     def _finishes_first(self) -> bool:
         """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that."""
-        ahead = bool(self._launched) and self._runner.steps_ahead > 0 and self._planner.prefills_next
-        return ahead and self._left_ms() < self._step_time.launch_ms
+        launch_ms = self._step_time.launch_ms
+        if not self._launched or self._runner.steps_ahead == 0 or launch_ms <= QUICK_LAUNCH_MS:
+            return False
+        return self._planner.prefills_next and self._left_ms() < launch_ms
 
     def _left_ms(self, share: float = 1.0) -> float:
         """How long the step that runs still takes, if it takes this share of what is predicted."""

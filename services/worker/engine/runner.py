@@ -38,3 +38,10 @@ class Runner(Protocol):
         unknown after it.
         """
         ...
+
+    def prepare(self) -> bool:
+        """Do a part, of some 100 ms at most, of what makes later steps faster. False: nothing is left to do.
+
+        Called while no step runs, and nothing else is to be done.
+        """
+        ...

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from services.worker.engine.size_factors import SizeFactors
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 
 # A step keeps this share of its weight with each later one: the last hundred or so count.
@@ -66,12 +67,15 @@ class StepTimeModel:
     ratio of the last steps to the fit.
 
     A device's step with prompts takes at least as long as the host takes to launch its kernels one by one. One that
-    took no longer says nothing of the device, and so is not fitted; and what is computed meanwhile costs nothing. Only
-    its owner, the loop, changes it.
+    took no longer says nothing of the device, and so is not fitted; and what is computed meanwhile costs nothing. Steps
+    with prompts that are filled up count as what they are filled up to, and each size has a factor in place of the
+    ratio. Only its owner, the loop, changes it.
     """
 
-    def __init__(self, initial: StepTimeCoefficients = INITIAL) -> None:
+    def __init__(self, initial: StepTimeCoefficients = INITIAL, filled_up_to: Sequence[int] = ()) -> None:
+        """`filled_up_to`: as of `EngineLimits`."""
         self._initial = initial
+        self._factors = SizeFactors(filled_up_to)
         # Normal equations in units of the initial coefficients, where every one of them is 1.
         self._products = [[0.0] * len(initial) for _ in initial]
         self._targets = [0.0] * len(initial)
@@ -91,16 +95,36 @@ class StepTimeModel:
 
     def predict_ms(self, plan: StepPlan) -> float:
         """Return the expected time of a step, ms."""
-        return max(self._pace * self._fitted_ms(plan), self._launch_ms if plan.has_prefill else 0.0)
+        size = self._size_of(plan)
+        pace = self._pace if size is None else self._factors.factor(size)
+        return max(pace * self._fitted_ms(plan), self._launch_ms if plan.has_prefill else 0.0)
 
     def tokens_within(self, budget_ms: float, work: StepWork, first_position: int, are_scored: bool) -> int:
         """Return how many tokens of a sequence, from a position on, fit into a step of some work within a time.
+
+        No more than fill it up: those that are left over would cost as much as many more.
+        """
+        budget_ms = max(budget_ms, self._launch_ms)
+        within = self._within(budget_ms, work, first_position, are_scored)
+        sizes = self._factors.sizes
+        if not sizes or work.num_tokens > sizes[-1]:
+            return within
+        for size in reversed(sizes):
+            more = size - work.num_tokens
+            if more > 0 and self._filled_ms(size, work, first_position, are_scored) <= budget_ms:
+                return max(more, within) if size == sizes[-1] else more
+        # What the step has is computed with the rows that fill it up: also if there is no time for more.
+        is_begun = within > 0 or work.num_prefill_tokens > 0
+        return (self._factors.filled(work.num_tokens) or 0) - work.num_tokens if is_begun else 0
+
+    def _within(self, budget_ms: float, work: StepWork, first_position: int, are_scored: bool) -> int:
+        """The same of a step that is not filled up.
 
         The largest t with fixed + a * (tokens + t) + b * (attended + t * first_position + t * (t + 1) / 2) +
         c * (scored + t, if they are) within it.
         """
         fixed_ms, per_token, per_attended, per_scored = self._coefficients
-        left_ms = max(budget_ms, self._launch_ms) / self._pace - fixed_ms - per_token * work.num_tokens
+        left_ms = budget_ms / self._pace - fixed_ms - per_token * work.num_tokens
         left_ms -= per_attended * work.num_attended_tokens + per_scored * work.num_scored_tokens
         if left_ms <= 0:
             return 0
@@ -120,16 +144,37 @@ class StepTimeModel:
             self._launch_ms += (launch_ms - self._launch_ms) * (1 - PACE_MEMORY if self._launch_ms else 1.0)
             if took_ms < HOST_BOUND * launch_ms:
                 return
-        self._pace += (1 - PACE_MEMORY) * (took_ms / max(self._fitted_ms(plan), 0.001) - self._pace)
+        ratio = took_ms / max(self._fitted_ms(plan), 0.001)
+        size = self._size_of(plan)
+        if size is None:
+            self._pace += (1 - PACE_MEMORY) * (ratio - self._pace)
+        else:
+            self._factors.observe(size, ratio)
         self._fit(plan, took_ms)
 
+    def _filled_ms(self, size: int, work: StepWork, first_position: int, are_scored: bool) -> float:
+        """What a step of some work takes that a sequence fills up."""
+        fixed_ms, per_token, per_attended, per_scored = self._coefficients
+        more = size - work.num_tokens
+        num_attended = work.num_attended_tokens + more * first_position + more * (more + 1) // 2
+        num_scored = work.num_scored_tokens + more * are_scored
+        line_ms = fixed_ms + per_token * size + per_attended * num_attended + per_scored * num_scored
+        return self._factors.factor(size) * line_ms
+
+    def _size_of(self, plan: StepPlan) -> int | None:
+        """What a step is filled up to. None: it is not."""
+        return self._factors.filled(plan.num_tokens) if plan.has_prefill else None
+
+    def _features(self, plan: StepPlan) -> tuple[float, ...]:
+        num_tokens = self._size_of(plan) or plan.num_tokens
+        return 1.0, float(num_tokens), float(plan.num_attended_tokens), float(plan.num_scored_tokens)
+
     def _fitted_ms(self, plan: StepPlan) -> float:
-        return sum(
-            feature * coefficient for feature, coefficient in zip(_features(plan), self._coefficients, strict=True)
-        )
+        features = self._features(plan)
+        return sum(feature * coefficient for feature, coefficient in zip(features, self._coefficients, strict=True))
 
     def _fit(self, plan: StepPlan, took_ms: float) -> None:
-        row = [f * c / took_ms for f, c in zip(_features(plan), self._initial, strict=True)]
+        row = [f * c / took_ms for f, c in zip(self._features(plan), self._initial, strict=True)]
         for i in range(len(row)):
             self._targets[i] = MEMORY * self._targets[i] + row[i]
             for j in range(len(row)):
@@ -140,10 +185,6 @@ class StepTimeModel:
         self._coefficients = StepTimeCoefficients(
             *(max(scale, 0.0) * c for scale, c in zip(scales, self._initial, strict=True))
         )
-
-
-def _features(plan: StepPlan) -> tuple[float, ...]:
-    return 1.0, float(plan.num_tokens), float(plan.num_attended_tokens), float(plan.num_scored_tokens)
 
 
 def _solve(matrix: list[list[float]], vector: Sequence[float]) -> list[float]:

@@ -144,19 +144,13 @@ async def start_engine(config: WorkerConfig, module: str = ENGINE_MODULE) -> Asy
 
 async def _start_rank(config: WorkerConfig, link: RankLink, module: str) -> RankProcess:
     ours, theirs = socket.socketpair()
-    bell_fds = [bell.fileno() for bell in link.bells]
     with theirs:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             module,
-            *replace(
-                engine_config(config, theirs.fileno()),
-                rank=link.rank,
-                memory_fd=link.memory_fd,
-                bell_fds=",".join(map(str, bell_fds)),
-            ).arguments(),
-            pass_fds=[theirs.fileno(), *bell_fds, *([link.memory_fd] if link.memory_fd else [])],
+            *replace(engine_config(config, theirs.fileno()), **link.told).arguments(),
+            pass_fds=[theirs.fileno(), *link.fds],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             env={**ENGINE_ENVIRONMENT, **os.environ},

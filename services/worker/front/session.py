@@ -54,6 +54,9 @@ GONE = frozenset({Verdict.STALE, Verdict.ENDED, Verdict.UNKNOWN})
 class LostError(Exception):
     """The leader no longer knows this worker: it was silent for too long."""
 
+    def __init__(self) -> None:
+        super().__init__("the leader took this worker for lost")
+
 
 class DrainedError(Exception):
     """The fleet asked this worker to hand over what it has."""

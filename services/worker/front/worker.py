@@ -28,6 +28,9 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 HEALTHY_S = 30.0
 LOAD_FAILURES = 5
+LONGEST_SILENCE_S = 300.0
+"""An engine that loads says how far it is. What it needs longest for without a word is compiling kernels, tens of
+seconds, or reading a layer from a slow disk."""
 REGISTER_TRIES = 100
 RETRY_S = 0.2
 
@@ -39,6 +42,15 @@ class EngineStartError(Exception):
     """The engine could not be started, repeatedly; its log says why."""
 
     shown_in_logs = True
+
+
+class EngineSilentError(Exception):
+    """An engine hangs while it starts."""
+
+    shown_in_logs = True
+
+    def __init__(self, stage: str, limit_s: float) -> None:
+        super().__init__(f"the engine said nothing for {limit_s:g} s, the limit, while {stage}")
 
 
 class Worker:
@@ -62,7 +74,7 @@ class Worker:
     async def run(self) -> None:
         """Return when the fleet drained this worker. Raises EngineStartError when no engine can be had."""
         pause_s, failures = FIRST_PAUSE_S, 0
-        drained = False
+        drained, last = False, ""
         while True:
             started_s = time.monotonic()
             served = False
@@ -75,8 +87,9 @@ class Worker:
                     await self._serve(engine, ready)
             except* DrainedError:
                 drained = True
-            except* (EngineDiedError, LostError) as ended:
-                logger.warning("session over", extra={"error": str(ended.exceptions[0])})
+            except* (EngineDiedError, EngineSilentError, LostError) as ended:
+                last = str(ended.exceptions[0])
+                logger.warning("session over", extra={"error": last})
             finally:
                 self._on_engine(None)
                 self._metrics.engine_is(None)
@@ -84,19 +97,26 @@ class Worker:
                 return
             failures = 0 if served else failures + 1
             if failures == LOAD_FAILURES:
-                raise EngineStartError(f"the engine failed to start {failures} times in a row")
+                raise EngineStartError(f"the engine failed to start {failures} times in a row; at last {last}")
             if time.monotonic() - started_s > HEALTHY_S:
                 pause_s = FIRST_PAUSE_S
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _loaded(self, engine: EngineClient) -> engine_pb2.EngineReady:
-        async for event in engine.events():
+        """Wait until the engine is ready. Raises EngineDiedError, and EngineSilentError if it hangs instead."""
+        events, stage = engine.events(), "starting"
+        while True:
+            try:
+                async with asyncio.timeout(LONGEST_SILENCE_S):
+                    event = await anext(events)
+            except TimeoutError as error:
+                raise EngineSilentError(stage, LONGEST_SILENCE_S) from error
             if event.HasField("loading"):
+                stage = event.loading.stage
                 self._on_loading(event.loading)
             if event.HasField("ready"):
                 return event.ready
-        raise AssertionError("events end only by an exception")
 
     async def _serve(self, engine: EngineClient, ready: engine_pb2.EngineReady) -> None:
         config = self._config

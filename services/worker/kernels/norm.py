@@ -37,14 +37,21 @@ def add_rms_norm(
 ) -> None:
     """As the reference; `residual` is changed in place, and `out` is written, with scales if it has some.
 
-    With a `seat`, delta is one rank's part of it: what is added is the sum over ranks, of parts in residual's type.
+    With a `seat`, delta is one rank's part of it: what is added is the sum over ranks, of parts in residual's type. Of
+    more rows than there are places, some meet after the others.
     """
     num_rows, size = residual.shape
-    assert seat is None or (delta is not None and num_rows <= seat.num_places and size % 2 == 0)
+    assert seat is None or (delta is not None and size % 2 == 0)
     assert seat is None or seat.num_words == Seat.words_of(size, residual.dtype)
     assert residual.is_contiguous()
     assert out.values.is_contiguous()
+    if delta and seat and num_rows > seat.num_places:
+        for first in range(0, num_rows, seat.num_places):
+            rows = slice(first, first + seat.num_places)
+            add_rms_norm(delta.of(rows), residual[rows], weight, epsilon, out.of(rows), seat, pdl=pdl)
+        return
     block = triton.next_power_of_2(size)
+    parts = len(delta.product) if delta is not None and delta.product.ndim == 3 else 1
     _add_rms_norm[(num_rows,)](
         delta.product if delta else None,
         delta.row_scales if delta else None,
@@ -54,12 +61,13 @@ def add_rms_norm(
         out.values,
         out.scales,
         size,
-        num_rows,
+        delta.product.stride(0) // size if delta is not None and parts > 1 else 0,
         epsilon,
         *seat_arguments(seat),
         RANK=seat.rank if seat else 0,
         WORLD=seat.world_size if seat else 1,
-        PARTS=len(delta.product) if delta is not None and delta.product.ndim == 3 else 1,
+        GIVES=delta is None or not delta.is_given,
+        PARTS=parts,
         BLOCK=block,
         FP8_LIMIT=FP8_MAX,
         PDL=pdl,
@@ -68,7 +76,7 @@ def add_rms_norm(
     )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["part_rows"])
 def _add_rms_norm(
     delta,
     row_scales,
@@ -78,7 +86,7 @@ def _add_rms_norm(
     out,
     out_scales,
     size,
-    num_rows,
+    part_rows,
     epsilon,
     addresses,
     counts,
@@ -86,6 +94,7 @@ def _add_rms_norm(
     num_places,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
+    GIVES: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
@@ -103,12 +112,12 @@ def _add_rms_norm(
     if delta is not None:
         d = tl.load(delta + row * size + columns, inside, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
-            d += tl.load(delta + (part * num_rows + row) * size + columns, inside, other=0.0)
+            d += tl.load(delta + (part * part_rows + row) * size + columns, inside, other=0.0)
         if channel_scales is not None:
             d = d * tl.load(row_scales + row) * channel_scale
         if addresses is not None:
             d = sum_over_ranks(
-                d, row, size, addresses, counts, state, num_places, residual.dtype.element_ty, BLOCK, RANK, WORLD
+                d, row, size, addresses, counts, state, num_places, residual.dtype.element_ty, BLOCK, RANK, WORLD, GIVES
             )
         rounded = (x + d).to(residual.dtype.element_ty)
         tl.store(residual + row * size + columns, rounded, inside)

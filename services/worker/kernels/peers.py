@@ -87,6 +87,40 @@ def give(bits, words, inside, number, addresses, RANK: tl.constexpr, WORLD: tl.c
 
 
 @triton.jit
+def give_outputs(
+    values,
+    rows,
+    inside,
+    first_column,
+    num_columns,
+    addresses,
+    counts,
+    num_places,
+    TYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+):
+    """Give columns from `first_column` on, an even one, of rows: [ROWS, COLUMNS] float32, of TYPE when they are given.
+
+    A product does so as soon as it has them; the norm that takes the rows (`sum_over_ranks`) gives nothing then, and
+    counts the meeting. rows, inside: [ROWS], the places, and whether there is such a row.
+    """
+    VALUES: tl.constexpr = 32 // TYPE.primitive_bitwidth
+    num_words = num_columns // VALUES
+    number, slot = slot_of(counts, tl.where(inside, rows, 0), num_places, num_words, WORLD)
+    words = first_column // VALUES + tl.arange(0, COLUMNS // VALUES)
+    if VALUES == 2:
+        first, second = tl.split(tl.reshape(values.to(TYPE), [ROWS, COLUMNS // 2, 2]))
+        bits = _two(first, second)
+    else:
+        bits = values.to(tl.int32, bitcast=True)
+    places = slot[:, None] + RANK * num_words + words[None, :]
+    give(bits, places, inside[:, None] & (words < num_words)[None, :], number[:, None], addresses, RANK, WORLD)
+
+
+@triton.jit
 def take(words, inside, number, addresses, state, RANK: tl.constexpr):
     """Wait until some words of this rank are there, and return their values, int32.
 
@@ -125,10 +159,12 @@ def sum_over_ranks(
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
     WORLD: tl.constexpr,
+    GIVES: tl.constexpr,
 ):
     """Return the sum of what each rank gives, [BLOCK] float32, of which the first `size` count; size is even.
 
-    It is added in the order of ranks: the same bits on all of them. Of values of 16 bits, TYPE, a word has two.
+    It is added in the order of ranks: the same bits on all of them. Of values of 16 bits, TYPE, a word has two. Unless
+    GIVES, this rank's were given before, by the product that made them.
     """
     VALUES: tl.constexpr = 32 // TYPE.primitive_bitwidth
     words = tl.arange(0, BLOCK // VALUES)
@@ -142,7 +178,8 @@ def sum_over_ranks(
         bits = own.to(tl.int32, bitcast=True)
     total = tl.zeros([BLOCK // VALUES], tl.float32)
     total_of_second = tl.zeros([BLOCK // VALUES], tl.float32)
-    give(bits, slot + RANK * num_words + words, inside, number, addresses, RANK, WORLD)
+    if GIVES:
+        give(bits, slot + RANK * num_words + words, inside, number, addresses, RANK, WORLD)
     for rank in tl.static_range(WORLD):
         given = bits
         if rank != RANK:

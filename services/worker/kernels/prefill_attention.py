@@ -67,8 +67,12 @@ def prefill_attention(
     window: int | None = None,
     *,
     pdl: bool = False,
+    is_batch_invariant: bool = False,
 ) -> None:
-    """As the reference, into `out`; rows of no tile are left as they are. A tile of 0 queries is none."""
+    """As the reference, into `out`; rows of no tile are left as they are. A tile of 0 queries is none.
+
+    `is_batch_invariant`: a row's result is the same to the last bit, wherever its chunk begins.
+    """
     _, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
     assert queries.is_contiguous()
@@ -96,6 +100,9 @@ def prefill_attention(
         launch_pdl=pdl,
         num_warps=4,
         num_stages=3 if queries.dtype.itemsize == 2 else 1,
+        # Keys that all of a tile's queries see are scaled and compared in one instruction if that may be, others, which
+        # are masked between the two, in two: that rounds another time.
+        enable_fp_fusion=not is_batch_invariant,
     )
 
 

@@ -4,7 +4,7 @@ A product of fp8 rows and fp8 weights is handed on as it is, without its scales:
 So it may come from any library, and its scales cost no pass of their own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class Rows:
         values = self.values.float()
         return values if self.scales is None else values * self.scales[:, None]
 
-    def first(self, num_rows: int) -> "Rows":
-        """Return the first rows, not copied."""
-        return Rows(self.values[:num_rows], None if self.scales is None else self.scales[:num_rows])
+    def of(self, rows: slice) -> "Rows":
+        """Return some of the rows, not copied."""
+        return Rows(self.values[rows], None if self.scales is None else self.scales[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,8 @@ class Scaled:
     """[num_rows] float32. None: there are no scales."""
     channel_scales: Tensor | None = None
     """[num_outputs] float32"""
+    is_given: bool = False
+    """Whether other ranks were given it already, for a sum over ranks; then it has no scales, and one part."""
 
     def dequantized(self) -> Tensor:
         """Return what it stands for, in float32."""
@@ -50,6 +52,11 @@ class Scaled:
         if self.row_scales is None or self.channel_scales is None:
             return product
         return product * self.row_scales[:, None] * self.channel_scales
+
+    def of(self, rows: slice) -> "Scaled":
+        """Return some of the rows, not copied."""
+        scales = None if self.row_scales is None else self.row_scales[rows]
+        return replace(self, product=self.product[..., rows, :], row_scales=scales)
 
 
 def round_rows(values: Tensor) -> Rows:

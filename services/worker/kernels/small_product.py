@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.worker.kernels.launch import after_previous, prefetch
+from services.worker.kernels.peers import Seat, give_outputs, seat_arguments
+from services.worker.kernels.rows import Rows
 
 _LINE_BYTES = 128
 
@@ -55,23 +57,64 @@ def fits(num_rows: int, weight: Tensor, tuning: ProductTuning) -> bool:
 
 def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuning, *, pdl: bool = False) -> None:
     """As the reference, into `out`, [num_splits, num_rows, num_outputs]. Takes what `fits`."""
-    (num_rows, num_inputs), num_outputs = rows.shape, len(weight)
+    _launch(Rows(rows), weight, None, out, tuning, None, pdl=pdl)
+
+
+def small_product_and_give(
+    rows: Rows,
+    weight: Tensor,
+    channel_scales: Tensor | None,
+    out: Tensor,
+    tuning: ProductTuning,
+    seat: Seat,
+    *,
+    pdl: bool = False,
+) -> None:
+    """As `small_product` in one part, with scales multiplied in, into `out`, [num_rows, num_outputs]; and gives what is
+    in `out` to the other ranks, whose norms add it up."""
+    assert tuning.num_splits == 1
+    assert len(rows.values) <= seat.num_places
+    assert seat.num_words == Seat.words_of(len(weight), out.dtype)
+    _launch(rows, weight, channel_scales, out[None], tuning, seat, pdl=pdl)
+
+
+def _launch(
+    given: Rows,
+    weight: Tensor,
+    channel_scales: Tensor | None,
+    out: Tensor,
+    tuning: ProductTuning,
+    seat: Seat | None,
+    *,
+    pdl: bool,
+) -> None:
+    rows, num_outputs = given.values, len(weight)
+    num_rows, num_inputs = rows.shape
     assert fits(num_rows, weight, tuning)
+    assert (channel_scales is None) == (given.scales is None)
     assert out.shape == (tuning.num_splits, num_rows, num_outputs)
     assert rows.is_contiguous()
     assert weight.is_contiguous()
     assert out.is_contiguous()
     block = tuning.input_bytes // weight.element_size()
     block_rows = max(16, triton.next_power_of_2(num_rows))
+    addresses, counts, _, num_places = seat_arguments(seat)
     _small_product[(num_outputs // tuning.outputs, tuning.num_splits)](
         TensorDescriptor.from_tensor(rows, [block_rows, block]),
         TensorDescriptor.from_tensor(weight, [tuning.outputs, block]),
         weight,
         out,
+        given.scales,
+        channel_scales,
         num_rows,
         num_outputs,
         num_inputs,
         num_inputs // tuning.num_splits,
+        addresses,
+        counts,
+        num_places,
+        RANK=seat.rank if seat else 0,
+        WORLD=seat.world_size if seat else 1,
         LINE=_LINE_BYTES // weight.element_size(),
         LINES_AHEAD=_lines_ahead(tuning, num_inputs * weight.element_size()),
         ROWS=block_rows,
@@ -96,10 +139,17 @@ def _small_product(
     weight,
     weights,
     out,
+    row_scales,
+    channel_scales,
     num_rows,
     num_outputs,
     num_inputs,
     inputs_a_split,
+    addresses,
+    counts,
+    num_places,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
     LINE: tl.constexpr,
     LINES_AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,5 +175,13 @@ def _small_product(
         total = tl.dot(w, tl.trans(x), total)
     columns = first_output + tl.arange(0, OUTPUTS)
     row = tl.arange(0, ROWS)
+    if channel_scales is not None:
+        total = total * tl.load(row_scales + row, row < num_rows, other=0.0)[None, :]
+        total = total * tl.load(channel_scales + columns)[:, None]
+    if addresses is not None:
+        give_outputs(
+            tl.trans(total), row, row < num_rows, first_output, num_outputs, addresses, counts, num_places,
+            out.dtype.element_ty, ROWS, OUTPUTS, RANK, WORLD,
+        )  # fmt: skip
     places = (split * num_rows + row)[None, :] * num_outputs + columns[:, None]
     tl.store(out + places, total.to(out.dtype.element_ty), (row < num_rows)[None, :])

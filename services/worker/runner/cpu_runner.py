@@ -52,6 +52,10 @@ class CpuRunner:
         scored = self._scored(hidden, batch.scored, plan.chunks)
         return FinishedStep(step_result(plan, sampled, scored))
 
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     def _sampled(self, hidden: Tensor, chunks: Sequence[SequenceChunk]) -> Iterator[tuple[int, TokenLogprobs | None]]:
         """Choose a token for each chunk that samples, of the row of `hidden` that is its last."""
         logits = self._model.logits(hidden)

@@ -35,6 +35,10 @@ class ShardedRunner:
         assert result is not None
         return FinishedStep(result)
 
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
 
 class RankRunner:
     """A rank's part of a model and of its KV cache."""

@@ -12,8 +12,10 @@ from services.worker.cpu_kernels.library import address, kernels
 from services.worker.engine.runner import RanksLostError
 from services.worker.runner.models.shard import Shard
 
-PATIENCE_S = 1.0
-"""The least that a rank waits for others. One that computes alone is waited for in proportion to what this one did."""
+PATIENCE_S = 1.5
+"""The least that a rank waits for others: so long that one that only gets no processor beside other work is not taken
+for lost, and a worker with one that is has ended within 2 s. One that computes alone is waited for in proportion to
+what this one did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,138 @@
+"""What steps are filled up to, so that a few graphs serve them all: rows, and how many of them are decodes.
+
+What is behind a step's own rows, tiles and pieces is computed for nothing: rows cost their share of the products, tiles
+and pieces only a program that leaves at once.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
+from services.worker.engine.step_plan import SequenceChunk
+from services.worker.kernels.prefill_attention import TILE_TOKENS
+
+MOST_CHUNKS = 16
+"""Prompts, or parts of prompts, in a step that is filled up."""
+MOST_ROWS = 2304
+"""Of a step with prompts that is filled up: more take the device longer than the host takes to launch them."""
+_CHUNK_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 480, 512, 640, 768, 896, 1024)
+"""Sizes of steps with prompts, and from there on multiples of 128. By time, not by rows: cuBLAS takes longer for some
+than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for
+640."""
+_DECODE_CAPS = (64,)
+"""Decodes beside prompts that there is room for, if not for all. Room for 256 beside 12 costs 0.3 ms a step, for 64
+less than 0.1: a program for nothing takes its microsecond too."""
+_LEAST_SHARING_DECODES = 16
+"""Of fewer, attention is a small part of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilledUpTo:
+    """Numbers of rows, ascending, that steps are filled up to; a step of more is computed as it is."""
+
+    decodes: tuple[int, ...] = ()
+    """Of steps of decodes alone."""
+    chunks: tuple[int, ...] = ()
+    """Of others."""
+
+
+NEVER = FilledUpTo()
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step is filled up to."""
+
+    num_rows: int
+    num_decodes: int
+    """Rows in front that may be decodes."""
+    has_chunks: bool = False
+    """Whether there is room for prompts. If not, all rows are decodes, and a token is chosen after each."""
+    shares: bool = False
+    """Whether decodes may have prefixes in common."""
+
+    def sizes(self, layout: StepLayout, num_samples: int) -> StepSizes:
+        """What the step's inputs have room for. `num_samples`: with prompts exactly the step's."""
+        return StepSizes(
+            num_rows=self.num_rows,
+            num_decodes=self.num_decodes,
+            num_chunks=self.num_decodes + (MOST_CHUNKS if self.has_chunks else 0),
+            num_samples=num_samples if self.has_chunks else self.num_rows,
+            num_pieces=layout.num_pieces(self.num_decodes),
+            # Each prompt has one tile at most that is not full.
+            num_tiles=self.num_rows // TILE_TOKENS + MOST_CHUNKS if self.has_chunks else 0,
+            table_blocks=layout.table_blocks,
+            num_shared_pieces=num_shared_pieces_for(self.num_decodes) if self.shares else 0,
+        )
+
+
+def decode_sizes(most: int) -> tuple[int, ...]:
+    """Return numbers of decodes up to `most`: of any other number, at most 6 % of the rows are computed for nothing."""
+    sizes = [1]
+    while sizes[-1] < most:
+        # The next one below it by a sixteenth: from a size on, as many as that.
+        sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // 16)))
+    return tuple(sizes)
+
+
+def chunk_sizes(most: int) -> tuple[int, ...]:
+    """Return numbers of rows, up to `most`, that steps with prompts are filled up to."""
+    sizes = (*_CHUNK_ROWS, *range(_CHUNK_ROWS[-1] + 128, MOST_ROWS + 1, 128))
+    return (*(size for size in sizes if size < most), *((most,) if most <= MOST_ROWS else ()))
+
+
+class StepShapes:
+    """The shapes of a runner's steps."""
+
+    def __init__(self, filled_up_to: FilledUpTo, layout: StepLayout, *, may_share: bool) -> None:
+        """`may_share`: whether what sequences have in common may be attended once."""
+        decodes = self._decodes = filled_up_to.decodes
+        self._chunks = filled_up_to.chunks
+        self._layout = layout
+        self._may_share = may_share
+        self._caps = sorted({min(cap, decodes[-1]) for cap in (*_DECODE_CAPS, decodes[-1])}) if decodes else []
+
+    def may_share(self, num_decodes: int) -> bool:
+        """Whether prefixes of so many decodes are worth to be looked for."""
+        return self._may_share and num_decodes >= _LEAST_SHARING_DECODES
+
+    def of(self, chunks: Sequence[SequenceChunk], *, shares: bool) -> StepShape | None:
+        """Return what a step is filled up to; None: it is computed as it is."""
+        if all(map(self._layout.is_decode, chunks)):
+            num_rows = _least(self._decodes, len(chunks))
+            return StepShape(num_rows, num_rows, shares=shares) if num_rows else None
+        num_decodes = self._layout.num_decodes(chunks)
+        num_rows = _least(self._chunks, sum(len(chunk.token_ids) for chunk in chunks))
+        cap = _least(self._caps, num_decodes)
+        is_scored = any(chunk.scored_token_ids for chunk in chunks)
+        if num_rows is None or cap is None or is_scored or len(chunks) - num_decodes > MOST_CHUNKS:
+            return None
+        return StepShape(num_rows, min(cap, num_rows), has_chunks=True, shares=shares)
+
+    def usual(self) -> list[StepShape]:
+        """Return shapes of all sizes, those first that a growing load comes to first; of steps with prompts none that
+        share."""
+        alone = [StepShape(size, size) for size in self._decodes]
+        chunks = {StepShape(size, min(cap, size), has_chunks=True) for cap in self._caps for size in self._chunks}
+        sharing = [StepShape(size, size, shares=True) for size in self._decodes if self.may_share(size)]
+        return sorted([*alone, *chunks], key=lambda shape: (shape.num_decodes, shape.num_rows)) + sharing
+
+    def forms(self) -> list[StepShape]:
+        """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows."""
+        sizes = _first_of_powers(self._decodes)
+        sharing = [StepShape(size, size, shares=True) for size in sizes if self.may_share(size)]
+        sizes_of_chunks = _first_of_powers(self._chunks)
+        chunks = [StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in sizes_of_chunks]
+        return [*(StepShape(size, size) for size in sizes), *sharing, *chunks]
+
+
+def _least(sizes: Sequence[int], wanted: int) -> int | None:
+    """Return the least size that holds so many; None: none does."""
+    index = bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else None
+
+
+def _first_of_powers(sizes: Sequence[int]) -> list[int]:
+    return [size for below, size in pairwise([0, *sizes]) if below.bit_length() != size.bit_length()]
