@@ -3,7 +3,7 @@
 The script that accepts a request enforces the backlog's limit. This is in front of it, so that the surplus of a flood
 costs neither tokenizers nor Redis anything, and is refused at once. While there is room, a gateway lets calls in by
 itself, FEW at a time. For more it asks (services.common.grants): one command for all that wait. Once the answer is that
-there is no room, calls are refused without asking, for a moment; and work for those that were let in waits, for a moment
+there is no room, calls are refused without asking, for a moment; and work for those that were let in waits, a moment
 too, until no more are refused.
 """
 
