@@ -3,7 +3,8 @@
 The script that accepts a request enforces the backlog's limit. This is in front of it, so that the surplus of a flood
 costs neither tokenizers nor Redis anything, and is refused at once. While there is room, a gateway lets calls in by
 itself, FEW at a time. For more it asks (services.common.grants): one command for all that wait. Once the answer is that
-there is no room, calls are refused without asking, for a moment.
+there is no room, calls are refused without asking, for a moment; and work for those that were let in waits, a moment
+too, until no more are refused.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ STALE_S = 0.1
 STATED_AGAIN_S = 0.05
 """What other gateways know of this one's calls on their way is no older, as long as there are any."""
 ANSWER_LIMIT_S = 0.5
-"""Longest wait for an answer; then calls go on without: storing them says what is wrong with Redis."""
+"""Longest wait for an answer; then calls go on without one: storing them says what is wrong with Redis."""
 CALM_S = 0.005
 """No call has been refused for so long: the flood is over."""
 LONGEST_S = 0.1
@@ -42,9 +43,7 @@ class Arrival:
 class Backlog:
     """Lets calls in. Used on one event loop."""
 
-    def __init__(
-        self, ask: Callable[[int, int], Awaitable[Grant]], limit: int, clock: Callable[[], float]
-    ) -> None:  # fmt: skip
+    def __init__(self, ask: Callable[[int, int], Awaitable[Grant]], limit: int, clock: Callable[[], float]) -> None:
         """`ask`: states how many calls are on their way, and asks for so many more. `clock`: the loop's, in s."""
         self._ask = ask
         self._limit = limit
@@ -89,7 +88,7 @@ class Backlog:
     async def calm(self) -> None:
         """Wait while calls are being refused, for LONGEST_S at most.
 
-        gRPC hands one call a turn to the event loop: work for those that were let in would delay all refusals.
+        gRPC hands the event loop one call a turn: work in each turn would delay all refusals.
         """
         await self._calm.wait()
 

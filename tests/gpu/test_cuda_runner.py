@@ -181,3 +181,18 @@ def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path
     folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1), tmp_path)
     with pytest.raises(ConfigError, match="multiples of 16 bytes"):
         a_runner(folder, "float32", is_batch_invariant=True)
+
+
+def test_kernels_are_compiled_of_few_layers_and_then_all_are_computed(tmp_path: Path) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=4)
+    limits, runner = a_runner(save(model, tmp_path))
+    step = made_up_step(1, [7], limits.block_size_tokens)
+
+    def written() -> list[bool]:
+        return [bool(layer.kv.any()) for layer in runner.cache.layers]
+
+    with runner._model.with_few_layers():
+        runner.launch(step).result()
+    assert written() == [True, True, False, False]
+    runner.launch(step).result()
+    assert written() == [True] * 4

@@ -183,8 +183,7 @@ class CudaRunner:
         self._model.attend(inputs, sizes, self.cache, pdl=self._overlaps(sizes.num_rows))
 
     def _choose(self, inputs: StepInputs[Tensor], sizes: StepSizes) -> None:
-        num_rows = sizes.num_rows if sizes.keeps_all_rows else sizes.num_samples
-        self._model.choose(inputs, sizes, pdl=self._overlaps(num_rows))
+        self._model.choose(inputs, sizes, pdl=self._overlaps(sizes.num_samples))
 
     def _overlaps(self, num_rows: int) -> bool:
         """Whether kernels of so many rows begin before those in front have ended."""

@@ -72,14 +72,14 @@ class Scoring:
         self, chunks: Sequence[SequenceChunk], hidden: Tensor, logits: Callable[[Tensor], Tensor]
     ) -> AskedLogprobs:
         """Those of given tokens. hidden: last hidden states of all rows of the step; `logits` maps some of them."""
+        if not any(chunk.scored_token_ids for chunk in chunks):
+            return AskedLogprobs(())
         asked: list[tuple[int, int, Place, int]] = []
         first_row = 0
         for index, chunk in enumerate(chunks):
             end = first_row + len(chunk.token_ids) - (chunk.sample_index is not None)
-            first_row += len(chunk.token_ids)
-            if not chunk.scored_token_ids:
-                continue
             begin = end - len(chunk.scored_token_ids)
+            first_row += len(chunk.token_ids)
             num_top = chunk.sampling.num_scored_logprobs
             asked += [
                 (row, token, (index, place), num_top)

@@ -94,7 +94,7 @@ class Multiplier:
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
             return Scaled(out)
         tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
-        if tuning and tuning.num_splits == 1 and seat:
+        if tuning and tuning.num_splits == 1 and seat and num_rows <= seat.num_places:
             small_product_and_give(rows, weight, matrix.channel_scales, out, tuning, seat, pdl=pdl)
             return Scaled(out, is_given=True)
         product = out

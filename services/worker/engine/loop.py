@@ -1,5 +1,6 @@
 """The engine's loop: take messages, plan, run, deliver."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class _LaunchedStep:
     launched_ms: float
     launch_ms: float
     """What launching it took."""
+    predicted_ms: float
+    """What it was thought to take."""
 
 
 class EngineLoop:
@@ -100,13 +103,19 @@ class EngineLoop:
 
     def _obey_until_turn(self, busy: bool) -> bool:
         """Carry out what the front wants, until a step is to be planned. False: it wants the engine to stop."""
-        commands = self._front.take(0) if busy else self._take_idly()
-        while self._obey(commands):
-            if (early_ms := self._early_ms()) <= SHORTEST_LOOK_MS:
-                return True
+        if not self._obey(self._front.take(0) if busy else self._take_idly()):
+            return False
+        if not self._launched or self._runner.steps_ahead == 0:
+            return True
+        lead_ms = self._lead_of_next_ms()
+        # Planned any earlier, the next step would lie behind the one that runs, for nothing.
+        while (early_ms := self._left_ms(SURE_SHARE) - lead_ms) > SHORTEST_LOOK_MS:
             # A step that ends sooner than was thought leaves the device idle.
-            commands = self._front.take(min(early_ms, LONGEST_LOOK_MS))
-        return False
+            if commands := self._front.take(min(early_ms, LONGEST_LOOK_MS)):
+                if not self._obey(commands):
+                    return False
+                lead_ms = self._lead_of_next_ms()
+        return True
 
     def _take_idly(self) -> list[engine_pb2.EngineCommand]:
         """Wait for what the front wants. Meanwhile the runner prepares for later steps, a part at a time."""
@@ -117,16 +126,12 @@ class EngineLoop:
                 return commands
         return self._front.take(self._idle_ms())
 
-    def _early_ms(self) -> float:
-        """How long a step that is planned now would lie behind the one that runs, for nothing."""
-        if not self._launched or self._runner.steps_ahead == 0:
-            return 0.0
-        lead_ms, launch_ms = self._lead_ms, self._step_time.launch_ms
-        if self._planner.prefills_next:
-            if launch_ms > QUICK_LAUNCH_MS:
-                return 0.0
-            lead_ms += LEAD_MARGIN * launch_ms
-        return self._left_ms(SURE_SHARE) - lead_ms
+    def _lead_of_next_ms(self) -> float:
+        """How long before the end of the step that runs the next one is planned."""
+        if not self._planner.prefills_next:
+            return self._lead_ms
+        launch_ms = self._step_time.launch_ms
+        return self._lead_ms + LEAD_MARGIN * launch_ms if launch_ms <= QUICK_LAUNCH_MS else math.inf
 
     def _finishes_first(self) -> bool:
         """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that."""
@@ -141,19 +146,20 @@ class EngineLoop:
         if running.running.is_done():
             return 0.0
         begun_ms = max(running.launched_ms, self._last_done_ms)
-        return begun_ms + share * self._step_time.predict_ms(running.plan) - self._clock()
+        return begun_ms + share * running.predicted_ms - self._clock()
 
     def _launch(self, plan: StepPlan, began_ms: float) -> None:
+        predicted_ms = self._step_time.predict_ms(plan)
         begins = engine_pb2.StepBegins(
             step=plan.step,
-            predicted_ms=max(1, round(self._step_time.predict_ms(plan))),
+            predicted_ms=max(1, round(predicted_ms)),
             sequence_ids=[chunk.sequence_id for chunk in plan.chunks],
         )
         self._front.send(engine_pb2.EngineEvent(begins=begins))
         launched_ms = self._clock()
         running = self._runner.launch(plan)
         now_ms = self._clock()
-        self._launched.append(_LaunchedStep(plan, running, launched_ms, now_ms - launched_ms))
+        self._launched.append(_LaunchedStep(plan, running, launched_ms, now_ms - launched_ms, predicted_ms))
         if not plan.has_prefill:
             lead_ms = LEAD_MARGIN * (now_ms - began_ms)
             # Longer at once, shorter by and by: too early costs somebody's place in a step, too late the device's time.

@@ -111,7 +111,7 @@ class Planner:
     @property
     def prefills_next(self) -> bool:
         """Whether the next step is to hold a prompt, or a part of one. O(sequences that do not decode)."""
-        begun = any(s.num_ready_tokens > 0 and not s.is_decoding for s in self._begun.values())
+        begun = any(sequence.is_prefilling for sequence in self._begun.values())
         return begun or (bool(self._waiting) and not self._is_full)
 
     @property
@@ -119,7 +119,7 @@ class Planner:
         """Tokens, of prompts and forced ones, not yet computed. O(sequences that do not decode)."""
         preparing = (sequence for sequence, _ in self._preparing.values())
         not_sampled = chain(self._begun.values(), self._waiting.values(), preparing)
-        return sum(sequence.num_ready_tokens for sequence in not_sampled if not sequence.is_decoding)
+        return sum(sequence.num_ready_tokens for sequence in not_sampled if sequence.is_prefilling)
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -372,12 +372,13 @@ class Planner:
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
-        if not self._begun and not self._waiting:
+        begun = [sequence for sequence in self._begun.values() if sequence.is_prefilling]
+        if not begun and not self._waiting:
             return chunks
         budget_ms = self._budget_ms() if chunks else None
         work = StepWork.of(chunks)
         tokens_left = self._limits.max_prefill_tokens_per_step
-        for sequence in self._prefilling(may_admit):
+        for sequence in self._prefilling(begun, may_admit):
             if budget_ms is not None:
                 within = self._step_time.tokens_within(
                     budget_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
@@ -404,10 +405,9 @@ class Planner:
         backlog_ms = self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
         return budget_ms * min(MOST_STRETCH, max(1.0, backlog_ms / (BACKLOG_BUDGETS * budget_ms)))
 
-    def _prefilling(self, may_admit: bool) -> Iterator[Sequence]:
+    def _prefilling(self, begun: list[Sequence], may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them
         cannot be, none is: large ones would starve."""
-        begun = (s for s in self._begun.values() if s.num_ready_tokens > 0 and not s.is_decoding)
         running = deque(sorted(begun, key=_rank))
         while running or may_admit:
             first = self._first_waiting() if may_admit else None
@@ -526,12 +526,12 @@ def _output(
     end: engine_pb2.SequenceEnd.ValueType,
     error: str,
 ) -> engine_pb2.SequenceOutput:
-    # What is seldom there is set where it is: a message takes as long as the fields that it is given, empty or not.
     output = engine_pb2.SequenceOutput(
         sequence_id=sequence.id,
         token_ids=() if computed.token_id is None else (computed.token_id,),
         cached_tokens=sequence.num_cached_tokens or 0,
     )
+    # Most outputs have none of these: they would cost as much as the rest.
     if end:
         output.end, output.error = end, error
     if computed.logprobs:

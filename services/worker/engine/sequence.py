@@ -197,6 +197,12 @@ class Sequence:
         return self.num_sampled_tokens > 0 and self.num_ready_tokens == 1
 
     @property
+    def is_prefilling(self) -> bool:
+        """Whether a step may compute tokens of it, of its prompt or forced ones."""
+        num_ready_tokens = self.num_ready_tokens
+        return num_ready_tokens > 1 or (num_ready_tokens == 1 and self.num_sampled_tokens == 0)
+
+    @property
     def wants_step_alone(self) -> bool:
         """Whether its steps may hold no other sequence, and it waits for one or is in one."""
         is_suspect = len(self.token_ids) - self.num_prompt_tokens < self.alone_until_tokens
@@ -215,8 +221,8 @@ class Sequence:
     @property
     def _goes_on_unseen(self) -> bool:
         """Whether the token after a pending one can be planned: it does not depend on it, and is allowed."""
-        depends = self.grammar is not None or self.sampling.has_penalties
-        return not depends and self.num_generated_tokens < self.max_tokens
+        num_generated_tokens = len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
+        return num_generated_tokens < self.max_tokens and self.grammar is None and not self.sampling.has_penalties
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state. Raises ValueError for a move that `TRANSITIONS` does not have."""

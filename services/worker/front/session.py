@@ -181,10 +181,6 @@ class Session:
         spans = AttemptSpans(self._tracer, start, self.worker)
         active = ActiveRequest(start, self._vocabulary, ids, spans, time.monotonic())
         self.active[start.key] = active
-        self._metrics.attempts.inc()
-        if active.queued_s is not None:
-            self._metrics.queue_time.observe(active.queued_s)
-        logger.info("started", extra={**active.about(), "attempt": start.attempt.number, "known": active.num_tokens})
         for choice, sequence_id in enumerate(ids):
             self._sequences[sequence_id] = (active, choice)
         if self._tracer.enabled:
@@ -193,6 +189,11 @@ class Session:
             await self._engine.send(engine_pb2.EngineCommand(add=add))
         self.journal.hurry(active)
         self._links.open(active)
+        # Told while the engine works at it.
+        self._metrics.attempts.inc()
+        if active.queued_s is not None:
+            self._metrics.queue_time.observe(active.queued_s)
+        logger.info("started", extra={**active.about(), "attempt": start.attempt.number, "known": active.num_tokens})
         if not active.run.sampling:
             delay_s = self._config.resume_grace_ms / 1000
             asyncio.get_running_loop().call_later(delay_s, self._grace_over, active)
