@@ -211,17 +211,10 @@ typedef struct {
     int64_t kv_head;
 } task;
 
-// The positions that some query of a task sees, and the number of their last vector.
-typedef struct {
-    int64_t first, last;
-} range_of_keys;
-
-static int64_t largest_of(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static range_of_keys seen_by(const attention *a, task t) {
+// The positions that some query of a task sees.
+static range seen_by(const attention *a, task t) {
     const int64_t first = t.tile->first_position;
-    return (range_of_keys){largest_of(first - a->window + 1, 0), first + t.tile->num_rows - 1};
+    return (range){greatest(first - a->window + 1, 0), first + t.tile->num_rows};
 }
 
 // Vectors are numbered from a sequence's first key; a block begins with one.
@@ -231,7 +224,7 @@ static int64_t number_of(const heads *h, int64_t position) {
     return position / h->block_size * vectors_of_block(h) + position % h->block_size / LANES;
 }
 
-static vector vector_at(const attention *a, task t, range_of_keys seen, int64_t number) {
+static vector vector_at(const attention *a, task t, range seen, int64_t number) {
     const heads *h = a->heads;
     const int64_t block = number / vectors_of_block(h), in_block = number % vectors_of_block(h) * LANES;
     const int64_t position = block * h->block_size + in_block;
@@ -240,33 +233,31 @@ static vector vector_at(const attention *a, task t, range_of_keys seen, int64_t 
         a->cache + keys_at(h, id, t.kv_head) + in_block,
         a->cache + values_at(h, id, t.kv_head) + in_block * h->head_dim,
         (int32_t)position,
-        (int)largest_of(seen.first - position, 0),
-        (int)least_of(least_of(h->block_size - in_block, LANES), seen.last - position + 1),
+        (int)greatest(seen.first - position, 0),
+        (int)least(least(h->block_size - in_block, LANES), seen.end - position),
     };
 }
 
 // The pair that begins with an even number. A vector of it that nobody sees is none, at the other one's place.
-static pair pair_at(const attention *a, task t, range_of_keys seen, int64_t number) {
-    const int64_t first = number_of(a->heads, seen.first), last = number_of(a->heads, seen.last);
+static pair pair_at(const attention *a, task t, range seen, int64_t number) {
+    const int64_t first = number_of(a->heads, seen.first), last = number_of(a->heads, seen.end - 1);
     pair p;
     for (int n = 0; n < PAIR; n++) {
-        const int64_t wanted = number + n, there = least_of(largest_of(wanted, first), last);
+        const int64_t wanted = number + n, there = least(greatest(wanted, first), last);
         p.of[n] = vector_at(a, t, seen, there);
         if (there != wanted) p.of[n].to = p.of[n].from = 0;
     }
     return p;
 }
 
-static int64_t first_pair(const attention *a, range_of_keys seen) {
-    return number_of(a->heads, seen.first) / PAIR * PAIR;
-}
+static int64_t first_pair(const attention *a, range seen) { return number_of(a->heads, seen.first) / PAIR * PAIR; }
 
 // While a pair is computed with, the one after it is asked for, line by line: the blocks of a sequence lie anywhere, so
 // that the processor cannot guess the next one. `behind` is the task after this one.
 static void attend(work *w, const attention *a, task t, task behind) {
     const heads *h = a->heads;
-    const range_of_keys seen = seen_by(a, t), seen_behind = seen_by(a, behind);
-    const int64_t last = number_of(h, seen.last);
+    const range seen = seen_by(a, t), seen_behind = seen_by(a, behind);
+    const int64_t last = number_of(h, seen.end - 1);
     take_queries(w, a, t.tile, t.kv_head);
     pair here = pair_at(a, t, seen, first_pair(a, seen)), next;
     for (int64_t number = first_pair(a, seen); number <= last; number += PAIR, here = next) {

@@ -154,7 +154,7 @@ static int are_own_rows(const pass *p, int64_t num_rows) {
 // thread's blocks, where its `own` rows begin.
 static room room_of(const decoder *d, const room *whole, int64_t own, int64_t first) {
     const int64_t attended = d->heads.num_heads * d->heads.head_dim;
-    const int64_t inputs = d->intermediate_size > attended ? d->intermediate_size : attended;
+    const int64_t most_inputs = greatest(greatest(d->hidden_size, attended), d->intermediate_size);
     room r = *whole;
     r.hidden += first * d->hidden_size;
     r.qkv += first * qkv_size(&d->heads);
@@ -162,7 +162,7 @@ static room room_of(const decoder *d, const room *whole, int64_t own, int64_t fi
     r.normed += own * d->hidden_size;
     r.gate_up += own * 2 * d->intermediate_size;
     r.gated += own * d->intermediate_size;
-    r.rounded.values += own * (d->hidden_size > inputs ? d->hidden_size : inputs);
+    r.rounded.values += own * most_inputs;
     r.rounded.scales += own;
     return r;
 }

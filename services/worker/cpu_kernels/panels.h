@@ -22,8 +22,6 @@ static inline int64_t num_panels(int64_t num_outputs) { return (num_outputs + PA
 
 static inline int64_t first_row(const task *t, int64_t piece) { return t->num_rows * piece / t->num_pieces; }
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Compute a thread's own tasks of a product. Shares are even to a part of one panel: some pieces of it.
 static ALWAYS_INLINE void do_own_tasks(team all, int64_t num_outputs, int64_t num_rows, int rows_of_a_piece,
                                        void (*compute)(void *product, task), void *product) {

@@ -14,6 +14,9 @@ typedef struct {
     int64_t first, end;
 } range;
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Who shares a piece of work: `count` threads, of which this one is number `thread`.
 typedef struct {
     int64_t thread, count;
