@@ -17,13 +17,12 @@ from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.runner import RanksLostError
 from services.worker.engine.step_plan import StepPlan
 from services.worker.plan_message import plan_message, plan_of
+from services.worker.rank_beats import BEAT_S, LOOKS_WITHOUT_BEAT
 
 NUM_SLOTS = 16
 SLOT_BYTES = 1 << 16
 PATIENCE_S = 1.5
 """How long rank 0 waits for a rank to take a part, and a rank for the rest of a plan."""
-BEAT_S = 0.2
-LOOKS_WITHOUT_BEAT = 7
 _LOOK_S = 0.0005
 _HEADER = struct.Struct("<QII")  # number of the part, its bytes, whether it is a plan's last
 _COUNT = struct.Struct("<Q")

@@ -84,10 +84,8 @@ class StepPlan:
         """Add up, once: the sums are asked for again and again while the step runs."""
         num_tokens = num_attended = num_scored = 0
         for chunk in self.chunks:
-            count = len(chunk.token_ids)
-            num_tokens += count
-            # Each token attends to itself and all before it.
-            num_attended += count * chunk.first_position + count * (count + 1) // 2
+            num_tokens += len(chunk.token_ids)
+            num_attended += chunk.num_attended_tokens
             num_scored += len(chunk.scored_token_ids)
         object.__setattr__(self, "num_tokens", num_tokens)
         object.__setattr__(self, "num_attended_tokens", num_attended)
