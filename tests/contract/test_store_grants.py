@@ -1,20 +1,17 @@
 """The script that grants does what services/common/grants.py says, whatever was stated and has expired before."""
 
 import asyncio
-from collections.abc import Iterator
 from itertools import count
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from services.common.grants import LIFE_MS, Ask, Stated, granted
 from services.common.ids import GatewayId
-from services.common.store.connection import command, connect
+from services.common.store.connection import command
 from services.common.store.grants import GrantStore
 from services.common.store.keys import Keys
-from tests.conftest import RedisServer
 
 GATEWAYS = [GatewayId(f"127.0.0.1:{number}#abc") for number in range(4)]
 
@@ -31,36 +28,23 @@ steps = st.tuples(asks, st.integers(0, 10), st.sampled_from([0, 0, 1, LIFE_MS //
 _pools = count(1)
 
 
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def client(runner: asyncio.Runner, redis_server: RedisServer) -> Iterator[Redis]:
-    client = runner.run(connect(redis_server.url))
-    yield client
-    runner.run(client.aclose())
-
-
 @settings(max_examples=150, deadline=None)
 @given(history=st.lists(steps, max_size=25))
 def test_redis_and_the_pure_code_grant_the_same(
-    runner: asyncio.Runner, client: Redis, history: list[tuple[Ask, int, int]]
+    runner: asyncio.Runner, store_client: Redis, history: list[tuple[Ask, int, int]]
 ) -> None:
     async def live() -> None:
         now_ms = 1_700_000_000_000
         pool = f"grants-{next(_pools)}"
-        keys, store = Keys(pool), GrantStore(client, pool, lambda: now_ms)
+        keys, store = Keys(pool), GrantStore(store_client, pool, lambda: now_ms)
         stated: dict[GatewayId, Stated] = {}
         for ask, length, pause_ms in history:
             now_ms += pause_ms
-            await _make_length(client, keys.intake, length)
+            await _make_length(store_client, keys.intake, length)
             expected, stated = granted(ask, stated, length, now_ms)
             assert await store.ask(ask) == expected
-            assert await _stated(client, keys.grants) == stated
-        await command(client, "DEL", keys.intake, keys.grants)
+            assert await _stated(store_client, keys.grants) == stated
+        await command(store_client, "DEL", keys.intake, keys.grants)
 
     runner.run(live())
 

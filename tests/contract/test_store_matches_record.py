@@ -1,7 +1,7 @@
 """Lua does exactly what the pure protocol does: random histories go to both, and all that can be seen is compared."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -18,9 +18,7 @@ from services.common.record.history import Held
 from services.common.record.record import MAX_DECISIONS, Attempt
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
-from services.common.store.connection import connect
 from services.common.store.recovery import Recovery
-from tests.conftest import RedisServer
 from tests.contract.builders import a_submit
 from tests.contract.record_model import KEYS, WORKERS, World, ended_states
 
@@ -67,21 +65,8 @@ histories = st.lists(steps, min_size=20, max_size=40)
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
-def client(runner: asyncio.Runner, redis_server: RedisServer) -> Iterator[Redis]:
-    client = runner.run(connect(redis_server.url))
-    yield client
-    runner.run(client.aclose())
-
-
-@pytest.fixture(scope="module")
-def run_id(runner: asyncio.Runner, client: Redis) -> str:
-    run_id = runner.run(Recovery(client, "any").needed())
+def run_id(runner: asyncio.Runner, store_client: Redis) -> str:
+    run_id = runner.run(Recovery(store_client, "any").needed())
     assert run_id is not None
     return run_id
 
@@ -92,10 +77,10 @@ _worlds = count(1)
 @settings(max_examples=250, deadline=None)
 @given(history=histories)
 def test_redis_and_the_pure_protocol_agree_on_every_history(
-    runner: asyncio.Runner, client: Redis, run_id: str, history: list[Step]
+    runner: asyncio.Runner, store_client: Redis, run_id: str, history: list[Step]
 ) -> None:
     async def live() -> None:
-        world = World(client, f"history-{next(_worlds)}")
+        world = World(store_client, f"history-{next(_worlds)}")
         await world.begin(run_id)
         for step in history:
             await _happen(world, step)
@@ -104,9 +89,9 @@ def test_redis_and_the_pure_protocol_agree_on_every_history(
     runner.run(live())
 
 
-def test_a_decision_record_is_capped_but_has_its_end(runner: asyncio.Runner, client: Redis, run_id: str) -> None:
+def test_a_decision_record_is_capped_but_has_its_end(runner: asyncio.Runner, store_client: Redis, run_id: str) -> None:
     async def live() -> None:
-        world = World(client, "capped")
+        world = World(store_client, "capped")
         await world.begin(run_id)
         await world.make(a_submit(KEYS[0]))
         for _ in range(MAX_DECISIONS + 5):
