@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from services.gateway.calm import LONGEST_S, LOOK_S, Calm
+from services.gateway.calm import LONGEST_S, LOOK_S, REST_S, Calm
 
 WITHIN_S = 10.0
 
@@ -39,7 +39,7 @@ async def done(working: "asyncio.Task[None]") -> None:
 
 
 async def test_work_goes_on_at_once_where_nothing_is_refused(gateway: Gateway) -> None:
-    await gateway.calm.wait()
+    await done(gateway.work())
 
 
 async def test_work_waits_until_no_more_calls_are_refused(gateway: Gateway) -> None:
@@ -49,6 +49,21 @@ async def test_work_waits_until_no_more_calls_are_refused(gateway: Gateway) -> N
         await asyncio.sleep(0)
         assert not working.done()
         await done(working)
+        gateway.now_s += REST_S
+
+
+async def test_refusals_now_and_then_do_not_stop_work(gateway: Gateway) -> None:
+    gateway.calm.note_refusal()
+    await done(gateway.work())
+    gateway.now_s += 0.9 * REST_S
+    gateway.calm.note_refusal()
+    await done(gateway.work())
+    gateway.now_s += 0.2 * REST_S
+    gateway.calm.note_refusal()
+    working = gateway.work()
+    await asyncio.sleep(0)
+    assert not working.done()
+    await done(working)
 
 
 async def test_a_flood_that_does_not_end_holds_up_work_once(gateway: Gateway) -> None:
@@ -59,8 +74,9 @@ async def test_a_flood_that_does_not_end_holds_up_work_once(gateway: Gateway) ->
     assert not working.done(), "by the gateway's clock no time has passed"
     gateway.now_s += LONGEST_S
     await refusing
+    gateway.now_s += 2 * REST_S
     gateway.calm.note_refusal()
-    await gateway.calm.wait()
+    await done(gateway.work())
 
 
 async def test_calls_that_waited_for_a_long_turn_of_the_event_loop_belong_to_the_flood(gateway: Gateway) -> None:
