@@ -26,6 +26,8 @@ STALE_S = 0.1
 """The same for all but one call, while that one waits for the next answer."""
 STATED_AGAIN_S = 0.05
 """What other gateways know of this one's calls on their way is no older, as long as there are any."""
+MANY = 64
+"""Calls on their way, or waiting for an answer: more than a gateway stores in 0.1 s. What comes then may be a flood."""
 ANSWER_LIMIT_S = 0.5
 """Longest wait for an answer; then calls go on without one: storing them says what is wrong with Redis."""
 
@@ -69,6 +71,8 @@ class Backlog:
 
     async def let_in(self, arrival: Arrival) -> None:
         """Go on, now or once there is an answer. Raises Exhausted: the backlog is full."""
+        if self._num_on_their_way + len(self._waiting) >= MANY:
+            self._calm.note_crowd()
         if self._room > 0 and self._num_on_their_way < FEW:
             self._room -= 1
             self._count(arrival)
@@ -81,7 +85,7 @@ class Backlog:
         self._count(arrival)
 
     async def calm(self) -> None:
-        """Wait while calls are being refused, for a moment at most."""
+        """Wait while a flood of calls comes, for a moment at most."""
         await self._calm.wait()
 
     def submitting(self, arrival: Arrival) -> None:

@@ -192,6 +192,24 @@ async def test_work_for_calls_that_were_let_in_waits_until_no_more_are_refused(g
         await working
 
 
+async def test_work_waits_for_a_crowd_before_anybody_is_refused() -> None:
+    redis = Redis()
+    redis.answers.clear()
+    many = Backlog(redis.ask, 500, asyncio.get_running_loop().time)
+    with ExitStack() as calls:
+        arriving = [
+            asyncio.create_task(many.let_in(calls.enter_context(many.arrival()))) for _ in range(backlog.MANY + 1)
+        ]
+        await asyncio.sleep(0)
+        working = asyncio.create_task(many.calm())
+        await asyncio.sleep(0)
+        assert not working.done()
+        async with asyncio.timeout(WITHIN_S):
+            await working
+        for each in arriving:
+            each.cancel()
+
+
 async def test_what_others_know_of_calls_on_their_way_is_renewed_until_there_are_none(gateway: Gateway) -> None:
     assert await gateway.calls(10) == 10
     gateway.submit(8)

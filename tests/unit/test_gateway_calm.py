@@ -1,11 +1,11 @@
-"""Work waits while a flood of calls is being refused: until it is over, and for a moment at most."""
+"""Work waits while a flood of calls comes: until it is over, and for a moment at most."""
 
 import asyncio
 import time
 
 import pytest
 
-from services.gateway.calm import LONGEST_S, LOOK_S, REST_S, Calm
+from services.gateway.calm import LONGEST_S, LONGEST_UNREFUSED_S, LOOK_S, REST_S, Calm
 
 WITHIN_S = 10.0
 
@@ -81,6 +81,23 @@ async def test_a_flood_that_does_not_end_holds_up_work_once(gateway: Gateway) ->
     gateway.now_s += 2 * REST_S
     gateway.calm.note_refusal()
     assert await at_once(gateway), "the same flood"
+
+
+async def test_a_crowd_of_which_nobody_is_refused_holds_up_work_for_less_long(gateway: Gateway) -> None:
+    gateway.calm.note_crowd()
+    assert not await at_once(gateway)
+    gateway.now_s += LONGEST_UNREFUSED_S
+    gateway.calm.note_refusal()
+    await asyncio.sleep(2 * LOOK_S)
+    gateway.calm.note_crowd()
+    assert not await at_once(gateway), "one was refused"
+    await done(gateway.work())
+    gateway.now_s += REST_S
+    gateway.calm.note_crowd()
+    gateway.now_s += LONGEST_UNREFUSED_S
+    async with asyncio.timeout(WITHIN_S):
+        while not await at_once(gateway):
+            gateway.calm.note_crowd()
 
 
 async def test_calls_that_waited_for_a_long_turn_of_the_event_loop_belong_to_the_flood(gateway: Gateway) -> None:
