@@ -31,14 +31,17 @@ class OpenAITarget:
         )
 
     async def find_model(self) -> None:
-        """Take the server's first model if none was named. Raises TargetError."""
+        """Take the server's first model if none was named. Raises TargetError: no server, or no model."""
         if self.model:
             return
         try:
             async with self._session.get(f"{self._base}/models") as response:
                 listed = await response.json()
             self.model = str(listed["data"][0]["id"])
-        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            text = f"{self._base} does not answer ({error}). Start a server there, or correct --url"
+            raise TargetError("no server", text) from error
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError("no model", f"{self._base}/models names no model ({error}); give one") from error
 
     async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:

@@ -13,7 +13,7 @@ from shoal.bench.ask import Ask
 from shoal.bench.load import closed_loop, open_loop
 from shoal.bench.openai_target import OpenAITarget
 from shoal.bench.shoal_target import ShoalTarget
-from shoal.bench.target import OnTokens, Target
+from shoal.bench.target import OnTokens, Target, TargetError
 from shoal.cli import main
 from tests.contract.paced_servers import FIRST_S, PAUSE_S, PacedServer, SteppedClock, paced_gateway, paced_http
 
@@ -88,6 +88,14 @@ async def test_a_server_that_is_not_there_is_a_failure_too() -> None:
         (answer,) = await open_loop(target, [AN_ASK], SteppedClock())
         await target.close()
         assert answer.error in ("UNAVAILABLE", "ClientConnectorError")
+
+
+async def test_a_server_that_names_no_model_wants_one_given() -> None:
+    async with paced_http(PacedServer()) as url:
+        target = OpenAITarget(f"{url}/elsewhere", "", 10.0)
+        with pytest.raises(TargetError, match=r"names no model .* give one"):
+            await target.find_model()
+        await target.close()
 
 
 async def test_a_chat_is_asked_as_a_chat() -> None:
@@ -189,7 +197,7 @@ async def test_a_failed_request_is_the_commands_failure(protocol: str, capsys: p
         (["--concurrency", "0"], "--concurrency is 0; the least is 1"),
         (["--url", "http://127.0.0.1:1", "--model", "m"], "give --vocab"),
         (["--url", "http://127.0.0.1:1", "--model", "m", "--vocab", "99", "--workload", "x"], "is none of single"),
-        (["--url", "http://127.0.0.1:1"], "give one"),
+        (["--url", "http://127.0.0.1:1"], "does not answer"),
         (["--url", "http://127.0.0.1:1", "--model", "m", "--input", "missing.jsonl"], "missing.jsonl can't be read"),
     ],
 )
