@@ -73,8 +73,10 @@ async def serve(settings: Settings) -> int:
 
 
 def _told(settings: Settings) -> dict[str, object]:
-    """The settings for a file that others may read: without the API key."""
-    return {name: value for name, value in asdict(settings).items() if name != "metadata"}
+    """The settings for a file that others may read: without the API key, and the private key that `Tls` has read."""
+    told = asdict(replace(settings, tls=None, metadata=()))
+    del told["metadata"]
+    return {**told, "tls": settings.tls is not None}
 
 
 async def _target(settings: Settings, resources: AsyncExitStack) -> tuple[Target, int | None]:

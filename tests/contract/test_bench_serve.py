@@ -15,6 +15,7 @@ from shoal.bench.openai_target import OpenAITarget
 from shoal.bench.shoal_target import ShoalTarget
 from shoal.bench.target import OnTokens, Target, TargetError
 from shoal.cli import main
+from shoal.fleet.certificates import make_certificates
 from tests.contract.paced_servers import FIRST_S, PAUSE_S, PacedServer, SteppedClock, paced_gateway, paced_http
 
 AN_ASK = Ask(max_tokens=10, token_ids=(1, 2, 3), ignore_eos=True)
@@ -178,16 +179,32 @@ async def _at_once() -> None:
     pass
 
 
+def test_what_is_written_has_no_key(tmp_path: Path) -> None:
+    files, out = make_certificates(tmp_path), tmp_path / "out.json"
+    secrets = ["--tls-certificate", str(files.certificate), "--tls-key", str(files.key), "--api-key", "shoal_secret"]
+    nobody = ["--gateways", "127.0.0.1:1", "--vocab", "1000", "--workload", "single", "--warmup", "0"]
+    assert main(["bench", "serve", *nobody, "--tls-ca", str(files.ca), *secrets, "--json", str(out)]) == 1
+    written = out.read_text()
+    assert json.loads(written)["settings"]["tls"] is True
+    assert "PRIVATE KEY" not in written
+    assert "shoal_secret" not in written
+
+
 @both
-async def test_a_failed_request_is_the_commands_failure(protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_failed_request_is_the_commands_failure(
+    protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paced = PacedServer(failures=["full"])
     paced.clock.was_read = _at_once  # type: ignore[method-assign]
     async with paced_gateway(paced) as address, paced_http(paced) as url:
         where = ["--gateways", address] if protocol == "grpc" else ["--url", url, "--vocab", "1000"]
         what = ["--workload", "prefill", "--requests", "2", "--warmup", "0", "--concurrency", "1"]
-        assert await asyncio.to_thread(main, ["bench", "serve", *where, *what]) == 1
+        files = ["--json", str(tmp_path / "out.json")]
+        assert await asyncio.to_thread(main, ["bench", "serve", *where, *what, *files]) == 1
     assert "2 requests" in (text := capsys.readouterr().out)
     assert "1 failed" in text
+    kind = {"grpc": "RESOURCE_EXHAUSTED BACKLOG_FULL", "http": "HTTP 429"}[protocol]
+    assert json.loads((tmp_path / "out.json").read_text())["summary"]["errors"] == {kind: 1}
 
 
 @pytest.mark.parametrize(
