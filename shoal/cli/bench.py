@@ -86,3 +86,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise FleetError(f"--{flag.replace('_', '-')} is {value}; the least is {least}")
     if arguments.rate is not None and arguments.rate <= 0:
         raise FleetError(f"--rate is {arguments.rate}; it must be above 0")
+    if arguments.url and not arguments.url.startswith(("http://", "https://")):
+        raise FleetError(f"--url is {arguments.url}; it looks like http://127.0.0.1:8000")
+    for flag, file in (("json", arguments.json), ("plot", arguments.plot)):
+        # Told before the load, which may take long.
+        if file and not file.parent.is_dir():
+            raise FleetError(f"--{flag} {file}: there is no folder {file.parent}")

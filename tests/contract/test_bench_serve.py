@@ -211,6 +211,9 @@ async def test_a_failed_request_is_the_commands_failure(
     ("flags", "problem"),
     [
         (["--rate", "0"], "--rate is 0.0"),
+        (["--url", "127.0.0.1:8000"], "--url is 127.0.0.1:8000; it looks like http://127.0.0.1:8000"),
+        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
+        (["--plot", "/nowhere/out.svg"], "--plot /nowhere/out.svg: there is no folder /nowhere"),
         (["--concurrency", "0"], "--concurrency is 0; the least is 1"),
         (["--url", "http://127.0.0.1:1", "--model", "m"], "give --vocab"),
         (["--url", "http://127.0.0.1:1", "--model", "m", "--vocab", "99", "--workload", "x"], "is none of single"),
