@@ -1,11 +1,13 @@
 """Any server with OpenAI's HTTP API as a target: vLLM, llama.cpp, SGLang, Shoal itself."""
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
 
+from services.common.tls.files import Tls
 from shoal._gateways import CallMetadata
 from shoal.bench.ask import Ask
 from shoal.bench.target import OnTokens, TargetError, check_length
@@ -18,14 +20,19 @@ _READ_BUFFER_BYTES = 1 << 20
 class OpenAITarget:
     """Chats go to /chat/completions, texts and tokens to /completions; all streamed."""
 
-    def __init__(self, url: str, model: str, timeout_s: float, headers: CallMetadata = ()) -> None:
-        """`url`: with or without the /v1 at its end. To be made inside an event loop."""
+    def __init__(
+        self, url: str, model: str, timeout_s: float, headers: CallMetadata = (), tls: Tls | None = None
+    ) -> None:
+        """`url`: with or without the /v1 at its end. `tls`: of an https one; None: well-known authorities.
+
+        To be made inside an event loop.
+        """
         self.name = url
         self.model = model
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._session = aiohttp.ClientSession(
             headers=dict(headers),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, ssl=_context(tls)),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             read_bufsize=_READ_BUFFER_BYTES,
         )
@@ -94,6 +101,15 @@ class OpenAITarget:
         if ask.messages:
             return {**body, "messages": list(ask.messages)}
         return {**body, "prompt": list(ask.token_ids) if ask.prompt is None else ask.prompt}
+
+
+def _context(tls: Tls | None) -> ssl.SSLContext | bool:
+    if tls is None:
+        return True
+    context = ssl.create_default_context(cafile=tls.ca)
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:

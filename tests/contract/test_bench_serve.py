@@ -179,6 +179,18 @@ async def _at_once() -> None:
     pass
 
 
+async def test_a_server_with_tls_is_measured_by_whoever_trusts_its_authority(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, paced = make_certificates(tmp_path), PacedServer()
+    paced.clock.was_read = _at_once  # type: ignore[method-assign]
+    async with paced_http(paced, files) as url:
+        what = ["--url", url, "--vocab", "1000", "--workload", "prefill", "--requests", "1"]
+        assert await asyncio.to_thread(main, ["bench", "serve", *what]) == 1
+        assert "certificate verify failed" in capsys.readouterr().err.lower()
+        assert await asyncio.to_thread(main, ["bench", "serve", *what, "--tls-ca", str(files.ca)]) == 0
+
+
 def test_what_is_written_has_no_key(tmp_path: Path) -> None:
     files, out = make_certificates(tmp_path), tmp_path / "out.json"
     secrets = ["--tls-certificate", str(files.certificate), "--tls-key", str(files.key), "--api-key", "shoal_secret"]
