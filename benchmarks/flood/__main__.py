@@ -60,6 +60,9 @@ def main() -> None:
 
 def report(name: str, seen: Flood) -> None:
     """One line."""
+    if not seen.refused_ms:
+        print(f"{name}: none refused, {seen.num_served} served", flush=True)
+        return
     refused = sorted(seen.refused_ms)
     p50, p99 = (refused[int(share * (len(refused) - 1))] for share in (0.5, 0.99))
     within = sum(took_ms <= 100 for took_ms in refused) / len(refused)

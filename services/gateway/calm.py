@@ -4,6 +4,7 @@ gRPC hands the event loop one call a turn, and work in each turn would delay all
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 
 LOOK_S = 0.005
@@ -13,6 +14,8 @@ QUIET_LOOKS = 2
 calls that waited meanwhile."""
 LONGEST_S = 0.1
 """So long, at most, work waits in one flood, however long that lasts."""
+REST_S = 0.4
+"""So long, at least, work goes on before it waits again: refusals that come now and then shall not stop it."""
 
 
 class Calm:
@@ -28,6 +31,8 @@ class Calm:
         """Since the last look."""
         self._num_quiet = 0
         """Looks."""
+        self._not_before_s = -math.inf
+        """Work waits again."""
 
     async def wait(self) -> None:
         """Until work may go on."""
@@ -36,10 +41,10 @@ class Calm:
     def note_refusal(self) -> None:
         """A call is refused."""
         self._num_refused += 1
-        if not self._in_flood:
+        if not self._in_flood and (now_s := self._clock()) >= self._not_before_s:
             self._in_flood = True
             self._goes_on.clear()
-            self._look_later(self._clock() + LONGEST_S)
+            self._look_later(now_s + LONGEST_S)
 
     def _look_later(self, until_s: float) -> None:
         asyncio.get_running_loop().call_later(LOOK_S, self._look, until_s)
@@ -47,11 +52,12 @@ class Calm:
     def _look(self, until_s: float) -> None:
         self._num_quiet = 0 if self._num_refused else self._num_quiet + 1
         self._num_refused = 0
-        if self._num_quiet < QUIET_LOOKS:
-            if self._clock() >= until_s:
-                self._goes_on.set()
-            self._look_later(until_s)
-        else:
+        is_over = self._num_quiet >= QUIET_LOOKS
+        if not self._goes_on.is_set() and (is_over or self._clock() >= until_s):
+            self._goes_on.set()
+            self._not_before_s = self._clock() + REST_S
+        if is_over:
             self._in_flood = False
             self._num_quiet = 0
-            self._goes_on.set()
+        else:
+            self._look_later(until_s)
