@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from services.common.grants import Grant
 from services.common.store.connection import StoreError
 from services.gateway.admission import backlog_full
+from services.gateway.calm import Calm
 
 FEW = 4
 """Calls on their way that other gateways need not know of: the most that this gateway lets in too many."""
@@ -27,10 +28,6 @@ STATED_AGAIN_S = 0.05
 """What other gateways know of this one's calls on their way is no older, as long as there are any."""
 ANSWER_LIMIT_S = 0.5
 """Longest wait for an answer; then calls go on without one: storing them says what is wrong with Redis."""
-CALM_S = 0.005
-"""No call has been refused for so long: the flood is over."""
-LONGEST_S = 0.1
-"""So long, at most, calls that were let in wait for that."""
 
 
 @dataclass(eq=False, slots=True)
@@ -59,9 +56,7 @@ class Backlog:
         self._waiting: list[tuple[Arrival, asyncio.Future[bool]]] = []
         """Calls for which nobody has answered yet, in order."""
         self._wanted = asyncio.Event()
-        self._refused_at_s = -math.inf
-        self._calm = asyncio.Event()
-        self._calm.set()
+        self._calm = Calm(clock)
 
     @contextmanager
     def arrival(self) -> Iterator[Arrival]:
@@ -78,7 +73,7 @@ class Backlog:
             self._room -= 1
             self._count(arrival)
         elif self._is_full() or not await self._answer(arrival):
-            self._note_refusal()
+            self._calm.note_refusal()
             raise backlog_full(self._num_taken, self._limit)
 
     def let_in_known(self, arrival: Arrival) -> None:
@@ -86,10 +81,7 @@ class Backlog:
         self._count(arrival)
 
     async def calm(self) -> None:
-        """Wait while calls are being refused, for LONGEST_S at most.
-
-        gRPC hands the event loop one call a turn: work in each turn would delay all refusals.
-        """
+        """Wait while calls are being refused, for a moment at most."""
         await self._calm.wait()
 
     def submitting(self, arrival: Arrival) -> None:
@@ -155,20 +147,6 @@ class Backlog:
             return True
         age_s = self._clock() - self._no_room_at_s
         return age_s < REMEMBERED_S or (age_s < STALE_S and bool(self._waiting))
-
-    def _note_refusal(self) -> None:
-        self._refused_at_s = self._clock()
-        if self._calm.is_set():
-            self._calm.clear()
-            self._look_whether_calm(self._refused_at_s + LONGEST_S)
-
-    def _look_whether_calm(self, until_s: float) -> None:
-        now_s = self._clock()
-        left_s = min(self._refused_at_s + CALM_S, until_s) - now_s
-        if left_s > 0:
-            asyncio.get_running_loop().call_later(left_s, self._look_whether_calm, until_s)
-        else:
-            self._calm.set()
 
     def _count(self, arrival: Arrival) -> None:
         arrival.on_its_way = True

@@ -105,10 +105,9 @@ class Generation:
         with self._backlog.arrival() as arrival:
             # Before anything else is looked at: in a flood, this is all that most calls cost.
             await self._let_in(arrival, request.request_id, caller)
-            valid = validate(request, self._model)
             async with self._in_work:
                 await self._backlog.calm()
-                return await self._accept(valid, caller, span, arrival)
+                return await self._accept(validate(request, self._model), caller, span, arrival)
 
     async def _accept(self, valid: ValidRequest, caller: Caller, span: Span, arrival: Arrival) -> Stream:
         prompt = valid.token_ids

@@ -46,7 +46,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> Responses:
         """Accept a request and stream it."""
         self._calls.enter(context, context.peer())
-        caller = Caller(await self._identity(context), traceparent_of(_metadata(context)), context.time_remaining)
+        metadata = _metadata(context)
+        identity = await self._authentication.identify(metadata)
+        caller = Caller(identity, traceparent_of(metadata), context.time_remaining)
         stream = await self._generation.start(request, caller)
         self._close_with(stream, context)
         async for response in stream.responses():

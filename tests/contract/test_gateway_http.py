@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -481,6 +482,19 @@ async def test_streams_that_outlast_the_drain_end_with_an_error(fleet: Fleet, us
     async with asyncio.timeout(WITHIN_S):
         await gateway.ended
     assert (await fleet.record(opened.key)).reader_left_at_ms
+
+
+async def test_hundreds_of_clients_may_connect_before_the_event_loop_takes_the_first(
+    fleet: Fleet, user: HttpUser
+) -> None:
+    gateway = await fleet.gateway()
+    host, _, port = gateway.addresses.http.rpartition(":")
+    with ExitStack() as connections:
+        for _ in range(300):
+            # Not awaited: the gateway, on this event loop, takes none meanwhile. A packet that is dropped is sent again
+            # after 1 s.
+            connections.enter_context(socket.create_connection((host, int(port)), timeout=0.9))
+    assert (await user.get(gateway.addresses, "/health")).status == 200
 
 
 async def served(user: HttpUser, gateway: RunningGateway) -> Events:

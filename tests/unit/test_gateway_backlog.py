@@ -10,7 +10,7 @@ from services.common.errors import Exhausted
 from services.common.grants import Grant
 from services.common.store.connection import StoreUnavailable
 from services.gateway import backlog
-from services.gateway.backlog import CALM_S, FEW, LONGEST_S, REMEMBERED_S, STALE_S, Arrival, Backlog
+from services.gateway.backlog import FEW, REMEMBERED_S, STALE_S, Arrival, Backlog
 
 WITHIN_S = 10.0
 LIMIT = 20
@@ -186,21 +186,9 @@ async def test_work_for_calls_that_were_let_in_waits_until_no_more_are_refused(g
     await gateway.backlog.calm()
     assert await gateway.calls(LIMIT + 1) == LIMIT
     working = asyncio.create_task(gateway.backlog.calm())
-    await asyncio.sleep(3 * CALM_S)
-    assert not working.done(), "by the gateway's clock no time has passed"
-    gateway.now_s += 2 * CALM_S
+    await asyncio.sleep(0)
+    assert not working.done()
     async with asyncio.timeout(WITHIN_S):
-        await working
-
-
-async def test_a_flood_that_does_not_end_holds_up_work_for_a_moment_only(gateway: Gateway) -> None:
-    assert await gateway.calls(LIMIT + 1) == LIMIT
-    working = asyncio.create_task(gateway.backlog.calm())
-    async with asyncio.timeout(WITHIN_S):
-        for _ in range(1 + round(LONGEST_S / CALM_S)):
-            assert not working.done()
-            gateway.now_s += CALM_S
-            assert not await gateway.call()
         await working
 
 

@@ -9,6 +9,9 @@ from services.gateway.http.endpoints import Endpoints
 from services.gateway.http.errors import answered
 
 KEEP_ALIVE_S = 75.0
+MAX_WAITING_CONNECTIONS = 4096
+"""That the event loop has not taken yet: as many as Linux allows by default. aiohttp's 128 are soon full when many
+clients come at once, and then the kernel drops their packets, which they send again after 1 s and 3 s."""
 STOP_S = 1.0
 """How long a response that has its end may still be written when the server stops."""
 
@@ -46,7 +49,9 @@ class HttpServer:
         host, port = host_and_port(listen)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host.strip("[]") or None, port, ssl_context=tls).start()
+            await web.TCPSite(
+                self._runner, host.strip("[]") or None, port, ssl_context=tls, backlog=MAX_WAITING_CONNECTIONS
+            ).start()
         except OSError as error:
             raise OSError(f"can't listen on {listen}: {error.strerror}. Choose another port, or 0 for any") from error
         return f"{host}:{self._runner.addresses[0][1]}"
