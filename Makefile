@@ -63,9 +63,9 @@ protos: gen/.done ## generate code from protos/
 
 setup: .venv/.done gen/.done $(KERNELS)/lib/.done ## make .venv, the generated code and the CPU kernels
 
-clean: ## remove what was made: .venv, .venv-peers, gen, the kernels, caches, local fleets' data
+clean: ## remove what was made: .venv, .venv-peers, .venv-vllm, gen, the kernels, caches, local fleets' data
 	@if [ -x $(BIN)/shoal ]; then for dir in .shoal .shoal/run; do SHOAL_STATE_DIR=$$dir $(BIN)/shoal down 2> /dev/null || :; done; fi
-	@rm -rf .venv .venv-peers gen $(KERNELS)/lib .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-peers .venv-vllm gen $(KERNELS)/lib .shoal build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.done: pyproject.toml
@@ -85,6 +85,14 @@ clean: ## remove what was made: .venv, .venv-peers, gen, the kernels, caches, lo
 	@$(PYTHON) -m venv .venv-peers
 	@CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DLLAVA_BUILD=OFF" \
 	  .venv-peers/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv-vllm/.done: benchmarks/peers/vllm-requirements.txt
+	@echo "making .venv-vllm (3.5 GB)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r $<
+	@# Not built for torch without CUDA: transformers finds and imports them, and fails. vLLM does without.
+	@.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 
 gen/.done: $(PROTOS) .venv/.done

@@ -46,6 +46,8 @@ COMPARISONS = (
     Comparison(DECODE, "shoal-int8", "openvino-q4_1"),
     Comparison(STREAMS_8, "shoal-fleet-int8", "openvino-q4_1"),
     Comparison(STREAMS_32, "shoal-fleet-int8", "openvino-q4_1"),
+    *(Comparison(workload, "shoal", "vllm-cpu") for workload in (DECODE, TTFT_512)),
+    *(Comparison(workload, "shoal-fleet", "vllm-cpu") for workload in (STREAMS_8, STREAMS_32)),
     Comparison(STREAMS_32, "shoal-fleet", "shoal", 0.92),
 )
 """Bounds for SmolLM2-135M on a machine with AVX-512; what is computed by the engine alone is compared so for the peers'

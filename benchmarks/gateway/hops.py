@@ -48,7 +48,7 @@ FIRST_TOKEN_HOPS: Sequence[Hop] = (
     ("client -> gateway", "client calls", "gateway called"),
     ("gateway: check", "gateway called", "encode asked"),
     ("gateway -> tokenizer", "encode asked", "tokenizer called"),
-    ("tokenizer: its pool", "tokenizer called", "tokenizer answers"),
+    ("tokenizer: encode", "tokenizer called", "tokenizer answers"),
     ("tokenizer -> gateway", "tokenizer answers", "encode answered"),
     ("gateway: fit, claim the id in Redis", "encode answered", "submit asked"),
     ("gateway -> Redis' intake -> scheduler", "submit asked", "place asked"),

@@ -18,6 +18,7 @@ from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import Tracer, tracing
 from services.common.tls.credentials import fleet_server_credentials
 from services.tokenizer.config import TokenizerConfig
+from services.tokenizer.encoding import TextCodec
 from services.tokenizer.metrics import TokenizerMetrics
 from services.tokenizer.pool import Pool, PoolLimits, PoolStartError
 from services.tokenizer.server import SERVICE_NAME, TokenizerService, describe_model, handlers
@@ -52,9 +53,10 @@ async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> Non
     stop = termination()
     model_path = Path(config.model_path) if config.model_path else default_model_path()
     pool = Pool(model_path, _limits(config))
-    description = describe_model(read_stored_model(model_path), config.pool)
+    model = read_stored_model(model_path)
+    description = describe_model(model, config.pool)
     counted = TokenizerMetrics(metrics, lambda: pool.num_queued)
-    service = TokenizerService(pool, description, config.max_input_bytes, counted, tracer)
+    service = TokenizerService(pool, TextCodec(model), description, config.max_input_bytes, counted, tracer)
     server = Server(
         [SERVICE_NAME],
         [("grpc.max_connection_age_ms", CONNECTION_AGE_MS)],

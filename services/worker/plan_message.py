@@ -1,18 +1,40 @@
-"""A step's plan as a message, from rank 0 to the others, and back."""
+"""A step's plan as a message, from rank 0 to the others, and back.
 
+It is in the way of every step: columns of numbers, and what Python does with all of them at once.
+"""
+
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, islice
+from typing import TypeVar, cast
 
 from gen.shoal.fleet.v1 import rank_pb2
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
-from services.worker.engine.step_plan import PENDING_TOKEN, BlockCopy, SeenTokens, SequenceChunk, StepPlan
+from services.worker.engine.step_plan import BlockCopy, SeenTokens, SequenceChunk, StepPlan
+
+_Number = TypeVar("_Number")
+_NO_SAMPLE = -1
 
 
 def plan_message(plan: StepPlan) -> rank_pb2.RankPlan:
     """Say a plan."""
+    chunks = plan.chunks
     return rank_pb2.RankPlan(
         step=plan.step,
-        chunks=map(_chunk_message, plan.chunks),
+        sequence_ids=[chunk.sequence_id for chunk in chunks],
+        num_tokens=[len(chunk.token_ids) for chunk in chunks],
+        token_ids=chain.from_iterable([chunk.token_ids for chunk in chunks]),
+        first_positions=[chunk.first_position for chunk in chunks],
+        num_blocks=[len(chunk.block_table) for chunk in chunks],
+        blocks=chain.from_iterable([chunk.block_table for chunk in chunks]),
+        sample_indices=[_NO_SAMPLE if chunk.sample_index is None else chunk.sample_index for chunk in chunks],
+        samplings=[_sampling_message(chunk.sampling) for chunk in chunks],
+        extras=[
+            _extras_message(index, chunk)
+            for index, chunk in enumerate(chunks)
+            if chunk.scored_token_ids or chunk.seen or chunk.allowed_tokens is not None
+        ],
         copy_sources=[copy.source for copy in plan.block_copies],
         copy_destinations=[copy.destination for copy in plan.block_copies],
     )
@@ -20,40 +42,54 @@ def plan_message(plan: StepPlan) -> rank_pb2.RankPlan:
 
 def plan_of(message: rank_pb2.RankPlan) -> StepPlan:
     """Read a plan."""
+    chunks = [
+        SequenceChunk(
+            SequenceId(sequence_id),
+            token_ids,
+            first_position,
+            block_table,
+            _sampling_of(sampling),
+            None if sample_index == _NO_SAMPLE else sample_index,
+        )
+        for sequence_id, token_ids, first_position, block_table, sampling, sample_index in zip(
+            message.sequence_ids,
+            _dealt_out(message.token_ids[:], message.num_tokens),
+            message.first_positions,
+            _dealt_out(cast("list[BlockId]", message.blocks[:]), message.num_blocks),
+            message.samplings,
+            message.sample_indices,
+            strict=True,
+        )
+    ]
+    for extras in message.extras:
+        chunks[extras.chunk] = _with_extras(chunks[extras.chunk], extras)
     copies = zip(message.copy_sources, message.copy_destinations, strict=True)
     return StepPlan(
         step=message.step,
-        chunks=tuple(map(_chunk_of, message.chunks)),
+        chunks=tuple(chunks),
         block_copies=tuple(BlockCopy(BlockId(source), BlockId(destination)) for source, destination in copies),
     )
 
 
-def _chunk_message(chunk: SequenceChunk) -> rank_pb2.RankChunk:
+def _dealt_out(numbers: Iterable[_Number], counts: Iterable[int]) -> Iterator[tuple[_Number, ...]]:
+    """The first so many of the numbers, the next so many, and so on."""
+    rest = iter(numbers)
+    return (tuple(islice(rest, count)) for count in counts)
+
+
+def _extras_message(index: int, chunk: SequenceChunk) -> rank_pb2.RankExtras:
     seen = chunk.seen
-    is_pending = chunk.token_ids[-1:] == (PENDING_TOKEN,)
-    return rank_pb2.RankChunk(
-        sequence_id=chunk.sequence_id,
-        token_ids=chunk.token_ids[:-1] if is_pending else chunk.token_ids,
-        has_pending_token=is_pending,
-        first_position=chunk.first_position,
-        block_table=chunk.block_table,
-        sample_index=chunk.sample_index,
+    return rank_pb2.RankExtras(
+        chunk=index,
         scored_token_ids=chunk.scored_token_ids,
         seen=rank_pb2.RankSeenTokens(prompt=seen.prompt, generated=seen.generated) if seen else None,
         allowed_tokens=chunk.allowed_tokens,
-        sampling=_sampling_message(chunk.sampling),
     )
 
 
-def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
+def _with_extras(chunk: SequenceChunk, message: rank_pb2.RankExtras) -> SequenceChunk:
     seen = message.seen
-    return SequenceChunk(
-        sequence_id=SequenceId(message.sequence_id),
-        token_ids=(*message.token_ids, PENDING_TOKEN) if message.has_pending_token else tuple(message.token_ids),
-        first_position=message.first_position,
-        block_table=tuple(map(BlockId, message.block_table)),
-        sampling=_sampling_of(message.sampling.SerializeToString()),
-        sample_index=message.sample_index if message.HasField("sample_index") else None,
+    return chunk._replace(
         scored_token_ids=tuple(message.scored_token_ids),
         seen=SeenTokens(tuple(seen.prompt), tuple(seen.generated)) if message.HasField("seen") else None,
         allowed_tokens=message.allowed_tokens if message.HasField("allowed_tokens") else None,
@@ -61,7 +97,8 @@ def _chunk_of(message: rank_pb2.RankChunk) -> SequenceChunk:
 
 
 @lru_cache(maxsize=4096)
-def _sampling_message(sampling: SamplingParameters) -> rank_pb2.RankSampling:
+def _sampling_message(sampling: SamplingParameters) -> bytes:
+    """Say it: the same, step after step, as long as a sequence is in the running set."""
     return rank_pb2.RankSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
@@ -76,12 +113,12 @@ def _sampling_message(sampling: SamplingParameters) -> rank_pb2.RankSampling:
         biases=[bias for _, bias in sampling.logit_bias],
         num_logprobs=sampling.num_logprobs,
         num_prompt_logprobs=sampling.num_prompt_logprobs,
-    )
+    ).SerializeToString()
 
 
 @lru_cache(maxsize=4096)
 def _sampling_of(data: bytes) -> SamplingParameters:
-    """Read a message, `data`: the same, step after step, as long as a sequence is in the running set."""
+    """Read a message, `data`."""
     message = rank_pb2.RankSampling.FromString(data)
     return SamplingParameters(
         temperature=message.temperature,

@@ -1,11 +1,13 @@
 """Any server with OpenAI's HTTP API as a target: vLLM, llama.cpp, SGLang, Shoal itself."""
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
 
+from services.common.tls.files import Tls
 from shoal._gateways import CallMetadata
 from shoal.bench.ask import Ask
 from shoal.bench.target import OnTokens, TargetError, check_length
@@ -18,27 +20,35 @@ _READ_BUFFER_BYTES = 1 << 20
 class OpenAITarget:
     """Chats go to /chat/completions, texts and tokens to /completions; all streamed."""
 
-    def __init__(self, url: str, model: str, timeout_s: float, headers: CallMetadata = ()) -> None:
-        """`url`: with or without the /v1 at its end. To be made inside an event loop."""
+    def __init__(
+        self, url: str, model: str, timeout_s: float, headers: CallMetadata = (), tls: Tls | None = None
+    ) -> None:
+        """`url`: with or without the /v1 at its end. `tls`: of an https one; None: well-known authorities.
+
+        To be made inside an event loop.
+        """
         self.name = url
         self.model = model
         self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._session = aiohttp.ClientSession(
             headers=dict(headers),
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, ssl=_context(tls)),
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             read_bufsize=_READ_BUFFER_BYTES,
         )
 
     async def find_model(self) -> None:
-        """Take the server's first model if none was named. Raises TargetError."""
+        """Take the server's first model if none was named. Raises TargetError: no server, or no model."""
         if self.model:
             return
         try:
             async with self._session.get(f"{self._base}/models") as response:
                 listed = await response.json()
             self.model = str(listed["data"][0]["id"])
-        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+        except (aiohttp.ClientConnectionError, TimeoutError) as error:
+            text = f"{self._base} does not answer ({error}). Start a server there, or correct --url"
+            raise TargetError("no server", text) from error
+        except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError("no model", f"{self._base}/models names no model ({error}); give one") from error
 
     async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:
@@ -91,6 +101,15 @@ class OpenAITarget:
         if ask.messages:
             return {**body, "messages": list(ask.messages)}
         return {**body, "prompt": list(ask.token_ids) if ask.prompt is None else ask.prompt}
+
+
+def _context(tls: Tls | None) -> ssl.SSLContext | bool:
+    if tls is None:
+        return True
+    context = ssl.create_default_context(cafile=tls.ca)
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ class Settings:
     slo_ttft_ms: float | None = None
     slo_itl_ms: float | None = None
     tls: Tls | None = None
-    """How to call gateways; None: in plain."""
+    """How to call gateways, None: in plain; or whom to trust at a URL, None: well-known authorities."""
     metadata: CallMetadata = ()
     """Goes with each call, in HTTP as headers: the API key."""
     json: Path | None = None
@@ -73,14 +73,16 @@ async def serve(settings: Settings) -> int:
 
 
 def _told(settings: Settings) -> dict[str, object]:
-    """The settings for a file that others may read: without the API key."""
-    return {name: value for name, value in asdict(settings).items() if name != "metadata"}
+    """The settings for a file that others may read: without the API key, and the private key that `Tls` has read."""
+    told = asdict(replace(settings, tls=None, metadata=()))
+    del told["metadata"]
+    return {**told, "tls": settings.tls is not None}
 
 
 async def _target(settings: Settings, resources: AsyncExitStack) -> tuple[Target, int | None]:
     """The server, and its model's vocabulary if it is told."""
     if settings.url:
-        openai = OpenAITarget(settings.url, settings.model, settings.timeout_s, settings.metadata)
+        openai = OpenAITarget(settings.url, settings.model, settings.timeout_s, settings.metadata, settings.tls)
         resources.push_async_callback(openai.close)
         await openai.find_model()
         return openai, settings.vocab

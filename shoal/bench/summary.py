@@ -82,7 +82,7 @@ def summarize(answers: Sequence[Answer], objective: Objective) -> Summary:
     output_tokens = sum(answer.output_tokens for answer in whole)
     return Summary(
         num_requests=len(answers),
-        errors=Counter(answer.error for answer in answers if answer.error),
+        errors=dict(Counter(answer.error for answer in answers if answer.error)),
         duration_s=duration_s,
         output_tokens=output_tokens,
         output_tokens_per_s=output_tokens / duration_s,

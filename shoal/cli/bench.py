@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal._gateways import call_metadata
 from shoal.cli import bench_engine
-from shoal.cli.access import add_access_flags
+from shoal.cli.access import add_access_flags, tls_of
 from shoal.cli.asking import gateways_of
 from shoal.fleet.errors import FleetError
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         if name not in ("gateways", "tls", "metadata")
     }
     try:
-        gateways, tls = ((), None) if arguments.url else gateways_of(arguments)
+        gateways, tls = ((), tls_of(arguments, None)) if arguments.url else gateways_of(arguments)
         settings = Settings(gateways=gateways, tls=tls, metadata=call_metadata(arguments.api_key), **told)
     except ValueError as error:
         raise FleetError(f"no client can be made: {error}") from error
@@ -86,3 +86,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise FleetError(f"--{flag.replace('_', '-')} is {value}; the least is {least}")
     if arguments.rate is not None and arguments.rate <= 0:
         raise FleetError(f"--rate is {arguments.rate}; it must be above 0")
+    if arguments.url and not arguments.url.startswith(("http://", "https://")):
+        raise FleetError(f"--url is {arguments.url}; it looks like http://127.0.0.1:8000")
+    for flag, file in (("json", arguments.json), ("plot", arguments.plot)):
+        # Told before the load, which may take long.
+        if file and not file.parent.is_dir():
+            raise FleetError(f"--{flag} {file}: there is no folder {file.parent}")

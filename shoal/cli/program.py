@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from services.common.errors import ShoalError
+from services.common.errors import ShoalError, Unavailable
 from shoal.cli import bench, chat, down, generate, keys, status, top, trace, up
 from shoal.fleet.errors import FleetError
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(parsed, given[1:]))
     except (FleetError, ShoalError) as error:
-        print(f"shoal: {error}", file=sys.stderr)
+        print(f"shoal: {error}{_advice(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -33,3 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as `| head` does; Python would complain once more at its end.
         sys.stdout = None
         return 1
+
+
+def _advice(error: FleetError | ShoalError) -> str:
+    """What to do about an error of the wire; those of a gateway, which have a reason, say so themselves."""
+    if isinstance(error, Unavailable) and not error.reason:
+        return ". Is a gateway there? Start a fleet by `shoal up`, or name its gateways by --gateways"
+    return ""

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 
 READ_LIMIT_S = 2.0
 AT_ONCE = 16
@@ -160,10 +161,12 @@ def _samples_at(address: str) -> Samples | None:
     try:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=READ_LIMIT_S) as response:
             text = str(response.read(), "utf-8")
-    except OSError:
+        families = list(text_string_to_metric_families(text))
+    except (OSError, HTTPException, ValueError):
+        # Nobody is there, or somebody who serves no metrics: a gateway's own port, say.
         return None
     samples: dict[tuple[str, str], float] = {}
-    for family in text_string_to_metric_families(text):
+    for family in families:
         for sample in family.samples:
             key = (sample.name, sample.labels.get("le", ""))
             samples[key] = samples.get(key, 0.0) + sample.value

@@ -12,6 +12,8 @@ from gen.shoal.inference.v1 import inference_pb2 as pb
 from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common.errors import Exhausted
 from services.common.rpc import Server
+from services.common.tls.credentials import http_context
+from services.common.tls.files import Tls
 
 FIRST_S, PAUSE_S = 0.5, 0.02
 
@@ -93,8 +95,8 @@ async def paced_gateway(paced: PacedServer) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def paced_http(paced: PacedServer) -> AsyncIterator[str]:
-    """Serve OpenAI's API; gives the URL."""
+async def paced_http(paced: PacedServer, tls: Tls | None = None) -> AsyncIterator[str]:
+    """Serve OpenAI's API; gives the URL. `tls`: to those who trust this certificate; None: in plain."""
     app = web.Application()
     app.router.add_get("/v1/models", _models)
     app.router.add_post(
@@ -106,11 +108,11 @@ async def paced_http(paced: PacedServer) -> AsyncIterator[str]:
     )
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=http_context(tls, False) if tls else None)
     await site.start()
     host, port = runner.addresses[0][:2]
     try:
-        yield f"http://{host}:{port}"
+        yield f"{'https' if tls else 'http'}://{host}:{port}"
     finally:
         await runner.cleanup()
 

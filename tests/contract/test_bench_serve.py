@@ -13,8 +13,9 @@ from shoal.bench.ask import Ask
 from shoal.bench.load import closed_loop, open_loop
 from shoal.bench.openai_target import OpenAITarget
 from shoal.bench.shoal_target import ShoalTarget
-from shoal.bench.target import OnTokens, Target
+from shoal.bench.target import OnTokens, Target, TargetError
 from shoal.cli import main
+from shoal.fleet.certificates import make_certificates
 from tests.contract.paced_servers import FIRST_S, PAUSE_S, PacedServer, SteppedClock, paced_gateway, paced_http
 
 AN_ASK = Ask(max_tokens=10, token_ids=(1, 2, 3), ignore_eos=True)
@@ -88,6 +89,14 @@ async def test_a_server_that_is_not_there_is_a_failure_too() -> None:
         (answer,) = await open_loop(target, [AN_ASK], SteppedClock())
         await target.close()
         assert answer.error in ("UNAVAILABLE", "ClientConnectorError")
+
+
+async def test_a_server_that_names_no_model_wants_one_given() -> None:
+    async with paced_http(PacedServer()) as url:
+        target = OpenAITarget(f"{url}/elsewhere", "", 10.0)
+        with pytest.raises(TargetError, match=r"names no model .* give one"):
+            await target.find_model()
+        await target.close()
 
 
 async def test_a_chat_is_asked_as_a_chat() -> None:
@@ -170,26 +179,57 @@ async def _at_once() -> None:
     pass
 
 
+async def test_a_server_with_tls_is_measured_by_whoever_trusts_its_authority(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, paced = make_certificates(tmp_path), PacedServer()
+    paced.clock.was_read = _at_once  # type: ignore[method-assign]
+    async with paced_http(paced, files) as url:
+        what = ["--url", url, "--vocab", "1000", "--workload", "prefill", "--requests", "1"]
+        assert await asyncio.to_thread(main, ["bench", "serve", *what]) == 1
+        assert "certificate verify failed" in capsys.readouterr().err.lower()
+        assert await asyncio.to_thread(main, ["bench", "serve", *what, "--tls-ca", str(files.ca)]) == 0
+
+
+def test_what_is_written_has_no_key(tmp_path: Path) -> None:
+    files, out = make_certificates(tmp_path), tmp_path / "out.json"
+    secrets = ["--tls-certificate", str(files.certificate), "--tls-key", str(files.key), "--api-key", "shoal_secret"]
+    nobody = ["--gateways", "127.0.0.1:1", "--vocab", "1000", "--workload", "single", "--warmup", "0"]
+    assert main(["bench", "serve", *nobody, "--tls-ca", str(files.ca), *secrets, "--json", str(out)]) == 1
+    written = out.read_text()
+    assert json.loads(written)["settings"]["tls"] is True
+    assert "PRIVATE KEY" not in written
+    assert "shoal_secret" not in written
+
+
 @both
-async def test_a_failed_request_is_the_commands_failure(protocol: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_failed_request_is_the_commands_failure(
+    protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paced = PacedServer(failures=["full"])
     paced.clock.was_read = _at_once  # type: ignore[method-assign]
     async with paced_gateway(paced) as address, paced_http(paced) as url:
         where = ["--gateways", address] if protocol == "grpc" else ["--url", url, "--vocab", "1000"]
         what = ["--workload", "prefill", "--requests", "2", "--warmup", "0", "--concurrency", "1"]
-        assert await asyncio.to_thread(main, ["bench", "serve", *where, *what]) == 1
+        files = ["--json", str(tmp_path / "out.json")]
+        assert await asyncio.to_thread(main, ["bench", "serve", *where, *what, *files]) == 1
     assert "2 requests" in (text := capsys.readouterr().out)
     assert "1 failed" in text
+    kind = {"grpc": "RESOURCE_EXHAUSTED BACKLOG_FULL", "http": "HTTP 429"}[protocol]
+    assert json.loads((tmp_path / "out.json").read_text())["summary"]["errors"] == {kind: 1}
 
 
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
         (["--rate", "0"], "--rate is 0.0"),
+        (["--url", "127.0.0.1:8000"], "--url is 127.0.0.1:8000; it looks like http://127.0.0.1:8000"),
+        (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
+        (["--plot", "/nowhere/out.svg"], "--plot /nowhere/out.svg: there is no folder /nowhere"),
         (["--concurrency", "0"], "--concurrency is 0; the least is 1"),
         (["--url", "http://127.0.0.1:1", "--model", "m"], "give --vocab"),
         (["--url", "http://127.0.0.1:1", "--model", "m", "--vocab", "99", "--workload", "x"], "is none of single"),
-        (["--url", "http://127.0.0.1:1"], "give one"),
+        (["--url", "http://127.0.0.1:1"], "does not answer"),
         (["--url", "http://127.0.0.1:1", "--model", "m", "--input", "missing.jsonl"], "missing.jsonl can't be read"),
     ],
 )

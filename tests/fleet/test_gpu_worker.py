@@ -1,5 +1,7 @@
-"""`shoal up --device cuda`: workers compute on a GPU, in CI in Triton's interpreter; clients see no difference."""
+"""`shoal up --device cuda`: workers compute on GPUs, in CI in Triton's interpreter; clients see no difference."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import shoal
 from tests.fleet.conftest import Fleet, run_shoal
 from tests.unit.tiny_models import save, tiny_model
 
@@ -23,24 +26,46 @@ def model() -> Any:
     return tiny_model("llama", vocab_size=300, eos_token_id=END, **SMALLEST)
 
 
-@pytest.fixture(scope="module")
-def fleet(model: Any, start: Callable[..., Fleet], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["whole", "two-shards"])
+def fleet(
+    model: Any, start: Callable[..., Fleet], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Fleet]:
     """Of a folder without a tokenizer: `--dummy` makes one up. Its weights are there all the same, and are not read."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < request.param:
+        pytest.skip("takes a GPU for each shard")
     folder = save(model, tmp_path_factory.mktemp("models") / "tiny")
     with pytest.MonkeyPatch.context() as environment:
         if not torch.cuda.is_available():
             environment.setenv("TRITON_INTERPRET", "1")
         for name, value in SIZES.items():
             environment.setenv(f"SHOAL_{name}", str(value))
-        yield start("--model", str(folder), "--device", "cuda", "--dtype", "float32", "--dummy")
+        shards = ("--shards", str(request.param))
+        yield start("--model", str(folder), "--device", "cuda", "--dtype", "float32", "--dummy", *shards)
+
+
+def ask(client: shoal.Client, max_tokens: int) -> shoal.Stream:
+    return client.generate(token_ids=PROMPT, max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
 
 def test_a_client_is_answered(fleet: Fleet) -> None:
     with fleet.client() as client:
-        stream = client.generate(token_ids=PROMPT, max_tokens=3, temperature=0, ignore_eos=True)
+        stream = ask(client, 3)
         stream.read()
     assert len(stream.token_ids) == 3
     assert stream.text, "each token of a made-up tokenizer has a text"
+
+
+@pytest.mark.parametrize("fleet", [2], indirect=True, ids=["two-shards"])
+def test_a_process_that_is_killed_costs_no_token(fleet: Fleet) -> None:
+    with fleet.client() as client:
+        undisturbed = ask(client, 6)
+        undisturbed.read()
+        disturbed = ask(client, 6)
+        next(iter(disturbed))
+        os.kill(fleet.of_kind("engine")[-1].pid, signal.SIGKILL)
+        disturbed.read()
+    assert len(disturbed.token_ids) == 6
+    assert disturbed.token_ids == undisturbed.token_ids
 
 
 @pytest.mark.parametrize("flags", [["--dtype", "fp8"], ["--kv-dtype", "fp8"], ["--dummy"]])

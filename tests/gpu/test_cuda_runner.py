@@ -185,7 +185,8 @@ def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path
 
 def test_kernels_are_compiled_of_few_layers_and_then_all_are_computed(tmp_path: Path) -> None:
     model = tiny_model("qwen3", num_hidden_layers=4)
-    limits, runner = a_runner(save(model, tmp_path))
+    # A graph would be of the few layers that were computed when it was captured.
+    limits, runner = a_runner(save(model, tmp_path), has_graphs=False)
     step = made_up_step(1, [7], limits.block_size_tokens)
 
     def written() -> list[bool]:

@@ -16,6 +16,7 @@ from services.worker.kernels.choose_token import (
 )
 from services.worker.kernels.embedding import embed, embed_reference
 from services.worker.kernels.gemv import gemv, gemv_reference, gemv_swiglu, gemv_swiglu_reference
+from services.worker.kernels.gemv_rope import gemv_rope, gemv_rope_reference
 from services.worker.kernels.norm import add_rms_norm, add_rms_norm_reference
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write, rope_and_write_reference
@@ -180,6 +181,37 @@ def test_queries_are_turned_and_keys_and_values_written(
     dense = qkv.product.view(num_tokens, -1, head_dim)[slots >= 0, num_heads:].float()
     cached = by_slot(expected_kv).view(num_blocks * block_size, -1, head_dim)[slots[slots >= 0].long()]
     assert float((dense - cached).norm() / cached.norm()) < (0.04 if kv_dtype else 2e-3)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, FP8])
+@pytest.mark.parametrize(
+    ("slot", "has_bias", "has_fp8_cache"), [(37, False, False), (-1, True, False), (16, True, True)]
+)
+def test_one_row_is_multiplied_and_its_heads_turned_and_written(
+    heads: tuple[int, int, int], weight_dtype: torch.dtype, slot: int, has_bias: bool, has_fp8_cache: bool
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    dtype = DTYPES[1] if weight_dtype == FP8 else weight_dtype
+    generator = seeded(6)
+    num_inputs, num_outputs = 4096 if IS_CUDA else 72, (num_heads + 2 * num_kv_heads) * head_dim
+    weights = HeadWeights(
+        rotary_table(300, torch.rand(head_dim // 2, generator=generator)).to(DEVICE),
+        random(generator, num_outputs) if has_bias else None,
+    )
+    row = random(generator, 1, num_inputs, dtype=dtype)
+    weight = (random(generator, num_outputs, num_inputs) / 64).to(weight_dtype)
+    scales = random(generator, num_outputs).abs() if weight_dtype == FP8 else None
+    position = torch.tensor([299], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([slot], dtype=torch.int32, device=DEVICE)
+    kv = random(generator, 4, 2, num_kv_heads, 16, head_dim).to(FP8 if has_fp8_cache else dtype)
+    expected_kv = kv.clone()
+    queries = torch.full((1, num_heads, head_dim), math.nan, device=DEVICE).to(dtype)
+    gemv_rope(row, weight, scales, weights, position, slots, PagedLayer(kv), queries)
+    expected = gemv_rope_reference(row, weight, scales, weights, position, slots, PagedLayer(expected_kv))
+    assert_near(queries, expected)
+    difference = (kv.float() - expected_kv.float()).norm() / expected_kv.float().norm()
+    assert float(difference) < (0.04 if has_fp8_cache else 1e-5 if dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(130, 4096), (64, 14336)] if IS_CUDA else [(7, 48), (3, 130)])

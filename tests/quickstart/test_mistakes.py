@@ -97,6 +97,18 @@ def test_no_fleet_runs(tmp_path: Path) -> None:
     assert "start one by `shoal up`" in shoal_says(tmp_path, "generate", "hello")
 
 
+def test_no_gateway_is_there(tmp_path: Path) -> None:
+    said = shoal_says(tmp_path, "bench", "serve", "--gateways", "127.0.0.1:1")
+    assert "Connection refused" in said
+    assert "Start a fleet by `shoal up`, or name its gateways by --gateways" in said
+
+
+def test_no_server_is_there(tmp_path: Path) -> None:
+    said = shoal_says(tmp_path, "bench", "serve", "--url", "http://127.0.0.1:1", "--vocab", "100")
+    assert "http://127.0.0.1:1/v1 does not answer" in said
+    assert "Start a server there, or correct --url" in said
+
+
 def test_the_document_has_the_words_that_are_said() -> None:
     text = DOCUMENT.read_text()
     for words in (

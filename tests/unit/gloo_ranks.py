@@ -1,10 +1,17 @@
-"""Ranks that meet through gloo, as a reference: `python -m tests.unit.gloo_ranks RANK WORLD_SIZE STORE NAMES` takes
-part in reference cases ("a,b", or "all": two minutes), and rank 0 prints what was answered, as JSON, by name.
+"""Ranks that meet through gloo, as a reference: the default model's cases in float32, by as many processes.
+
+    python -m tests.unit.gloo_ranks --ranks 2
+    python -m tests.unit.gloo_ranks --ranks 3 --way moved
+
+A line for each way to answer them: how many cases came out token for token. Minutes a way, seconds with --short.
 """
 
+import argparse
 import ctypes
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,9 +35,12 @@ from services.worker.runner.ranks import RankMemory, Ranks
 from services.worker.weights.load_decoder import load_decoder
 from services.worker.weights.open_decoder import open_decoder
 from tests.unit.ranks_in_threads import SLOT_FLOATS
-from tests.unit.test_runner_reference import CASES, generate, greedy
+from tests.unit.reference_ways import WAYS
+from tests.unit.test_runner_reference import CASES, SHORT_CASES, Case
 
-NUM_BLOCKS, BLOCK_SIZE_TOKENS = 1024, 16
+MODULE = "tests.unit.gloo_ranks"
+Told = StepPlan | tuple[int, int] | None
+"""What rank 0 tells the others: a step, or the blocks of a new cache and their size, or that it was all."""
 
 
 class GlooRanks(Ranks):
@@ -62,16 +72,11 @@ class GlooRunner:
 
     steps_ahead = 0
 
-    def __init__(self, config: DecoderConfig, rank: RankRunner) -> None:
-        self.config = config
+    def __init__(self, rank: RankRunner) -> None:
         self._rank = rank
 
-    def runner(self, num_blocks: int, block_size_tokens: int) -> "GlooRunner":
-        assert (num_blocks, block_size_tokens) == (NUM_BLOCKS, BLOCK_SIZE_TOKENS)
-        return self
-
     def launch(self, plan: StepPlan) -> FinishedStep:
-        dist.broadcast_object_list([plan], src=0)
+        tell(plan)
         result = self._rank.compute(plan)
         assert result is not None
         return FinishedStep(result)
@@ -80,27 +85,78 @@ class GlooRunner:
         return False
 
 
-def main(rank: int, world_size: int, store: str, names: str) -> None:
-    cases = [case for case in CASES if names == "all" or case["name"] in names.split(",")]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    stored = open_decoder(read_stored_model(default_model_path()))
-    ranks = GlooRanks(Shard(rank, world_size))
-    decoder = Decoder(stored.config, load_decoder(stored, pack_float32, lambda share: None, ranks.shard), ranks)
-    cache = PagedKvCache(decoder.config, NUM_BLOCKS, BLOCK_SIZE_TOKENS)
-    runner = RankRunner(decoder, cache, ranks, DealtVocabulary(ranks, stored.config))
-    if rank == 0:
-        answers = generate(GlooRunner(stored.config, runner), [greedy(n, case) for n, case in enumerate(cases, 1)])
-        dist.broadcast_object_list([None], src=0)
-        print(json.dumps({cases[number - 1]["name"]: tokens for number, (tokens, _) in answers.items()}))
+class GlooModel:
+    """A rank's part of the default model; rank 0's is one that tests run."""
+
+    def __init__(self, rank: int, world_size: int, store: str) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        stored = open_decoder(read_stored_model(default_model_path()))
+        self.config: DecoderConfig = stored.config
+        self._ranks = GlooRanks(Shard(rank, world_size))
+        self._part = Decoder(
+            stored.config, load_decoder(stored, pack_float32, lambda share: None, self._ranks.shard), self._ranks
+        )
+
+    def rank_runner(self, num_blocks: int, block_size_tokens: int) -> RankRunner:
+        cache = PagedKvCache(self._part.config, num_blocks, block_size_tokens)
+        return RankRunner(self._part, cache, self._ranks, DealtVocabulary(self._ranks, self.config))
+
+    def runner(self, num_blocks: int, block_size_tokens: int) -> GlooRunner:
+        tell((num_blocks, block_size_tokens))
+        return GlooRunner(self.rank_runner(num_blocks, block_size_tokens))
+
+    def follow(self) -> None:
+        """Take part in what rank 0 runs."""
+        told: list[Told] = [None]
+        runner: RankRunner | None = None
+        while True:
+            dist.broadcast_object_list(told, src=0)
+            match told[0]:
+                case None:
+                    return
+                case StepPlan() as plan:
+                    assert runner is not None
+                    runner.compute(plan)
+                case num_blocks, block_size_tokens:
+                    runner = self.rank_runner(num_blocks, block_size_tokens)
+
+
+def tell(what: Told) -> None:
+    dist.broadcast_object_list([what], src=0)
+
+
+def answer(model: GlooModel, ways: Sequence[str], cases: Sequence[Case]) -> None:
+    """Be rank 0: run the ways, and say what came of each."""
+    for name in ways:
+        came = WAYS[name](model, cases)
+        line = {"ranks": dist.get_world_size(), "way": name, "right": came.right, "of": len(cases), "by": came.by}
+        print(json.dumps(line), flush=True)
+    tell(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--way", choices=WAYS, action="append", help="(all)")
+    parser.add_argument("--short", action="store_true", help="six short cases")
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank:
+        GlooModel(given.rank, given.ranks, given.store).follow()
         return
-    told: list[StepPlan | None] = [None]
-    while True:
-        dist.broadcast_object_list(told, src=0)
-        if told[0] is None:
-            return
-        runner.compute(told[0])
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        command = [sys.executable, "-m", MODULE, "--ranks", str(given.ranks), "--store", store, "--rank"]
+        others = [subprocess.Popen([*command, str(rank)]) for rank in range(1, given.ranks)]
+        try:
+            answer(GlooModel(0, given.ranks, store), given.way or [*WAYS], SHORT_CASES if given.short else CASES)
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main()

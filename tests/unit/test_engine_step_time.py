@@ -129,6 +129,18 @@ def test_a_step_that_takes_longer_than_its_launch_is_learned_from() -> None:
     assert model.predict_ms(large) == pytest.approx(60.0, rel=0.05)
 
 
+def test_a_launch_that_waited_for_the_device_is_forgotten_soon() -> None:
+    """The first use of a library's kernel loads it, and that waits until the device has done all it was given."""
+    model = StepTimeModel(StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=0.0))
+    large = a_plan((0, 2000))
+    model.observe(large, took_ms=500.0, launch_ms=500.0)
+    for _ in range(8):
+        model.observe(large, took_ms=60.0, launch_ms=15.0)
+    assert model.launch_ms == pytest.approx(15.0, abs=2.0)
+    model.observe(large, took_ms=500.0, launch_ms=500.0)
+    assert model.launch_ms < 1.2 * 15.0 + 2.0
+
+
 # Steps with prompts that are filled up
 
 FILLED = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=0.0)

@@ -1,10 +1,13 @@
 """What `shoal top` makes of two readings, and what `shoal trace` says of a record."""
 
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from shoal._values import Decision, RequestInfo, RequestState, Timings, Usage
 from shoal.cli import trace
-from shoal.fleet.figures import Reading, Samples, figures
+from shoal.fleet.figures import Reading, Samples, figures, read
 
 GATEWAY, WORKER, SCHEDULER = "h:1", "h:2", "h:3"
 
@@ -63,6 +66,24 @@ def test_who_does_not_answer_is_named_and_the_rest_is_shown() -> None:
     shown = figures(Reading(0, {}), Reading(1, {WORKER: None, SCHEDULER: leader}))
     assert (shown.away, shown.queued, shown.leaders, shown.workers) == ((WORKER,), 7, 1, ())
     assert shown.workers_wanted == 2
+
+
+@pytest.mark.parametrize(
+    "said", [b"\0\0\x12\4\0", b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n<html> {"], ids=["grpc", "html"]
+)
+def test_who_serves_something_else_there_does_not_answer(said: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(answer)
+            assert read([f"{host}:{port}"]).by_address == {f"{host}:{port}": None}
 
 
 def test_a_worker_that_came_between_the_readings_counts_from_its_start() -> None:

@@ -23,6 +23,7 @@ from services.worker.runner.rank_sampling import DealtVocabulary
 from services.worker.runner.ranks import RankMemory, Ranks
 from services.worker.runner.sampling import Draw, sample
 from tests.unit.ranks_in_threads import ShardedModel, sharded_model
+from tests.unit.reference_ways import WAYS
 from tests.unit.test_runner_reference import (
     CASES,
     LOGPROB_CASES,
@@ -30,7 +31,6 @@ from tests.unit.test_runner_reference import (
     asking,
     check,
     expected,
-    generate,
     greedy,
     run,
     scored,
@@ -45,27 +45,10 @@ def sharded(request: pytest.FixtureRequest) -> Iterator[ShardedModel]:
         yield model
 
 
-def test_all_cases_at_once_give_the_references_tokens(sharded: ShardedModel) -> None:
-    answers = generate(sharded, [greedy(number, case) for number, case in enumerate(CASES, 1)])
-    assert answers == {number: expected(case) for number, case in enumerate(CASES, 1)}
-
-
-def test_preemption_changes_no_token(sharded: ShardedModel) -> None:
-    most = max(len(case["prompt_token_ids"]) + case["max_tokens"] for case in SHORT_CASES)
-    ran = run(
-        sharded,
-        [greedy(number, case) for number, case in enumerate(SHORT_CASES, 1)],
-        block_size_tokens=4,
-        num_blocks=-(-most // 4) + 3,
-    )
-    assert ran.answers == {number: expected(case) for number, case in enumerate(SHORT_CASES, 1)}
-    assert ran.num_preemptions > 0
-
-
-def test_chunks_change_no_token(sharded: ShardedModel) -> None:
-    commands = [greedy(number, case) for number, case in enumerate(SHORT_CASES, 1)]
-    answers = generate(sharded, commands, max_prefill_tokens_per_step=17, block_size_tokens=3)
-    assert answers == {number: expected(case) for number, case in enumerate(SHORT_CASES, 1)}
+@pytest.mark.parametrize("way", WAYS)
+def test_however_they_are_run_cases_give_the_references_tokens(sharded: ShardedModel, way: str) -> None:
+    cases = CASES if way == "at-once" else SHORT_CASES
+    assert WAYS[way](sharded, cases).right == len(cases)
 
 
 def test_a_prefix_found_in_the_cache_changes_no_token(sharded: ShardedModel) -> None:
@@ -165,16 +148,9 @@ def test_a_rank_waits_for_one_that_does_not_come_only_so_long(tmp_path: Path) ->
                 future.result()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_that_meet_through_gloo_give_the_references_tokens_too(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_meet_through_gloo_give_the_references_tokens_too(ranks: int) -> None:
     """Another library's sums, in another order: what ranks do does not hang on how they meet."""
-    command = [sys.executable, "-m", "tests.unit.gloo_ranks"]
-    meeting = [str(world_size), str(tmp_path / "store"), ",".join(case["name"] for case in SHORT_CASES)]
-    ranks = [subprocess.Popen([*command, str(rank), *meeting], stdout=subprocess.PIPE) for rank in range(world_size)]
-    try:
-        answers = json.loads(ranks[0].communicate(timeout=100)[0])
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    assert answers == {case["name"]: case["output_token_ids"] for case in SHORT_CASES}
+    command = [sys.executable, "-m", "tests.unit.gloo_ranks", "--short", "--way", "at-once", "--ranks", str(ranks)]
+    told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, timeout=100, check=True).stdout)
+    assert (told["ranks"], told["right"], told["of"]) == (ranks, len(SHORT_CASES), len(SHORT_CASES))

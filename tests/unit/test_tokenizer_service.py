@@ -230,6 +230,24 @@ async def test_a_killed_pool_process_is_replaced_and_no_call_fails(service: Serv
     assert min(before) not in service.pool_pids()
 
 
+async def test_short_inputs_wait_for_no_process_of_the_pool(service: Service, stub: "Stub") -> None:
+    stopped = service.pool_pids()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        short = EncodeRequest(prompt="The sea")
+        alone = await stub.Encode(short, timeout=10)
+        together = await stub.EncodeAll(EncodeAllRequest(inputs=[short.SerializeToString()] * 64), timeout=10)
+        assert [EncodeResponse.FromString(result.response) for result in together.results] == [alone] * 64
+        waiting = asyncio.ensure_future(stub.Encode(EncodeRequest(prompt="The sea " * 200)))
+        assert await stub.Encode(short, timeout=10) == alone
+        assert not waiting.done()
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert len((await waiting).token_ids) > 200
+
+
 async def test_health_and_reflection_are_served(channel: grpc.aio.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", NAME):

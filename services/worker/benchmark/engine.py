@@ -156,6 +156,8 @@ def _measure(engine: Engine, given: argparse.Namespace) -> None:
     numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
     step_time = WatchedStepTime(engine.rank.limits.filled_up_to)
     warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
+    while engine.runner.prepare():
+        pass
     since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
     print_line(
         ready_s=round(engine.rank.start_s, 2),

@@ -40,6 +40,7 @@ _OWN_KERNELS = {
     "_rope_and_write": "rope and KV write",
     "_add_rms_norm": "residual and norm",
     "_gemv_swiglu": "gate_up_proj",
+    "_gemv_rope": "qkv_proj",
     "_swiglu": "SwiGLU",
     "_round_rows": "rounding to fp8",
     "_embed": "embedding",

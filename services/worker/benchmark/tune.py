@@ -186,7 +186,7 @@ def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
             splits = torch.from_numpy(np.pad(of_row, ((0, 0), (0, 2)))).cuda()
             batch = DecodeBatch(pieces, splits, tables)
             room = piece_results(len(pieces), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
-            for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):
+            for tile, warps, stages in product((32, 64), (1, 2, 4), (3, 5, 7)):
                 tuning = DecodeTuning(tile, warps, stages)
                 us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
                 yield {
@@ -216,7 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--many-rows", type=int, nargs="*", default=[256, 1024, 2048, 8192], help="of activations")
     parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
-    shapes = ((1, 512), (1, 1024), (8, 768), (32, 768), (256, 768), (256, 160))
+    shapes = (
+        *((1, 512), (1, 1024), (8, 768), (32, 768), (64, 768), (256, 768), (256, 160)),
+        *((512, 192), (512, 1500), (256, 2112)),
+    )
     lines: list[dict[str, object]] = []
     with given.out.open("w", encoding="utf-8") as out:
         for line in (

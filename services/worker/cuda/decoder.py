@@ -23,6 +23,7 @@ from services.worker.kernels.decode_attention import (
 )
 from services.worker.kernels.embedding import embed
 from services.worker.kernels.gemv import gemv_swiglu
+from services.worker.kernels.gemv_rope import gemv_rope
 from services.worker.kernels.norm import add_rms_norm
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.peers import Seat
@@ -94,6 +95,8 @@ class DeviceDecoder:
         may_choose = self._device.type == "cuda" and not is_batch_invariant
         self.may_be_dense = may_choose and kind != torch.float32 and config.sliding_window is None
         """Whether whole prompts may be attended by cuDNN."""
+        self._beside = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        """Where prompts are attended while decodes are."""
         self.last_tokens = torch.zeros(most.num_places, dtype=torch.int32, device=self._device)
         """The token that was sampled last at each place."""
         self.tokens = torch.zeros(most.num_sequences, dtype=torch.int32, device=self._device)
@@ -140,12 +143,17 @@ class DeviceDecoder:
             layer, heads, kv = self._weights.layers[index], self._heads[index], cache.layers[index]
             window = config.sliding_window if index in config.sliding_layers else None
             normed = self._normed(delta, residual, layer.attention_norm, layer.qkv_proj, pdl)
-            qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
             queries = room.queries[:num_rows]
-            rope_and_write(
-                qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
-            )
-            attended = self._attended(queries, qkv.product, step, sizes, kv, window, pdl)
+            if self._multiplier.may_turn(normed, heads):
+                scales = layer.qkv_proj.channel_scales
+                values, weight = normed.values, layer.qkv_proj.values
+                gemv_rope(values, weight, scales, heads, step.positions, step.slots, kv, queries, pdl=pdl)
+            else:
+                qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
+                rope_and_write(
+                    qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
+                )
+            attended = self._attended(queries, room.qkv[:num_rows], step, sizes, kv, window, pdl)
             if layer is not self._weights.layers[-1]:
                 delta = self._behind_attention(layer, attended, residual, pdl)
 
@@ -272,30 +280,65 @@ class DeviceDecoder:
         window: int | None,
         pdl: bool,
     ) -> Tensor:
-        """Returns [num_rows, q_size]."""
-        room, num_decodes = self._room, sizes.num_decodes
-        attended = room.attended[: sizes.num_rows]
+        """Returns [num_rows, q_size].
+
+        Decodes are bound by bytes, prompts by operations or, if they are few, by waiting: so both at once.
+        """
+        attended = self._room.attended[: sizes.num_rows]
         by_head = attended.view(queries.shape)
-        if num_decodes:
-            shared = room.shared if sizes.num_shared_pieces else None
-            if shared:
-                shared_attention(queries, kv, step.shared_pieces, step.block_tables, shared, pdl=pdl)
-            own, out = queries[:num_decodes], by_head[:num_decodes]
-            tuning = INVARIANT_TUNING if self.is_batch_invariant else None
-            decode_attention(
-                own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning
-            )
+        if not sizes.has_both or self._beside is None:
+            self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
+            self._attend_to_chunks(queries, qkv, by_head, step, sizes, kv, window, pdl)
+            return attended
+        here = torch.cuda.current_stream(self._device)
+        self._beside.wait_stream(here)
+        with torch.cuda.stream(self._beside):
+            self._attend_to_chunks(queries, qkv, by_head, step, sizes, kv, window, pdl=False)
+        self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
+        here.wait_stream(self._beside)
+        return attended
+
+    def _attend_to_decodes(
+        self,
+        queries: Tensor,
+        out: Tensor,
+        step: StepInputs[Tensor],
+        sizes: StepSizes,
+        kv: PagedLayer,
+        window: int | None,
+        pdl: bool,
+    ) -> None:
+        room, num_decodes = self._room, sizes.num_decodes
+        if num_decodes == 0:
+            return
+        shared = room.shared if sizes.num_shared_pieces else None
+        if shared:
+            shared_attention(queries, kv, step.shared_pieces, step.block_tables, shared, pdl=pdl)
+        own, out = queries[:num_decodes], out[:num_decodes]
+        tuning = INVARIANT_TUNING if self.is_batch_invariant else None
+        decode_attention(own, kv, decode_batch(step), room.pieces, out, window, shared=shared, pdl=pdl, tuning=tuning)
+
+    def _attend_to_chunks(
+        self,
+        queries: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        step: StepInputs[Tensor],
+        sizes: StepSizes,
+        kv: PagedLayer,
+        window: int | None,
+        pdl: bool,
+    ) -> None:
         if sizes.num_tiles:
+            is_invariant = self.is_batch_invariant
             prefill_attention(
-                queries, kv, step.tiles, step.block_tables, by_head, window, pdl=pdl,
-                is_batch_invariant=self.is_batch_invariant,
-            )  # fmt: skip
+                queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl, is_batch_invariant=is_invariant
+            )
         if sizes.dense_runs:
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
             for run in sizes.dense_runs:
-                dense_attention(queries, keys, values, by_head, run)
-        return attended
+                dense_attention(queries, keys, values, out, run)
 
 
 class _Room:

@@ -9,6 +9,7 @@ from torch import Tensor
 from services.worker.kernels import tile_product
 from services.worker.kernels.gemv import gemv, gemv_and_give
 from services.worker.kernels.peers import Seat
+from services.worker.kernels.rope_kv import HeadWeights
 from services.worker.kernels.rows import FP8, FP8_MAX, Rows, Scaled
 from services.worker.kernels.small_product import (
     MOST_ROWS,
@@ -126,6 +127,11 @@ class Multiplier:
         if matrix.channel_scales is None:
             return False
         return self._is_batch_invariant or num_rows > 1 or matrix.values.numel() > _GEMV_MOST_FP8_WEIGHTS
+
+    def may_turn(self, rows: Rows, heads: HeadWeights) -> bool:
+        """Whether queries and keys are turned in the product that makes them: that of one row as it is."""
+        is_one = len(rows.values) == 1 and rows.scales is None and not self._is_batch_invariant
+        return is_one and heads.qk_norm is None
 
     def how_to_activate(self, rows: Rows, gate_up: DeviceMatrix, *, to_fp8: bool) -> Activation:
         """Return how rows are multiplied with a gate and what it opens for. `to_fp8`: what comes out is rounded."""

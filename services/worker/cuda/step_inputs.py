@@ -59,6 +59,11 @@ class StepSizes:
     """Whether the last hidden states of others than the sampled rows are wanted."""
 
     @property
+    def has_both(self) -> bool:
+        """Whether there may be decodes and prompts."""
+        return self.num_decodes > 0 and (self.num_tiles > 0 or bool(self.dense_runs))
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of the parts, in the order of StepInputs. Samples last: how many there are moves no other part."""
         return (

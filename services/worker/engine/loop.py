@@ -30,6 +30,9 @@ LEAD_SHARE = 0.1
 QUICK_LAUNCH_MS = 5.0
 """A step with prompts that is launched in less is planned late, as decodes are, and no token is delivered before it."""
 
+LONG_STEP_LAUNCHES = 2.0
+"""A step with prompts that takes so many times its launch is launched before the one in front is done."""
+
 
 class FrontChannel(Protocol):
     """The engine's connection to its front."""
@@ -134,11 +137,16 @@ class EngineLoop:
         return self._lead_ms + LEAD_MARGIN * launch_ms if launch_ms <= QUICK_LAUNCH_MS else math.inf
 
     def _finishes_first(self) -> bool:
-        """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that."""
+        """Whether what runs is done before a step with prompts is launched: its tokens are not to wait for that.
+
+        If the next ones take much longer than the launch, a device that does nothing meanwhile costs more.
+        """
         launch_ms = self._step_time.launch_ms
         if not self._launched or self._runner.steps_ahead == 0 or launch_ms <= QUICK_LAUNCH_MS:
             return False
-        return self._planner.prefills_next and self._left_ms() < launch_ms
+        if not self._planner.prefills_next or self._left_ms() >= launch_ms:
+            return False
+        return self._planner.next_prefill_ms < LONG_STEP_LAUNCHES * launch_ms
 
     def _left_ms(self, share: float = 1.0) -> float:
         """How long the step that runs still takes, if it takes this share of what is predicted."""

@@ -122,6 +122,12 @@ class Planner:
         return sum(sequence.num_ready_tokens for sequence in not_sampled if sequence.is_prefilling)
 
     @property
+    def next_prefill_ms(self) -> float:
+        """How long the next step may take by what waits to be prefilled. O(sequences that do not decode)."""
+        num_tokens = min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step)
+        return min(num_tokens * self._step_time.coefficients.ms_per_token, self._budget_ms())
+
+    @property
     def next_deadline_ms(self) -> float | None:
         """When the next sequence expires, in the engine's time; None if none can. O(sequences)."""
         return min((s.deadline_ms for s in self._sequences() if s.deadline_ms is not None), default=None)

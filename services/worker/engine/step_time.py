@@ -12,6 +12,8 @@ from services.worker.engine.step_plan import SequenceChunk, StepPlan
 MEMORY = 0.99
 # The machine's pace against the fit is that of the last ten or so: a busy neighbour comes and goes faster than the fit.
 PACE_MEMORY = 0.9
+FASTER_LAUNCH_SHARE = 0.5
+"""Of what a launch was faster than those before, so much is believed at once."""
 HOST_BOUND = 1.1
 """A step that took less than so many times its launch waited for the host."""
 _ANY_NUMBER = 1 << 30
@@ -141,7 +143,7 @@ class StepTimeModel:
         """
         took_ms = max(took_ms, 0.001)
         if plan.has_prefill and launch_ms > 0:
-            self._launch_ms += (launch_ms - self._launch_ms) * (1 - PACE_MEMORY if self._launch_ms else 1.0)
+            self._observe_launch(launch_ms)
             if took_ms < HOST_BOUND * launch_ms:
                 return
         ratio = took_ms / max(self._fitted_ms(plan), 0.001)
@@ -151,6 +153,12 @@ class StepTimeModel:
         else:
             self._factors.observe(size, ratio)
         self._fit(plan, took_ms)
+
+    def _observe_launch(self, launch_ms: float) -> None:
+        """Sooner down than up: a launch in which a library is loaded waits for the device, a hundred times as long."""
+        known_ms = self._launch_ms or launch_ms
+        difference_ms = min(launch_ms, 2 * known_ms) - known_ms
+        self._launch_ms = known_ms + difference_ms * (1 - PACE_MEMORY if difference_ms > 0 else FASTER_LAUNCH_SHARE)
 
     def _filled_ms(self, size: int, work: StepWork, first_position: int, are_scored: bool) -> float:
         """What a step of some work takes that a sequence fills up."""

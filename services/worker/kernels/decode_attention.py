@@ -3,6 +3,10 @@
 The contexts of a batch are cut into pieces of about one length by `cut_contexts`, so that a launch of a fixed size
 takes any mix of lengths; of a context's pieces the one that is done last merges them all. The query heads that share a
 key head are the rows of one product, so that a context is read once for them all. Bound by bytes: the contexts'.
+
+fp8 is read as pairs of neighbouring dimensions, 16 bits each: what has 16 bits comes from shared memory in the tensor
+cores' order at once, where single bytes are gathered one by one. A product over dimensions is that over the first ones
+of all pairs and that over the second ones.
 """
 
 import math
@@ -84,9 +88,11 @@ INVARIANT_PIECE_TOKENS = 1024
 
 def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
     """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
+    if is_fp8:
+        return DecodeTuning(64, 4, 7) if 16 <= num_rows < 128 else DecodeTuning(32, 2, 5)
     if num_rows < 16:
         return DecodeTuning(64, 4, 5)
-    return DecodeTuning(64, 2, 5 if is_fp8 else 7 if num_rows <= 64 else 3)
+    return DecodeTuning(64, 2, 7 if num_rows <= 64 else 3)
 
 
 def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
@@ -175,10 +181,12 @@ def decode_attention(
     tuning = tuning or tuning_for(num_rows, layer.is_fp8)
     tile = min(tuning.tile_tokens, layer.block_size_tokens)
     assert tile >= _LEAST_ROWS, "the tensor cores take no block of fewer tokens"
-    block_dim = max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
+    # A pair of fp8 is one number of 16 bits, and the tensor cores want 16 of those.
+    kv = layer.kv.view(torch.int16) if layer.is_fp8 else layer.kv
+    block_dim = max((2 if layer.is_fp8 else 1) * _LEAST_ROWS, triton.next_power_of_2(head_dim))
     _decode_attention[(num_kv_heads, num_pieces)](
         queries,
-        layer.kv,
+        kv,
         batch.pieces,
         batch.splits,
         batch.block_tables,
@@ -189,7 +197,7 @@ def decode_attention(
         shared.sums if shared else None,
         shared.log_weights if shared else None,
         batch.block_tables.stride(0),
-        layer.kv.stride(0),
+        kv.stride(0),
         _LOG2_E / math.sqrt(head_dim),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -201,6 +209,8 @@ def decode_attention(
         TILE=tile,
         WINDOW=window or 0,
         MOST_MEMBERS=MOST_MEMBERS,
+        PAIRS=layer.is_fp8,
+        IN_PTX=kv.is_cuda,
         PDL=pdl,
         launch_pdl=pdl,
         num_warps=tuning.num_warps,
@@ -234,53 +244,66 @@ def _decode_attention(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     MOST_MEMBERS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    IN_PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (key head, piece)."""
+    """Program (key head, piece). PAIRS: `kv` is of int16, two fp8 each."""
     kv_head = tl.program_id(0)
     piece = tl.program_id(1)
-    after_previous(PDL)
+    # What a step is told is there before its first kernel begins.
     row = tl.load(pieces + 4 * piece)
     begin = tl.load(pieces + 4 * piece + 1)
     end = tl.load(pieces + 4 * piece + 2)
+    context = tl.load(pieces + 4 * piece + 3)
+    after_previous(PDL)
     # An empty one must not count as done.
     if (row < 0) | (begin >= end):
         return
-    context = tl.load(pieces + 4 * piece + 3)
     group = tl.arange(0, BLOCK_GROUP)
     dims = tl.arange(0, BLOCK_DIM)
     tokens = tl.arange(0, TILE)
-    in_head = (dims < HEAD_DIM)[None, :]
-    inside = (group < GROUP)[:, None] & in_head
+    inside = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     heads = kv_head * GROUP + group
     places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
     # fp8 keys become float16, which is as fast as they are read; bfloat16 is not.
-    KIND: tl.constexpr = tl.float16 if kv.dtype.element_ty == tl.float8e4nv else kv.dtype.element_ty
+    KIND: tl.constexpr = tl.float16 if PAIRS else kv.dtype.element_ty
     PRECISION: tl.constexpr = "ieee" if KIND == tl.float32 else "tf32"
+    PACKED: tl.constexpr = 2 if PAIRS else 1
     q = tl.load(queries + places, inside, other=0.0).to(KIND)
+    if PAIRS:
+        q, q_second = tl.split(tl.reshape(q, (BLOCK_GROUP, BLOCK_DIM // 2, 2)))
     table = block_tables + row.to(tl.int64) * table_stride
     # A block's keys of this head, then its values.
-    head_kv = kv + kv_head * BLOCK_SIZE * HEAD_DIM
-    within = tokens[:, None] * HEAD_DIM + dims[None, :]
-    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    WIDTH: tl.constexpr = HEAD_DIM // PACKED
+    head_kv = kv + kv_head * BLOCK_SIZE * WIDTH
+    columns = tl.arange(0, BLOCK_DIM // PACKED)
+    in_width = (columns < WIDTH)[None, :]
+    within = tokens[:, None] * WIDTH + columns[None, :]
+    VALUES: tl.constexpr = NUM_KV_HEADS * BLOCK_SIZE * WIDTH
 
     best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
-    mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM // PACKED], tl.float32)
+    mixed_second = mixed
     first_seen = 0
     if WINDOW > 0:
         first_seen = tl.maximum(context - WINDOW, 0)
         begin = tl.maximum(begin, first_seen // TILE * TILE)
     for position in range(begin, end, TILE):
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
-        place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
+        place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * WIDTH
         is_seen = position + tokens < end
         if WINDOW > 0:
             is_seen = is_seen & (position + tokens >= first_seen)
-        read = is_seen[:, None] & in_head
-        k = tl.load(place + within, read, other=0.0).to(KIND)
-        v = tl.load(place + VALUES + within, read, other=0.0).to(KIND)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        read = is_seen[:, None] & in_width
+        k = tl.load(place + within, read, other=0)
+        v = tl.load(place + VALUES + within, read, other=0)
+        if PAIRS:
+            scores = tl.dot(q, tl.trans(_first(k, IN_PTX)))
+            scores = tl.dot(q_second, tl.trans(_second(k, IN_PTX)), scores) * scale
+        else:
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         # Nothing seen yet, as in a window that begins later: no difference of infinities.
@@ -288,8 +311,14 @@ def _decode_attention(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(best - base)
         total = total * shrink + tl.sum(weights, axis=1)
-        mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
+        if PAIRS:
+            mixed = tl.dot(weights.to(KIND), _first(v, IN_PTX), mixed * shrink[:, None])
+            mixed_second = tl.dot(weights.to(KIND), _second(v, IN_PTX), mixed_second * shrink[:, None])
+        else:
+            mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
         best = new_best
+    if PAIRS:
+        mixed = tl.reshape(tl.join(mixed, mixed_second), (BLOCK_GROUP, BLOCK_DIM))
 
     num_splits = tl.load(splits + 4 * row + 1)
     is_last = 1
@@ -319,6 +348,30 @@ def _decode_attention(
             )  # fmt: skip
         mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _first(pairs, IN_PTX: tl.constexpr):
+    """The first ones of pairs of fp8, as float16."""
+    if IN_PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, 0x0020; mov.b32 {low, high}, both; "
+            "cvt.rn.f16x2.e4m3x2 $0, low; }",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _second(pairs, IN_PTX: tl.constexpr):
+    """The second ones of pairs of fp8, as float16."""
+    if IN_PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, 0x0031; mov.b32 {low, high}, both; "
+            "cvt.rn.f16x2.e4m3x2 $0, low; }",
+            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
 @triton.jit

@@ -174,9 +174,11 @@ def _rope_and_write(
     group = tl.arange(0, BLOCK_GROUP)
     in_group = group < GROUP
     one = tl.arange(0, 1)
-    after_previous(PDL)
+    # What a step is told is there before its first kernel begins.
     pairs2 = tl.load(turns + tl.load(positions + row).to(tl.int64) * HEAD_DIM + dims, dims < HEAD_DIM, other=0.0)
     cosine, sine = tl.split(tl.reshape(pairs2, (1, BLOCK_PAIRS, 2)))
+    slot = tl.load(slots + row)
+    after_previous(PDL)
     row_scale = 1.0
     if channel_scales is not None:
         row_scale = tl.load(row_scales + row)
@@ -190,7 +192,6 @@ def _rope_and_write(
     places = (row * NUM_HEADS + first + group)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(queries + places, x, in_group[:, None] & in_head)
 
-    slot = tl.load(slots + row)
     if slot >= 0:
         block = (slot // BLOCK_SIZE).to(tl.int64)
         place = kv + block * kv_block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM

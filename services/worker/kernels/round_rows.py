@@ -32,7 +32,8 @@ def rounded_row(x, out_scales, row, FP8_LIMIT: tl.constexpr):
     """Store the scale of a row, x, float32, with 0 beyond its end; return what is to be stored of it as fp8."""
     largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
     tl.store(out_scales + row, largest / FP8_LIMIT)
-    return tl.minimum(tl.maximum(x * (FP8_LIMIT / largest), -FP8_LIMIT), FP8_LIMIT)
+    # The largest becomes the limit or a bit more, and that is rounded to the limit.
+    return x * (FP8_LIMIT / largest)
 
 
 @triton.jit
