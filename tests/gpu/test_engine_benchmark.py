@@ -35,7 +35,8 @@ def test_a_line_says_how_many_tokens_a_load_gave(tmp_path: Path, capsys: pytest.
     assert ready["num_blocks"] == 8
     assert (line["workload"], line["dtype"], line["kv_dtype"]) == ("mine", "float32", "float32")
     assert (line["requests"], line["prompt_tokens"], line["output_tokens"]) == (2, 23, 5)
-    assert line["tokens_per_s"] == pytest.approx(5 / line["seconds"], rel=0.1)
+    # Printed in whole ms, of which a device takes four.
+    assert 5 / (line["seconds"] + 0.0006) <= line["tokens_per_s"] <= 5 / (line["seconds"] - 0.0006)
 
 
 def test_a_steps_shape_is_read_and_its_sequences_share_no_block() -> None:
