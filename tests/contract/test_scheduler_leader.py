@@ -16,6 +16,7 @@ from services.common.record.states import RequestState
 from services.common.record.transitions import Answer
 from services.common.store.connection import StoreUnavailable
 from services.common.store.requests import RequestStore
+from services.scheduler.view import View
 from tests.contract.scheduler_pool import QUICK, SchedulerPool, SkewedClock, scheduler_pool, until
 
 FAR = 3_600_000
@@ -152,15 +153,15 @@ async def test_a_follower_takes_over_and_rebuilds_what_is_reserved(fleet: Schedu
     first, second = await fleet.a_worker(num_blocks=4), await fleet.a_worker(num_blocks=3)
     for number in range(9):
         await fleet.submit(f"r{number}")
-    await until(lambda: _has(leader.reigns[-1].view.queue, 2))
-    await first.finish(await first.next_start())
-    await until(lambda: _has(leader.reigns[-1].view.queue, 1))
+    ended = await first.next_start()
+    await first.finish(ended)
+    await until(lambda: _holds_all_but(leader.reigns[-1].view, ended.key, num_held=7, num_waiting=1))
     follower = await fleet.a_scheduler()
     expected = set(leader.reigns[-1].view.ledger.holdings())
     waiting = [queued.key for queued in leader.reigns[-1].view.queue.in_order()]
     await leader.die()
     await until(follower.leads)
-    await until(lambda: _has(follower.reigns[-1].view.queue, 1))
+    await until(lambda: _holds_all_but(follower.reigns[-1].view, ended.key, num_held=7, num_waiting=1))
     view = follower.reigns[-1].view
     assert set(view.ledger.holdings()) == expected
     assert [queued.key for queued in view.queue.in_order()] == waiting
@@ -284,6 +285,11 @@ async def test_a_worker_that_closes_its_registration_is_given_nothing_more(fleet
 
 async def _has(things: Sized, number: int) -> bool:
     return len(things) == number
+
+
+async def _holds_all_but(view: View, ended: RequestKey, *, num_held: int, num_waiting: int) -> bool:
+    held = [reservation.key for _, reservation in view.ledger.holdings()]
+    return len(held) == num_held and ended not in held and len(view.queue) == num_waiting
 
 
 async def _left(fleet: SchedulerPool, key: RequestKey) -> bool:
