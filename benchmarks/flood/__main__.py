@@ -17,14 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from benchmarks.flood.bare import bare_server, serve_grpc, serve_http
+from benchmarks.flood.bare import COMPLETIONS, bare_server, serve_grpc, serve_http
 from benchmarks.flood.clients import Flood, Listening, flood
 from benchmarks.flood.connections import GrpcConnection, HttpConnection
 from gen.shoal.inference.v1 import inference_pb2 as pb
+from services.gateway.server import SERVICE_NAME
 
-GENERATE = "/shoal.inference.v1.InferenceService/Generate"
+GENERATE = f"/{SERVICE_NAME}/Generate"
 REQUEST = pb.GenerateRequest(prompt="The sea", max_tokens=1, sampling=pb.Sampling(temperature=0))
-COMPLETIONS = "/v1/completions"
 HTTP_REQUEST = {"prompt": "The sea", "max_tokens": 1, "temperature": 0, "stream": True}
 
 

@@ -19,7 +19,9 @@ from services.gateway.admission import backlog_full
 from services.gateway.config import GatewayConfig
 from services.gateway.http.errors import error_response
 from services.gateway.http.server import MAX_WAITING_CONNECTIONS
+from services.gateway.server import SERVICE_NAME
 
+COMPLETIONS = "/v1/completions"
 REFUSAL = backlog_full(500, 500)
 Serve = Callable[[Callable[[str], None]], Coroutine[Any, Any, None]]
 """Serves for ever; tells its address."""
@@ -54,9 +56,7 @@ async def serve_grpc(tell: Callable[[str], None]) -> None:
         "Generate": grpc.unary_stream_rpc_method_handler(refuse, request_deserializer=pb.GenerateRequest.FromString)
     }
     server = grpc.aio.server(options=[*rpc.SERVER_OPTIONS, *GatewayConfig(tokenizers="").client_options()])
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler("shoal.inference.v1.InferenceService", handlers)]
-    )
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     tell(f"127.0.0.1:{port}")
@@ -71,7 +71,7 @@ async def serve_http(tell: Callable[[str], None]) -> None:
         return error_response(REFUSAL)
 
     application = web.Application()
-    application.add_routes([web.post("/v1/completions", refuse)])
+    application.add_routes([web.post(COMPLETIONS, refuse)])
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=MAX_WAITING_CONNECTIONS).start()

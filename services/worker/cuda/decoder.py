@@ -153,7 +153,7 @@ class DeviceDecoder:
                 rope_and_write(
                     qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
                 )
-            attended = self._attended(queries, room.qkv[:num_rows], step, sizes, kv, window, pdl)
+            attended = self._attended(queries, step, sizes, kv, window, pdl)
             if layer is not self._weights.layers[-1]:
                 delta = self._behind_attention(layer, attended, residual, pdl)
 
@@ -273,7 +273,6 @@ class DeviceDecoder:
     def _attended(
         self,
         queries: Tensor,
-        qkv: Tensor,
         step: StepInputs[Tensor],
         sizes: StepSizes,
         kv: PagedLayer,
@@ -288,12 +287,12 @@ class DeviceDecoder:
         by_head = attended.view(queries.shape)
         if not sizes.has_both or self._beside is None:
             self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
-            self._attend_to_chunks(queries, qkv, by_head, step, sizes, kv, window, pdl)
+            self._attend_to_chunks(queries, by_head, step, sizes, kv, window, pdl)
             return attended
         here = torch.cuda.current_stream(self._device)
         self._beside.wait_stream(here)
         with torch.cuda.stream(self._beside):
-            self._attend_to_chunks(queries, qkv, by_head, step, sizes, kv, window, pdl=False)
+            self._attend_to_chunks(queries, by_head, step, sizes, kv, window, pdl=False)
         self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
         here.wait_stream(self._beside)
         return attended
@@ -321,7 +320,6 @@ class DeviceDecoder:
     def _attend_to_chunks(
         self,
         queries: Tensor,
-        qkv: Tensor,
         out: Tensor,
         step: StepInputs[Tensor],
         sizes: StepSizes,
@@ -336,6 +334,7 @@ class DeviceDecoder:
             )
         if sizes.dense_runs:
             heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+            qkv = self._room.qkv[: sizes.num_rows]
             _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
             for run in sizes.dense_runs:
                 dense_attention(queries, keys, values, out, run)
