@@ -300,8 +300,8 @@ def _decode_attention(
         k = tl.load(place + within, read, other=0)
         v = tl.load(place + VALUES + within, read, other=0)
         if PAIRS:
-            scores = tl.dot(q, tl.trans(_first(k, IN_PTX)))
-            scores = tl.dot(q_second, tl.trans(_second(k, IN_PTX)), scores) * scale
+            scores = tl.dot(q, tl.trans(_unpacked(k, False, IN_PTX)))
+            scores = tl.dot(q_second, tl.trans(_unpacked(k, True, IN_PTX)), scores) * scale
         else:
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where(is_seen[None, :], scores, float("-inf"))
@@ -312,8 +312,8 @@ def _decode_attention(
         shrink = tl.exp2(best - base)
         total = total * shrink + tl.sum(weights, axis=1)
         if PAIRS:
-            mixed = tl.dot(weights.to(KIND), _first(v, IN_PTX), mixed * shrink[:, None])
-            mixed_second = tl.dot(weights.to(KIND), _second(v, IN_PTX), mixed_second * shrink[:, None])
+            mixed = tl.dot(weights.to(KIND), _unpacked(v, False, IN_PTX), mixed * shrink[:, None])
+            mixed_second = tl.dot(weights.to(KIND), _unpacked(v, True, IN_PTX), mixed_second * shrink[:, None])
         else:
             mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
         best = new_best
@@ -351,27 +351,16 @@ def _decode_attention(
 
 
 @triton.jit
-def _first(pairs, IN_PTX: tl.constexpr):
-    """The first ones of pairs of fp8, as float16."""
+def _unpacked(pairs, SECOND: tl.constexpr, IN_PTX: tl.constexpr):
+    """The first or the second ones of pairs of fp8, as float16."""
     if IN_PTX:
+        BYTES: tl.constexpr = "0x0031" if SECOND else "0x0020"
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, 0x0020; mov.b32 {low, high}, both; "
+            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, " + BYTES + "; mov.b32 {low, high}, both; "
             "cvt.rn.f16x2.e4m3x2 $0, low; }",
             "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
-    return (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-
-
-@triton.jit
-def _second(pairs, IN_PTX: tl.constexpr):
-    """The second ones of pairs of fp8, as float16."""
-    if IN_PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 both; .reg .b16 low, high; prmt.b32 both, $1, 0, 0x0031; mov.b32 {low, high}, both; "
-            "cvt.rn.f16x2.e4m3x2 $0, low; }",
-            "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return ((pairs >> (8 if SECOND else 0)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
 @triton.jit
