@@ -74,11 +74,14 @@ def dummy_weights(
     )
 
 
-def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat) -> int:
-    """Return the memory that weights take on the device, but for norms, biases and scales."""
-    hidden = config.hidden_size
-    layer = hidden * (2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size)
-    tables = 2 * config.vocabulary_size * hidden
+def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard) -> int:
+    """Return the memory that a rank's weights take on its device, but for norms, biases and scales.
+
+    `config` is the whole model's. Raises ConfigError if it cannot be dealt out.
+    """
+    part, hidden = shard.config(config), config.hidden_size
+    layer = hidden * (2 * part.q_size + 2 * part.kv_size + 3 * part.intermediate_size)
+    tables = 2 * len(shard.vocabulary(config)) * hidden
     return config.num_layers * layer * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + (
         tables * ACTIVATIONS[weights].itemsize
     )
