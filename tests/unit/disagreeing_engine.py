@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 from services.worker import engine_process
 from services.worker.engine.step_plan import StepPlan, StepResult
@@ -22,9 +23,7 @@ class DisagreeingRank(RankRunner):
 
 
 if __name__ == "__main__":
-    from services.worker.runner import start
-
-    start.RankRunner = DisagreeingRank  # type: ignore[misc]
-    status = engine_process.main()
+    with patch("services.worker.runner.start.RankRunner", DisagreeingRank):
+        status = engine_process.main()
     sys.stderr.flush()
     os._exit(status)
