@@ -13,6 +13,7 @@ from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.rotary_frequencies import Llama3Scaling
 from services.worker.weights.decoder_sizes import check_sizes
 from services.worker.weights.families import FOLDER_ARCHITECTURES, Family, WindowRule
+from services.worker.weights.folder_tensors import FolderTensors
 from services.worker.weights.safetensors_files import SafetensorsFiles
 from services.worker.weights.stored_decoder import FOLDER_NAMES, StoredDecoder
 
@@ -37,7 +38,7 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
         config=_read_config(folder.config, family),
         family=family,
         names=FOLDER_NAMES,
-        tensors=SafetensorsFiles(folder.path),
+        tensors=FolderTensors(SafetensorsFiles(folder.path)),
         is_tied=folder.config.optional("tie_word_embeddings", bool, False),
     )
 

@@ -14,13 +14,18 @@ from services.worker.weights.stored_decoder import StoredDecoder, StoredMatrix
 Progress = Callable[[float], None]
 """Called with the share done, 0 to 1."""
 MakeMatrix = Callable[[Tensor, Tensor | None], Matrix]
-"""Copies a matrix, [out, in], into the layout that a runner wants, with a bias, [out], or None."""
+"""Takes a matrix, [out, in], into the layout that a runner wants, with a bias, [out] float32, or None."""
 
 
 def load_decoder(
-    stored: StoredDecoder, make_matrix: MakeMatrix[Matrix], on_progress: Progress, shard: Shard | None = None
+    stored: StoredDecoder,
+    make_matrix: MakeMatrix[Matrix],
+    on_progress: Progress,
+    shard: Shard | None = None,
+    make_head: Callable[[Tensor], Matrix] | None = None,
 ) -> DecoderWeights[Matrix]:
-    """Load all weights as float32, or a rank's: what `DecoderWeights` says, of the rank's config and tokens.
+    """Load all weights to where the tensors are brought, or a rank's: what `DecoderWeights` says, of the rank's config
+    and tokens. `make_head`: for the head, where it is not as other matrices; it may be the embedding.
 
     Raises ConfigError if the model does not have something for each rank, and ModelFileError for a tensor that is
     missing, has another shape or a type that cannot be read, or that the model's family does not have.
@@ -28,7 +33,8 @@ def load_decoder(
     part = _Part(stored.config, shard or Shard())
     config, names, tensors = stored.config, stored.names, stored.tensors
     embedding = tensors.matrix([part.tokens(names.embedding)], config.hidden_size)
-    lm_head = make_matrix(_head(stored, part, embedding), None)
+    head = _head(stored, part, embedding)
+    lm_head = make_head(head) if make_head else make_matrix(head, None)
     layers = []
     for index in range(config.num_layers):
         # The embedding and the head take about as long as a fifth of the layers of a small model.
@@ -153,4 +159,6 @@ def _paired(stored: StoredDecoder, part: _Part, rows: Tensor) -> Tensor:
 def _rotary_frequencies(stored: StoredDecoder) -> Tensor:
     config, divisors = stored.config, stored.rotary_divisors
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return frequencies if divisors is None else frequencies / stored.tensors.vector(divisors, config.head_dim // 2)
+    if divisors is None:
+        return frequencies
+    return frequencies / stored.tensors.vector(divisors, config.head_dim // 2).to(frequencies.device)

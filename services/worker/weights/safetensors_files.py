@@ -1,16 +1,14 @@
-"""The tensors of a folder's safetensors files as float32: one file, or shards with an index."""
+"""The safetensors files of a folder, mapped: one file, or shards with an index."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.common.model.errors import ModelFileError
 from services.common.model.json_file import read_json_file
-from services.worker.weights.stored_decoder import StoredMatrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,7 +20,7 @@ _DERIVED_SUFFIX = "rotary_emb.inv_freq"
 
 
 class SafetensorsFiles:
-    """Reads tensors out of mapped files, and keeps count of those read."""
+    """Tensors in mapped files; keeps count of those read."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder's files. Raises ModelFileError if one is missing, damaged or contradicts the index."""
@@ -40,25 +38,23 @@ class SafetensorsFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 
-    def vector(self, name: str, length: int) -> Tensor:
-        """Return a tensor of one dimension: [length]. Raises ModelFileError."""
-        self._check(name, [length])
-        # A copy: what it is read from is the mapped file.
-        return self._tensor(name).to(torch.float32, copy=True)
-
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
-        """Return what is wanted of matrices, one below the other; as in StoredTensors. Raises ModelFileError."""
-        # Looked at before memory is taken: the sizes are a file's claims until then.
-        for part in parts:
-            self._check(part.name, [part.num_rows, num_columns])
-        wanted = slice(0, num_columns) if columns is None else slice(columns.start, columns.stop)
-        out = torch.empty((sum(len(part.rows) for part in parts), wanted.stop - wanted.start))
-        first_row = 0
-        for part in parts:
-            stored = self._handles[part.name].get_slice(part.name)
-            out[first_row : first_row + len(part.rows)] = stored[part.rows.start : part.rows.stop, wanted]
-            first_row += len(part.rows)
-        return out
+    def mapped(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return a tensor as it lies in its file, not copied and never to be written to. Raises ModelFileError if it is
+        missing, has another shape, or a type that cannot be read.
+        """
+        if name not in self._handles:
+            raise ModelFileError(self.path, f"tensor {name!r} is missing from the {len(self._handles)} in its files")
+        stored = self._handles[name].get_slice(name)
+        if stored.get_shape() != [*shape]:
+            raise ModelFileError(self.path, f"tensor {name!r} has shape {stored.get_shape()}; expected {[*shape]}")
+        if stored.get_dtype() not in SUPPORTED_DTYPES:
+            raise ModelFileError(
+                self.path,
+                f"tensor {name!r} is stored as {stored.get_dtype()}; {', '.join(SUPPORTED_DTYPES)} can be read",
+            )
+        self._read.add(name)
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor
 
     def check_all_read(self) -> None:
         """Raise ModelFileError if there is a tensor that was never read: the model is not what it was taken for."""
@@ -75,23 +71,6 @@ class SafetensorsFiles:
                 where = "is missing from" if name in promised else "is in"
                 raise ModelFileError(self.path / shard, f"tensor {name!r} {where} this shard, unlike {INDEX_FILE} says")
             self._handles |= dict.fromkeys(held, handle)
-
-    def _check(self, name: str, shape: list[int]) -> None:
-        if name not in self._handles:
-            raise ModelFileError(self.path, f"tensor {name!r} is missing from the {len(self._handles)} in its files")
-        stored = self._handles[name].get_slice(name)
-        if stored.get_shape() != shape:
-            raise ModelFileError(self.path, f"tensor {name!r} has shape {stored.get_shape()}; expected {shape}")
-        if stored.get_dtype() not in SUPPORTED_DTYPES:
-            raise ModelFileError(
-                self.path,
-                f"tensor {name!r} is stored as {stored.get_dtype()}; {', '.join(SUPPORTED_DTYPES)} can be read",
-            )
-        self._read.add(name)
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[name].get_tensor(name)
-        return tensor
 
 
 def _open(path: Path) -> Any:

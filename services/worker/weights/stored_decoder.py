@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from services.worker.runner.models.decoder_weights import DecoderConfig
@@ -22,8 +23,20 @@ class StoredMatrix:
     """Those that are wanted: a run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where tensors are brought to, and what matrices become there."""
+
+    device: torch.device
+    kind: torch.dtype
+    """Of matrices; vectors are float32."""
+
+
+ON_THE_CPU = Destination(torch.device("cpu"), torch.float32)
+
+
 class StoredTensors(Protocol):
-    """Tensors in files, read as float32; keeps count of those read."""
+    """Tensors in files; keeps count of those read. They are brought to the CPU, as float32, if nothing else is said."""
 
     @property
     def path(self) -> Path:
@@ -32,8 +45,12 @@ class StoredTensors(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
+    def on(self, destination: Destination) -> "StoredTensors":
+        """Return the same tensors for another place."""
+        ...
+
     def vector(self, name: str, length: int) -> Tensor:
-        """Return a tensor of one dimension: [length]. Raises ModelFileError."""
+        """Return a tensor of one dimension, float32: [length]. Raises ModelFileError."""
         ...
 
     def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
