@@ -10,8 +10,8 @@ from services.worker.runner.models.decoder_weights import DecoderConfig, Decoder
 from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 from services.worker.weight_format import DeviceWeightFormat
-from services.worker.weights.load_decoder import Progress, load_decoder
-from services.worker.weights.stored_decoder import Destination, StoredDecoder
+from services.worker.weights.load_decoder import Progress, load_decoder_as
+from services.worker.weights.stored_decoder import Destination, StoredDecoder, Weight
 
 DeviceWeights = DecoderWeights[DeviceMatrix]
 
@@ -24,15 +24,18 @@ def load_weights(
 ) -> DeviceWeights:
     """Load a rank's part onto the device; matrices are put together, and rounded to fp8, there and one at a time.
 
-    Raises ModelFileError, and ConfigError if the matrices cannot be dealt out.
+    Those of a model that is stored in fp8 stay as they are stored, or are multiplied with their scales. Raises
+    ModelFileError, and ConfigError if the matrices cannot be dealt out.
     """
-    kind = ACTIVATIONS[weights]
+    kind, is_fp8 = ACTIVATIONS[weights], weights == "fp8"
 
-    def matrix(values: Tensor, bias: Tensor | None) -> DeviceMatrix:
-        return to_fp8(values, bias) if weights == "fp8" else DeviceMatrix(values, bias=bias)
+    def matrix(weight: Weight, bias: Tensor | None) -> DeviceMatrix:
+        if is_fp8 and weight.scales is None:
+            return to_fp8(weight.values, bias)
+        return DeviceMatrix(weight.values, weight.scales, bias)
 
-    brought = replace(stored, tensors=stored.tensors.on(Destination(device, kind)))
-    rank = load_decoder(brought, matrix, on_progress, shard, make_head=DeviceMatrix)
+    brought = replace(stored, tensors=stored.tensors.on(Destination(device, kind, keeps_fp8=is_fp8)))
+    rank = load_decoder_as(brought, matrix, DeviceMatrix, on_progress, shard)
     return replace(rank, layers=tuple(_with_norms(layer, kind) for layer in rank.layers), norm=rank.norm.to(kind))
 
 

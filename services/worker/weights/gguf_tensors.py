@@ -10,7 +10,7 @@ from services.common.model.errors import ModelFileError
 from services.common.model.ggml_types import GGML_TYPES
 from services.common.model.gguf import GgufFile, TensorInfo
 from services.worker.weights.dequantize import SUPPORTED_TYPES, dequantize
-from services.worker.weights.stored_decoder import ON_THE_CPU, Destination, StoredMatrix
+from services.worker.weights.stored_decoder import ON_THE_CPU, Destination, StoredMatrix, Weight
 
 _ROWS_AT_ONCE = 256
 
@@ -48,7 +48,11 @@ class GgufTensors:
         dequantize(data, self._file.tensors[name].ggml_type, out)
         return out.to(self._destination.device)
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+    def table(self, part: StoredMatrix, num_columns: int) -> Tensor:
+        """Return what is wanted of a matrix; as in StoredTensors. Raises ModelFileError."""
+        return self.matrix([part], num_columns).values
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Weight:
         """Return what is wanted of matrices, one below the other; as in StoredTensors. Raises ModelFileError."""
         # Looked at before memory is taken: the sizes are a file's claims until then.
         stored = [self._stored(part.name, (num_columns, part.num_rows)) for part in parts]
@@ -61,7 +65,7 @@ class GgufTensors:
             to = out[first_row : first_row + len(part.rows)]
             first_row += len(part.rows)
             self._dequantize(rows, part.name, num_columns, columns, to)
-        return out.to(self._destination.kind).to(self._destination.device)
+        return Weight(out.to(self._destination.kind).to(self._destination.device))
 
     def _dequantize(self, rows: Tensor, name: str, num_columns: int, columns: range, out: Tensor) -> None:
         """Write some columns of stored rows to `out`; whole rows are in memory only a few at a time."""

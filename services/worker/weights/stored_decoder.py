@@ -30,9 +30,21 @@ class Destination:
     device: torch.device
     kind: torch.dtype
     """Of matrices; vectors are float32."""
+    keeps_fp8: bool = False
+    """Whether matrices of a model that is stored in fp8 stay so."""
 
 
 ON_THE_CPU = Destination(torch.device("cpu"), torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix as it was brought."""
+
+    values: Tensor
+    """[num_rows, num_columns], in the destination's type or, if it was stored so and stays so, in fp8"""
+    scales: Tensor | None = None
+    """[num_rows] float32, if `values` are fp8: what they are to be multiplied with."""
 
 
 class StoredTensors(Protocol):
@@ -53,7 +65,13 @@ class StoredTensors(Protocol):
         """Return a tensor of one dimension, float32: [length]. Raises ModelFileError."""
         ...
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+    def table(self, part: StoredMatrix, num_columns: int) -> Tensor:
+        """Return what is wanted of a matrix whose rows are looked up, or that is the head: [wanted rows, num_columns],
+        never in fp8. Raises ModelFileError.
+        """
+        ...
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Weight:
         """Return what is wanted of matrices, one below the other: [sum of wanted rows, wanted columns].
 
         `num_columns` is that of the whole matrices; of the columns, a run is wanted, or all. Only what is wanted takes
