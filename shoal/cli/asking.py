@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--deadline-ms", type=int, help="give up after this time")
     form = how.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=_schema, dest="response_format", metavar="FILE", help="JSON that fits it")
-    form.add_argument("--regex", type=_regex, dest="response_format", help="text that matches as a whole")
+    form.add_argument("--regex", type=_regex, dest="response_format", metavar="REGEX", help="text that matches whole")
     how.add_argument("--priority", choices=[str(priority) for priority in Priority])
 
 
