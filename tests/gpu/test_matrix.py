@@ -44,7 +44,7 @@ def test_inputs_are_dealt_out_where_outputs_alone_leave_processors_idle() -> Non
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
 def test_a_long_product_is_added_to_the_residual_where_it_is_made(weights: DeviceWeightFormat) -> None:
-    num_rows, num_outputs, num_inputs = 1024, 64, 32
+    num_rows, num_outputs, num_inputs = 4096, 64, 32
     generator = seeded(8)
     values = random(generator, num_rows, num_inputs, dtype=DTYPES[1])
     weight = random(generator, num_outputs, num_inputs, dtype=DTYPES[1])
@@ -52,7 +52,7 @@ def test_a_long_product_is_added_to_the_residual_where_it_is_made(weights: Devic
     rows, matrix = (round_rows(values), to_fp8(weight)) if weights == "fp8" else (Rows(values), DeviceMatrix(weight))
     multiplier = Multiplier(1, DEVICE)
     assert multiplier.may_add(rows, matrix)
-    assert not multiplier.may_add(rows.of(slice(1023)), matrix), "the norm's sum takes less than a kernel's begin"
+    assert not multiplier.may_add(rows.of(slice(4095)), matrix), "the norm's sum takes less than a kernel's begin"
     assert not Multiplier(1, DEVICE, is_batch_invariant=True).may_add(rows, matrix)
     expected = residual.float() + values.float() @ weight.float().T
     multiplier.add(rows, matrix, residual)

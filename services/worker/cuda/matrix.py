@@ -34,7 +34,7 @@ _CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS = 256
 """Of fp8: from there on cuBLAS applies a scale a row and a channel for less than the kernel behind it."""
 _SWIGLU_IN_TILES_FROM_ROWS = 8192
 """Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
-_ADDING_FROM_ROWS = 1024
+_ADDING_FROM_ROWS = 4096
 """From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
