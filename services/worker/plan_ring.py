@@ -52,7 +52,8 @@ class PlanWriter:
     def send(self, plan: StepPlan) -> None:
         """Give a plan to all ranks. Raises RanksLostError if one is gone, or does not take what it was given before."""
         data = plan_message(plan).SerializeToString()
-        for first in range(0, len(data), _PART_BYTES):
+        # A plan of nothing has no bytes, and is a part all the same.
+        for first in range(0, max(1, len(data)), _PART_BYTES):
             self._send_part(data[first : first + _PART_BYTES], is_last=first + _PART_BYTES >= len(data))
 
     def is_a_rank_gone(self) -> bool:

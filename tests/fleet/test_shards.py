@@ -13,6 +13,8 @@ import pytest
 
 import shoal
 from tests.fleet.conftest import Fleet
+from tests.fleet.test_metrics import scraped
+from tests.unit.eventually import eventually
 
 SHARDS = 2
 LIMIT_S = 120.0
@@ -21,10 +23,10 @@ LIMIT_S = 120.0
 @pytest.fixture(scope="module")
 def fleet(start: Callable[..., Fleet]) -> Iterator[Fleet]:
     """One worker of two processes, and, beside what `shoal up` starts, one whose model is whole."""
-    fleet = start("--shards", str(SHARDS))
+    fleet = start("--metrics", "--shards", str(SHARDS))
     (worker,) = fleet.of_kind("worker")
     command = psutil.Process(worker.pid).cmdline()
-    own = [command.index("--shards"), command.index("--listen")]
+    own = [command.index(flag) for flag in ("--shards", "--listen", "--metrics-port")]
     kept = [word for place, word in enumerate(command) if place not in {at + more for at in own for more in (0, 1)}]
     whole = subprocess.Popen(kept, stdout=subprocess.PIPE, text=True)
     assert whole.stdout is not None
@@ -48,6 +50,24 @@ async def ask_all(client: shoal.AsyncClient, cases: list[dict[str, Any]], begun:
         return list(stream.token_ids)
 
     return await asyncio.gather(*map(ask, cases))
+
+
+def pool(fleet: Fleet) -> dict[str, float]:
+    """Workers, and blocks of KV cache, as the scheduler has them."""
+    (scheduler,) = fleet.of_kind("scheduler")
+    families = scraped(scheduler.metrics_address)
+    return {name: families[name].samples[0].value for name in ("shoal_workers", "shoal_pool_kv_blocks")}
+
+
+def kv_blocks(fleet: Fleet) -> float:
+    """Of the sharded worker."""
+    (worker,) = fleet.of_kind("worker")
+    return float(scraped(worker.metrics_address)["shoal_kv_blocks"].samples[0].value)
+
+
+async def test_the_scheduler_sees_one_worker_with_the_capacity_of_one_whose_model_is_whole(fleet: Fleet) -> None:
+    await eventually(lambda: pool(fleet) == {"shoal_workers": 2, "shoal_pool_kv_blocks": 2 * kv_blocks(fleet)})
+    assert kv_blocks(fleet) > 0
 
 
 def test_its_processes_are_listed_as_engines(fleet: Fleet) -> None:
@@ -74,3 +94,4 @@ async def test_a_lost_process_costs_no_token_of_any_answer(
             assert await ask_all(client, cases, begun) == expected
     after = [engine.pid for engine in fleet.of_kind("engine")]
     assert len({*before, *after}) == 2 * SHARDS, "all of its processes are new"
+    await eventually(lambda: pool(fleet) == {"shoal_workers": 2, "shoal_pool_kv_blocks": 2 * kv_blocks(fleet)})

@@ -32,10 +32,11 @@ if torch.cuda.device_count() > 1:
 
 
 @contextmanager
-def ranks_of(folder: Path, world_size: int, device: str, *flags: str) -> Iterator[Engine]:
+def ranks_of(folder: Path, world_size: int, device: str, *flags: str, fills_up: bool = IS_CUDA) -> Iterator[Engine]:
     sizes = {"--block-size": 16, "--max-sequences": 4, "--max-prefill-tokens": 16, "--num-blocks": 40}
     told = ["--model", str(folder), "--device", device, "--dtype", "float32", "--context-tokens", "128"]
     told += ["--shards", str(world_size), *(text for name, size in sizes.items() for text in (name, str(size))), *flags]
+    told += [] if fills_up else ["--no-graphs"]
     parser = argparse.ArgumentParser()
     add_engine_options(parser)
     with engine_of(parser.parse_args(told), told) as engine:
@@ -54,6 +55,20 @@ def test_two_ranks_give_the_references_tokens(family: str, device: str, tmp_path
         assert whole < Shard().config(engine.rank.config).num_kv_heads * 2
         answers, _ = generate(engine.rank.limits, engine.runner, [greedy(1, asked[0], NUM_TOKENS)], [], later)
     assert answers == {number: reference_greedy(model, prompt, NUM_TOKENS) for number, prompt in enumerate(asked, 1)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_ranks_that_fill_steps_up_and_prepare_in_between_give_the_same_tokens(device: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=NUM_LAYERS, **SIZES)
+    asked = prompts()[:2]
+    with ranks_of(save(model, tmp_path), 2, device, fills_up=True) as engine:
+        assert engine.rank.limits.filled_up_to == (20,)
+        for first in (1, 11):
+            looks = [[greedy(first, asked[0], NUM_TOKENS)], [], [greedy(first + 1, asked[1], NUM_TOKENS)]]
+            answers, _ = generate(engine.rank.limits, engine.runner, *looks)
+            expected = [reference_greedy(model, prompt, NUM_TOKENS) for prompt in asked]
+            assert answers == dict(enumerate(expected, first))
+            assert not engine.rank.runner.may_prepare, "the loop has ranks prepare when there is nothing else to do"
 
 
 @pytest.mark.parametrize("device", DEVICES)

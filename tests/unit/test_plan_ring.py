@@ -52,7 +52,7 @@ chunks = st.builds(
 copies = st.builds(BlockCopy, numbers.map(BlockId), numbers.map(BlockId))
 plans = st.builds(
     StepPlan,
-    st.integers(1, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
     st.lists(chunks, max_size=4).map(tuple),
     st.lists(copies, max_size=3).map(tuple),
 )
@@ -95,6 +95,7 @@ def plan_of_bytes(step: int, num_bytes: int) -> StepPlan:
 
 def test_plans_of_one_part_and_of_more_than_the_ring_holds_come_to_every_rank_in_order(ring: Ring) -> None:
     sent = [plan_of_bytes(step, size) for step, size in enumerate((10, 2 * NUM_SLOTS * SLOT_BYTES, 0, SLOT_BYTES), 1)]
+    sent.insert(1, StepPlan(0, ()))
     taken: list[list[StepPlan | None]] = [[], []]
 
     def take(rank: int) -> None:

@@ -16,6 +16,7 @@ from services.worker.runner.models.shard import UNIT, Shard
 from services.worker.weights.load_decoder import load_decoder
 from services.worker.weights.open_decoder import open_decoder
 from tests.unit.kept_matrix import KeptMatrix
+from tests.unit.tiny_fp8 import LAYOUTS, save_in_fp8
 from tests.unit.tiny_gguf import write_gguf
 from tests.unit.tiny_models import save, tiny_model
 
@@ -121,11 +122,15 @@ def test_a_ranks_weights_of_the_default_model_are_its_share_and_little_more(worl
     assert sum(parts) < 1.01 * whole
 
 
-@pytest.mark.parametrize("stored_as", ["folder", "gguf"])
+# Parts of blocks in fp8 begin and end within blocks.
+@pytest.mark.parametrize("stored_as", ["folder", "gguf", "fp8-blocks", "compressed-channel"])
 @pytest.mark.parametrize("name", ["llama-9-heads-of-3", "qwen2-tied", "qwen3"])
 def test_the_ranks_parts_make_up_the_model(tmp_path: Path, name: str, stored_as: str) -> None:
     model = tiny_model(name)
-    path = save(model, tmp_path) if stored_as == "folder" else write_gguf(model, tmp_path / "tiny.gguf")
+    if stored_as in LAYOUTS:
+        path = save_in_fp8(model, tmp_path, stored_as)
+    else:
+        path = save(model, tmp_path) if stored_as == "folder" else write_gguf(model, tmp_path / "tiny.gguf")
     config, whole = open_decoder(read_stored_model(path)).config, load(path)
     shards = [Shard(rank, 3) for rank in range(3)]
     parts = [load(path, shard) for shard in shards]

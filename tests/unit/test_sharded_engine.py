@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,12 @@ async def begin(engine: EngineClient, events: AsyncIterator[engine_pb2.EngineEve
     await engine.send(add_command(add(1, prompt=64, max_tokens=4000, stop_token_ids=())))
     await next_event(events, "done")
     return ready
+
+
+def assert_gone(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 async def test_it_has_the_whole_caches_blocks_and_gives_the_references_tokens() -> None:
@@ -69,15 +75,23 @@ async def test_it_ends_whole_when_one_of_its_processes_dies_or_stands_still(
             while True:
                 await next_event(events, "done")
     assert died.value.on_request, "no request is to blame"
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert_gone(pids)
+
+
+async def test_it_ends_whole_when_its_processes_computed_different_things() -> None:
+    pids: list[int] = []
+    with pytest.raises(EngineDiedError, match="ended with status 1"):  # noqa: PT012
+        async with asyncio.timeout(LONGEST_WAIT_S), start_engine(CONFIG, "tests.unit.disagreeing_engine") as engine:
+            pids = [engine.pid, *engine.other_pids]
+            events = engine.events()
+            await begin(engine, events)
+            while True:
+                await next_event(events, "done")
+    assert_gone(pids)
 
 
 async def test_its_processes_end_when_the_front_lets_go_of_them() -> None:
     async with asyncio.timeout(LONGEST_WAIT_S), start_engine(CONFIG) as engine:
         await begin(engine, engine.events())
         pids = [engine.pid, *engine.other_pids]
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert_gone(pids)

@@ -71,7 +71,6 @@ def change_tensors(path: Path, **changes: torch.Tensor | None) -> Path:
         ("llama", {"mlp_bias": True}, "'mlp_bias' is True"),
         ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "'partial_rotary_factor' is 0.5"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config' is"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'rope_type' is 'yarn'; .*'llama3' only"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'rope_type' is 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 4.0}}, "key 'low_freq_factor' is missing"),

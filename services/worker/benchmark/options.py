@@ -32,7 +32,7 @@ class LoadedEngine:
     options: DeviceOptions
     shards: int
     start_s: float
-    """From the call to the readiness: weights, a step of the largest size, graphs."""
+    """From the call to the readiness: weights, a step of the largest size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-blocks", type=int, help="of the KV cache (what the memory holds)")
     parser.add_argument("--shards", type=int, default=1, help="ranks that the model is dealt out to, a device each (1)")
     parser.add_argument("--batch-invariant", action="store_true", help="the same tokens whatever else is in a step")
-    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself, of a step as it is")
 
 
 def device_of(name: str, rank: int) -> torch.device:
@@ -89,7 +89,7 @@ def load_engine(arguments: argparse.Namespace, rank: int = 0, file: RankFile | N
         step_budget_ms=arguments.step_budget_ms,
         context_tokens=arguments.context_tokens,
         num_blocks=arguments.num_blocks,
-        has_graphs=device.type == "cuda" and not arguments.no_graphs,
+        has_graphs=not arguments.no_graphs,
         is_batch_invariant=arguments.batch_invariant,
     )
     shard = Shard(rank, arguments.shards)

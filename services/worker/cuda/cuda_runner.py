@@ -121,6 +121,11 @@ class CudaRunner:
         for shape in self._shapes.forms():
             self._launch_filled(shape)
 
+    @property
+    def may_prepare(self) -> bool:
+        """Whether there may be something left to prepare."""
+        return bool(self._to_prepare)
+
     @torch.inference_mode()
     def prepare(self) -> bool:
         """Capture the graph of another shape, while no step runs. False: all are there that are captured ahead."""

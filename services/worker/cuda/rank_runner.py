@@ -19,6 +19,8 @@ from services.worker.rank_beats import RankBeats
 from services.worker.rank_file import RankFile
 
 _STEPS_IN_FLIGHT = 2
+_PREPARE = StepPlan(0, ())
+"""Sent to ranks in a step's place: all prepare the next part, at the same time, since what is launched for it meets."""
 
 
 class LeadingRunner:
@@ -42,8 +44,12 @@ class LeadingRunner:
             return LedStep(self._plans, self._runner.launch(plan))
 
     def prepare(self) -> bool:
-        """All was prepared at the start, by all ranks at the same time."""
-        return False
+        """Have all ranks do the same part. Raises RanksLostError."""
+        if not self._runner.may_prepare:
+            return False
+        self._plans.send(_PREPARE)
+        with _of_lost_ranks(self._plans):
+            return self._runner.prepare()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,9 @@ def follow(runner: CudaRunner, plans: PlanReader) -> None:
     """Launch what rank 0 plans, until it or the front is gone. Raises RanksLostError and RanksDisagreeError."""
     launched: deque[LaunchedStep] = deque()
     while plan := plans.take():
+        if plan == _PREPARE:
+            runner.prepare()
+            continue
         if len(launched) == _STEPS_IN_FLIGHT:
             launched.popleft().result()
         launched.append(runner.launch(plan))

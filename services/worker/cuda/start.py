@@ -83,7 +83,7 @@ def start_cuda_runner(
     ranks = _join_ranks(file, config, most, options, device) if file else None
     model = DeviceDecoder(config, weights, shard, most, kind, ranks, is_batch_invariant=options.is_batch_invariant)
     model.may_be_dense &= options.has_dense_attention
-    filled_up_to = _filled_up_to(options, most, shard)
+    filled_up_to = _filled_up_to(options, most, ranks)
 
     def runner_with(num_blocks: int, filled_up_to: FilledUpTo = NEVER, *, captures: bool = False) -> CudaRunner:
         cache = DeviceKvCache(rank_config, num_blocks, options.block_size_tokens, options.kv_dtype, device)
@@ -117,20 +117,15 @@ def start_cuda_runner(
         if num_blocks < 1:
             raise ConfigError(f"{options.memory_share} of the device's memory leave no room for a block of KV cache")
     runner = runner_with(num_blocks, filled_up_to, captures=device.type == "cuda" and options.has_graphs)
-    if file:
-        # Later, ranks would not do it at the same time.
-        on_stage("capturing graphs")
-        while runner.prepare():
-            pass
     return limits_with(num_blocks), runner
 
 
-def _filled_up_to(options: DeviceOptions, most: MostWork, shard: Shard) -> FilledUpTo:
+def _filled_up_to(options: DeviceOptions, most: MostWork, ranks: DeviceRanks | None) -> FilledUpTo:
     if not options.has_graphs:
         return NEVER
-    # Sums of many rows over ranks are a library's, which is not known to be right in a graph of ours.
-    chunks = chunk_sizes(most.num_rows) if shard.world_size == 1 else ()
-    return FilledUpTo(decode_sizes(options.max_sequences), chunks)
+    # Sums of more rows are NCCL's, and were not measured in a graph with prompts.
+    chunks = (size for size in chunk_sizes(most.num_rows) if ranks is None or ranks.are_few(size))
+    return FilledUpTo(decode_sizes(options.max_sequences), tuple(chunks))
 
 
 def _check_invariant(weights: DeviceWeights, kind: torch.dtype) -> None:

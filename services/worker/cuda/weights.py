@@ -10,8 +10,8 @@ from services.worker.runner.models.decoder_weights import DecoderConfig, Decoder
 from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
 from services.worker.weight_format import DeviceWeightFormat
-from services.worker.weights.load_decoder import Progress, load_decoder
-from services.worker.weights.stored_decoder import StoredDecoder
+from services.worker.weights.load_decoder import Progress, load_decoder_as
+from services.worker.weights.stored_decoder import Destination, StoredDecoder, Weight
 
 DeviceWeights = DecoderWeights[DeviceMatrix]
 
@@ -22,20 +22,21 @@ _DUMMY_DEVIATION = 0.02
 def load_weights(
     stored: StoredDecoder, weights: DeviceWeightFormat, shard: Shard, device: torch.device, on_progress: Progress
 ) -> DeviceWeights:
-    """Load a rank's part. Raises ModelFileError, and ConfigError if the matrices cannot be dealt out."""
-    kind = ACTIVATIONS[weights]
+    """Load a rank's part onto the device; matrices are put together, and rounded to fp8, there and one at a time.
 
-    def on_device(weight: Tensor, bias: Tensor | None) -> DeviceMatrix:
-        return DeviceMatrix(weight.to(kind).to(device), bias=None if bias is None else bias.to(device))
+    Those of a model that is stored in fp8 stay as they are stored, or are multiplied with their scales. Raises
+    ModelFileError, and ConfigError if the matrices cannot be dealt out.
+    """
+    kind, is_fp8 = ACTIVATIONS[weights], weights == "fp8"
 
-    rank = load_decoder(stored, on_device, on_progress, shard)
-    layers = tuple(_layer_as(layer, weights, device) for layer in rank.layers)
-    return replace(
-        rank,
-        embedding=rank.embedding.to(kind).to(device),
-        layers=layers,
-        norm=rank.norm.to(kind).to(device),
-    )
+    def matrix(weight: Weight, bias: Tensor | None) -> DeviceMatrix:
+        if is_fp8 and weight.scales is None:
+            return to_fp8(weight.values, bias)
+        return DeviceMatrix(weight.values, weight.scales, bias)
+
+    brought = replace(stored, tensors=stored.tensors.on(Destination(device, kind, keeps_fp8=is_fp8)))
+    rank = load_decoder_as(brought, matrix, DeviceMatrix, on_progress, shard)
+    return replace(rank, layers=tuple(_with_norms(layer, kind) for layer in rank.layers), norm=rank.norm.to(kind))
 
 
 def dummy_weights(
@@ -74,30 +75,22 @@ def dummy_weights(
     )
 
 
-def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat) -> int:
-    """Return the memory that weights take on the device, but for norms, biases and scales."""
-    hidden = config.hidden_size
-    layer = hidden * (2 * config.q_size + 2 * config.kv_size + 3 * config.intermediate_size)
-    tables = 2 * config.vocabulary_size * hidden
+def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard) -> int:
+    """Return the memory that a rank's weights take on its device, but for norms, biases and scales.
+
+    `config` is the whole model's. Raises ConfigError if it cannot be dealt out.
+    """
+    part, hidden = shard.config(config), config.hidden_size
+    layer = hidden * (2 * part.q_size + 2 * part.kv_size + 3 * part.intermediate_size)
+    tables = 2 * len(shard.vocabulary(config)) * hidden
     return config.num_layers * layer * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + (
         tables * ACTIVATIONS[weights].itemsize
     )
 
 
-def _layer_as(
-    layer: DecoderLayerWeights[DeviceMatrix], weights: DeviceWeightFormat, device: torch.device
-) -> DecoderLayerWeights[DeviceMatrix]:
-    kind = ACTIVATIONS[weights]
-
-    def held(matrix: DeviceMatrix) -> DeviceMatrix:
-        return to_fp8(matrix.values, matrix.bias) if weights == "fp8" else matrix
-
-    return DecoderLayerWeights(
-        attention_norm=layer.attention_norm.to(kind).to(device),
-        qkv_proj=held(layer.qkv_proj),
-        qk_norm=None if layer.qk_norm is None else layer.qk_norm.to(device).contiguous(),
-        o_proj=held(layer.o_proj),
-        mlp_norm=layer.mlp_norm.to(kind).to(device),
-        gate_up_proj=held(layer.gate_up_proj),
-        down_proj=held(layer.down_proj),
+def _with_norms(layer: DecoderLayerWeights[DeviceMatrix], kind: torch.dtype) -> DecoderLayerWeights[DeviceMatrix]:
+    """Norms in the activations' type; the heads' stay in float32."""
+    qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
+    return replace(
+        layer, attention_norm=layer.attention_norm.to(kind), qk_norm=qk_norm, mlp_norm=layer.mlp_norm.to(kind)
     )

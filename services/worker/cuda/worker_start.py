@@ -77,7 +77,7 @@ def _start(
 
     config, load = open_source(engine.model_path, engine.dtype, shard, device, on_loading, dummy=engine.dummy)
     options = _options(engine, config, device)
-    _check_weights_fit(shard.config(config), engine, options, device)
+    _check_weights_fit(config, shard, engine, options, device)
 
     def on_stage(stage: str) -> None:
         on_progress(stage, 0.0)
@@ -130,14 +130,14 @@ def _num_blocks(
 
 
 def _check_weights_fit(
-    config: DecoderConfig, engine: EngineConfig, options: DeviceOptions, device: torch.device
+    config: DecoderConfig, shard: Shard, engine: EngineConfig, options: DeviceOptions, device: torch.device
 ) -> None:
     """Before they are loaded, which may take minutes."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
     most = free - (1 - options.memory_share) * total
-    needed = weights_bytes(config, engine.dtype)
+    needed = weights_bytes(config, engine.dtype, shard)
     if needed > most:
         raise ConfigError(
             f"--dtype is {engine.dtype}: the weights take {needed / 1e9:.1f} GB, and of the GPU's {total / 1e9:.1f} GB "

@@ -13,6 +13,8 @@ from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.rotary_frequencies import Llama3Scaling
 from services.worker.weights.decoder_sizes import check_sizes
 from services.worker.weights.families import FOLDER_ARCHITECTURES, Family, WindowRule
+from services.worker.weights.folder_tensors import FolderTensors
+from services.worker.weights.fp8_scheme import read_fp8_scheme
 from services.worker.weights.safetensors_files import SafetensorsFiles
 from services.worker.weights.stored_decoder import FOLDER_NAMES, StoredDecoder
 
@@ -22,7 +24,7 @@ _FIXED: Mapping[str, object] = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+    "compression_config": None,
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -33,11 +35,12 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
     Raises ModelFileError if it is of no family that this engine computes, or would be computed wrongly.
     """
     family = _family(folder.config)
+    scheme = read_fp8_scheme(folder.config)
     return StoredDecoder(
         config=_read_config(folder.config, family),
         family=family,
         names=FOLDER_NAMES,
-        tensors=SafetensorsFiles(folder.path),
+        tensors=FolderTensors(SafetensorsFiles(folder.path), scheme),
         is_tied=folder.config.optional("tie_word_embeddings", bool, False),
     )
 

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file as float32."""
+"""The tensors of a GGUF file: made to float32 on the CPU, whatever they are for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from services.common.model.errors import ModelFileError
 from services.common.model.ggml_types import GGML_TYPES
 from services.common.model.gguf import GgufFile, TensorInfo
 from services.worker.weights.dequantize import SUPPORTED_TYPES, dequantize
-from services.worker.weights.stored_decoder import StoredMatrix
+from services.worker.weights.stored_decoder import ON_THE_CPU, Destination, StoredMatrix, Weight
 
 _ROWS_AT_ONCE = 256
 
@@ -18,9 +18,10 @@ _ROWS_AT_ONCE = 256
 class GgufTensors:
     """Reads tensors out of a mapped file, and keeps count of those read."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile, destination: Destination = ON_THE_CPU) -> None:
         """Map the file. Raises ModelFileError if it cannot be."""
         self._file = file
+        self._destination = destination
         try:
             num_bytes = file.path.stat().st_size
             self._data = torch.from_file(str(file.path), shared=False, size=num_bytes, dtype=torch.uint8)
@@ -36,14 +37,22 @@ class GgufTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
 
+    def on(self, destination: Destination) -> "GgufTensors":
+        """Return the same tensors for another place."""
+        return GgufTensors(self._file, destination)
+
     def vector(self, name: str, length: int) -> Tensor:
         """Return a tensor of one dimension: [length]. Raises ModelFileError."""
         data = self._stored(name, (length,))
         out = torch.empty(length)
         dequantize(data, self._file.tensors[name].ggml_type, out)
-        return out
+        return out.to(self._destination.device)
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+    def table(self, part: StoredMatrix, num_columns: int) -> Tensor:
+        """Return what is wanted of a matrix; as in StoredTensors. Raises ModelFileError."""
+        return self.matrix([part], num_columns).values
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Weight:
         """Return what is wanted of matrices, one below the other; as in StoredTensors. Raises ModelFileError."""
         # Looked at before memory is taken: the sizes are a file's claims until then.
         stored = [self._stored(part.name, (num_columns, part.num_rows)) for part in parts]
@@ -56,7 +65,7 @@ class GgufTensors:
             to = out[first_row : first_row + len(part.rows)]
             first_row += len(part.rows)
             self._dequantize(rows, part.name, num_columns, columns, to)
-        return out
+        return Weight(out.to(self._destination.kind).to(self._destination.device))
 
     def _dequantize(self, rows: Tensor, name: str, num_columns: int, columns: range, out: Tensor) -> None:
         """Write some columns of stored rows to `out`; whole rows are in memory only a few at a time."""

@@ -1,6 +1,6 @@
 """A decoder's weights, out of its files into the layout of its forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from services.common.model.errors import ModelFileError
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights, Matrix
 from services.worker.runner.models.shard import Shard
 from services.worker.runner.rotary_frequencies import rotary_frequencies
-from services.worker.weights.stored_decoder import StoredDecoder, StoredMatrix
+from services.worker.weights.stored_decoder import StoredDecoder, StoredMatrix, Weight
 
 Progress = Callable[[float], None]
 """Called with the share done, 0 to 1."""
@@ -25,10 +25,27 @@ def load_decoder(
     Raises ConfigError if the model does not have something for each rank, and ModelFileError for a tensor that is
     missing, has another shape or a type that cannot be read, or that the model's family does not have.
     """
-    part = _Part(stored.config, shard or Shard())
+    return load_decoder_as(
+        stored,
+        lambda weight, bias: make_matrix(weight.values, bias),
+        lambda head: make_matrix(head, None),
+        on_progress,
+        shard or Shard(),
+    )
+
+
+def load_decoder_as(
+    stored: StoredDecoder,
+    make_matrix: Callable[[Weight, Tensor | None], Matrix],
+    make_head: Callable[[Tensor], Matrix],
+    on_progress: Progress,
+    shard: Shard,
+) -> DecoderWeights[Matrix]:
+    """Load as `load_decoder`, to wherever `stored.tensors` are brought; the head of a tied model is its embedding."""
+    part = _Part(stored.config, shard)
     config, names, tensors = stored.config, stored.names, stored.tensors
-    embedding = tensors.matrix([part.tokens(names.embedding)], config.hidden_size)
-    lm_head = make_matrix(_head(stored, part, embedding), None)
+    embedding = tensors.table(part.tokens(names.embedding), config.hidden_size)
+    lm_head = make_head(_head(stored, part, embedding))
     layers = []
     for index in range(config.num_layers):
         # The embedding and the head take about as long as a fifth of the layers of a small model.
@@ -79,7 +96,7 @@ def _head(stored: StoredDecoder, part: _Part, embedding: Tensor) -> Tensor:
     config, name = stored.config, stored.names.lm_head
     if stored.is_tied and name not in stored.tensors:
         return embedding
-    head = stored.tensors.matrix([part.tokens(name)], config.hidden_size)
+    head = stored.tensors.table(part.tokens(name), config.hidden_size)
     if not stored.is_tied:
         return head
     if not torch.equal(head, embedding):
@@ -92,7 +109,7 @@ def _head(stored: StoredDecoder, part: _Part, embedding: Tensor) -> Tensor:
 
 
 def _load_layer(
-    stored: StoredDecoder, part: _Part, index: int, make_matrix: MakeMatrix[Matrix]
+    stored: StoredDecoder, part: _Part, index: int, make_matrix: Callable[[Weight, Tensor | None], Matrix]
 ) -> DecoderLayerWeights[Matrix]:
     config, names, tensors = stored.config, stored.names, stored.tensors
     prefix = names.layer_prefix.format(index)
@@ -106,13 +123,21 @@ def _load_layer(
     o_proj, down_proj = [part.outputs(weight(names.o_proj))], [part.outputs(weight(names.down_proj))]
     return DecoderLayerWeights(
         attention_norm=tensors.vector(weight(names.attention_norm), hidden),
-        qkv_proj=make_matrix(_paired(stored, part, tensors.matrix(qkv, hidden)), _qkv_bias(stored, part, prefix)),
+        qkv_proj=make_matrix(_qkv(stored, part, qkv), _qkv_bias(stored, part, prefix)),
         qk_norm=_qk_norm(stored, part, prefix),
         o_proj=make_matrix(tensors.matrix(o_proj, config.q_size, part.head_columns), None),
         mlp_norm=tensors.vector(weight(names.mlp_norm), hidden),
         gate_up_proj=make_matrix(tensors.matrix(gate_up, hidden), None),
         down_proj=make_matrix(tensors.matrix(down_proj, intermediate, part.intermediate), None),
     )
+
+
+def _qkv(stored: StoredDecoder, part: _Part, parts: Sequence[StoredMatrix]) -> Weight:
+    weight = stored.tensors.matrix(parts, stored.config.hidden_size)
+    _paired(stored, part, weight.values)
+    if weight.scales is not None:
+        _paired(stored, part, weight.scales)
+    return weight
 
 
 def _qkv_bias(stored: StoredDecoder, part: _Part, prefix: str) -> Tensor | None:
@@ -153,4 +178,6 @@ def _paired(stored: StoredDecoder, part: _Part, rows: Tensor) -> Tensor:
 def _rotary_frequencies(stored: StoredDecoder) -> Tensor:
     config, divisors = stored.config, stored.rotary_divisors
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return frequencies if divisors is None else frequencies / stored.tensors.vector(divisors, config.head_dim // 2)
+    if divisors is None:
+        return frequencies
+    return frequencies / stored.tensors.vector(divisors, config.head_dim // 2).to(frequencies.device)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from services.worker.runner.models.decoder_weights import DecoderConfig
@@ -22,8 +23,32 @@ class StoredMatrix:
     """Those that are wanted: a run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where tensors are brought to, and what matrices become there."""
+
+    device: torch.device
+    kind: torch.dtype
+    """Of matrices; vectors are float32."""
+    keeps_fp8: bool = False
+    """Whether matrices of a model that is stored in fp8 stay so."""
+
+
+ON_THE_CPU = Destination(torch.device("cpu"), torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix as it was brought."""
+
+    values: Tensor
+    """[num_rows, num_columns], in the destination's type or, if it was stored so and stays so, in fp8"""
+    scales: Tensor | None = None
+    """[num_rows] float32, if `values` are fp8: what they are to be multiplied with."""
+
+
 class StoredTensors(Protocol):
-    """Tensors in files, read as float32; keeps count of those read."""
+    """Tensors in files; keeps count of those read. They are brought to the CPU, as float32, if nothing else is said."""
 
     @property
     def path(self) -> Path:
@@ -32,11 +57,21 @@ class StoredTensors(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def vector(self, name: str, length: int) -> Tensor:
-        """Return a tensor of one dimension: [length]. Raises ModelFileError."""
+    def on(self, destination: Destination) -> "StoredTensors":
+        """Return the same tensors for another place."""
         ...
 
-    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Tensor:
+    def vector(self, name: str, length: int) -> Tensor:
+        """Return a tensor of one dimension, float32: [length]. Raises ModelFileError."""
+        ...
+
+    def table(self, part: StoredMatrix, num_columns: int) -> Tensor:
+        """Return what is wanted of a matrix whose rows are looked up, or that is the head: [wanted rows, num_columns],
+        never in fp8. Raises ModelFileError.
+        """
+        ...
+
+    def matrix(self, parts: Sequence[StoredMatrix], num_columns: int, columns: range | None = None) -> Weight:
         """Return what is wanted of matrices, one below the other: [sum of wanted rows, wanted columns].
 
         `num_columns` is that of the whole matrices; of the columns, a run is wanted, or all. Only what is wanted takes

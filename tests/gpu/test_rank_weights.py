@@ -1,0 +1,50 @@
+"""Each rank's device holds its part of the weights, and little more."""
+
+from dataclasses import replace
+
+import pytest
+
+from services.worker.cuda.weights import DeviceWeights, dummy_weights, weights_bytes
+from services.worker.runner.models.decoder_weights import DecoderConfig
+from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
+from tests.gpu.devices import DEVICE
+
+LLAMA_8B = DecoderConfig(
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocabulary_size=128256,
+    context_tokens=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+)
+LLAMA_70B = replace(LLAMA_8B, num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64)
+SMALL = replace(LLAMA_8B, num_layers=2, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=3, head_dim=16)
+
+
+@pytest.mark.parametrize("config", [LLAMA_8B, LLAMA_70B], ids=["8B", "70B"])
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_ranks_weights_are_its_share(config: DecoderConfig, weights: DeviceWeightFormat, world_size: int) -> None:
+    whole = weights_bytes(config, weights, Shard())
+    parts = [weights_bytes(config, weights, Shard(rank, world_size)) for rank in range(world_size)]
+    assert max(parts) <= (1 / world_size + 0.05) * whole
+    assert sum(parts) == whole
+
+
+@pytest.mark.parametrize("weights", ["float32", "bf16", "fp8"])
+@pytest.mark.parametrize("shard", [Shard(), Shard(0, 2), Shard(1, 2)])
+def test_what_is_thought_to_fit_is_what_is_held(weights: DeviceWeightFormat, shard: Shard) -> None:
+    assert held_bytes(dummy_weights(SMALL, weights, shard, DEVICE)) == weights_bytes(SMALL, weights, shard)
+
+
+def held_bytes(weights: DeviceWeights) -> int:
+    tensors = [weights.embedding, weights.lm_head.values]
+    for layer in weights.layers:
+        matrices = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+        tensors += [matrix.values for matrix in matrices]
+    return sum(tensor.nbytes for tensor in tensors)
