@@ -11,7 +11,7 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.folder import read_folder
-from services.worker.cuda import cuda_runner, shared_prefixes, step_shapes
+from services.worker.cuda import cuda_runner, matrix, shared_prefixes, step_shapes
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.shared_prefixes import SharedPrefix
@@ -116,6 +116,23 @@ def test_steps_that_are_filled_up_to_a_graphs_size_give_the_same_tokens(
     for _ in range(2):
         answers, _ = generate(limits, runner, *looks)
         assert answers == {number: reference_greedy(model, prompt, 3) for number, prompt in enumerate(asked, 1)}
+
+
+def test_long_steps_add_their_products_to_the_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, runner = a_runner(save(tiny_model("qwen3", num_hidden_layers=3), tmp_path), max_prefill_tokens_per_step=64)
+    looks = [
+        [add_command(add(number, prompt, max_tokens=1, stop_token_ids=(), logprobs=3))]
+        for number, prompt in enumerate((prompts()[1], prompts()[3]), 1)
+    ]
+
+    def told() -> list[float]:
+        _, front = generate(limits, runner, *looks)
+        return [top.logprob for output in front.outputs for given in output.logprobs for top in given.top]
+
+    in_norms = told()
+    monkeypatch.setattr(matrix, "_ADDING_FROM_ROWS", 8)
+    assert told() == pytest.approx(in_norms, abs=2e-5)
+    assert len(in_norms) == 6
 
 
 def test_what_is_prepared_between_requests_changes_nothing_of_theirs(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, tuning_for
-from services.worker.kernels.rows import FP8
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, to_fp8, tuning_for
+from services.worker.kernels.rows import FP8, Rows, round_rows
+from services.worker.weight_format import DeviceWeightFormat
+from tests.gpu.devices import DEVICE, DTYPES, random, seeded
 
 CPU = torch.device("cpu")
 
@@ -38,3 +40,21 @@ def test_inputs_are_dealt_out_where_outputs_alone_leave_processors_idle() -> Non
     few, many = (a_shape(size, 14336).values for size in (4096, 8192))
     assert [tuning_for(1, weight, may_split=True).num_splits for weight in (few, many)] == [2, 1]  # type: ignore[union-attr]
     assert tuning_for(1, few, may_split=False).num_splits == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+def test_a_long_product_is_added_to_the_residual_where_it_is_made(weights: DeviceWeightFormat) -> None:
+    num_rows, num_outputs, num_inputs = 4096, 64, 32
+    generator = seeded(8)
+    values = random(generator, num_rows, num_inputs, dtype=DTYPES[1])
+    weight = random(generator, num_outputs, num_inputs, dtype=DTYPES[1])
+    residual = random(generator, num_rows, num_outputs, dtype=DTYPES[1])
+    rows, matrix = (round_rows(values), to_fp8(weight)) if weights == "fp8" else (Rows(values), DeviceMatrix(weight))
+    multiplier = Multiplier(1, DEVICE)
+    assert multiplier.may_add(rows, matrix)
+    assert not multiplier.may_add(rows.of(slice(4095)), matrix), "the norm's sum takes less than a kernel's begin"
+    assert not Multiplier(1, DEVICE, is_batch_invariant=True).may_add(rows, matrix)
+    expected = residual.float() + values.float() @ weight.float().T
+    multiplier.add(rows, matrix, residual)
+    error = float((residual.float() - expected).norm() / expected.norm())
+    assert error < (0.06 if weights == "fp8" else 0.006)

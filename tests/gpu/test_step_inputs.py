@@ -26,6 +26,16 @@ def test_whole_prompts_of_one_length_are_taken_together_in_powers_of_two() -> No
     assert dense_runs(chunks) == (DenseRun(1, 2, 512), DenseRun(1025, 1, 512), DenseRun(1537, 1, 1024))
 
 
+@pytest.mark.parametrize(
+    ("chunks", "is_one_run"),
+    [([a_chunk(1, 0, 512), a_chunk(2, 0, 512)], True), ([a_chunk(1, 0, 512)] * 3, False),
+     ([a_chunk(1, 9, 1), a_chunk(2, 0, 512)], False), ([a_chunk(1, 0, 512), a_chunk(2, 0, 7)], False)],
+)  # fmt: skip
+def test_a_step_may_be_one_run(chunks: list[SequenceChunk], is_one_run: bool) -> None:
+    sizes, _ = mixed_sizes(chunks, a_layout(), shares=False)
+    assert sizes.is_one_run is is_one_run
+
+
 def test_every_row_is_attended_once() -> None:
     chunks = [a_chunk(1, 700, 1), a_chunk(2, 0, 512), a_chunk(3, 512, 512), a_chunk(4, 0, 70), a_chunk(5, 8, 1)]
     sizes, tiles = mixed_sizes(chunks, a_layout(), shares=False)

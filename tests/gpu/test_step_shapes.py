@@ -42,10 +42,15 @@ def shapes(layout: StepLayout) -> StepShapes:
 
 
 def test_of_decodes_at_most_6_percent_are_for_nothing() -> None:
-    sizes = decode_sizes(512)
+    sizes = decode_sizes(1500)
     assert sizes[0] == 1
-    assert sizes[-1] == 512
-    assert all((after - before - 1) / (before + 1) <= 0.06 for before, after in pairwise(sizes))
+    assert sizes[-1] == 1500
+    assert all(0 <= (after - before - 1) / after <= 0.06 for before, after in pairwise(sizes))
+
+
+def test_as_many_decodes_as_are_common_have_a_size_of_their_own() -> None:
+    assert {1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024} <= set(decode_sizes(1200))
+    assert decode_sizes(5) == (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("most", [2304, 8704, 1100, 20])
@@ -131,7 +136,7 @@ def test_shapes_are_captured_in_the_order_in_which_a_growing_load_comes_to_them(
     usual = shapes(a_layout()).usual()
     assert len(usual) == len(set(usual))
     assert usual[0] == StepShape(1, 1)
-    assert usual.index(StepShape(512, 64, has_chunks=True)) < usual.index(StepShape(66, 66))
+    assert usual.index(StepShape(512, 64, has_chunks=True)) < usual.index(StepShape(68, 68))
     assert {shape.num_decodes for shape in usual if shape.has_chunks and shape.num_rows == 512} == {64, 100}
     assert {shape for shape in usual if shape.shares} == {
         StepShape(size, size, shares=True) for size in decode_sizes(MOST_SEQUENCES) if size >= 16

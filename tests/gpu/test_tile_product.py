@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from services.worker.kernels.rows import FP8
+from services.worker.kernels.rows import FP8, Rows, Scaled, round_rows
 from services.worker.kernels.tile_product import (
     FEW_ROWS,
     MANY_ROWS,
     TileTuning,
+    add_product,
     product_swiglu,
     product_swiglu_reference,
     tile_product,
@@ -50,6 +51,31 @@ def test_a_gate_opens_where_it_is_multiplied(num_rows: int, size: int, num_input
     out = torch.full((num_rows, size), math.nan, device=DEVICE, dtype=dtype)
     product_swiglu(rows, weight, out, tuning, pdl=IS_CUDA)
     assert_near(out, product_swiglu_reference(rows, weight), dtype)
+
+
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs"), SHAPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8])
+def test_a_product_is_added_once_to_what_is_there(
+    num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype
+) -> None:
+    tuning = FEW_ROWS if dtype == torch.float32 and IS_CUDA else TUNINGS[-1]
+    generator = seeded(5)
+    rows, weight = Rows(random(generator, num_rows, num_inputs)), random(generator, num_outputs, num_inputs)
+    weight /= math.sqrt(num_inputs)
+    kind = DTYPES[1] if dtype == FP8 else dtype
+    channel_scales = None
+    if dtype == FP8:
+        rows, rounded = round_rows(rows.values), round_rows(weight)
+        weight, channel_scales = rounded.values, rounded.scales
+    else:
+        rows, weight = Rows(rows.values.to(dtype)), weight.to(dtype)
+    # Another row of it is nobody's.
+    before = random(generator, num_rows + 1, num_outputs, dtype=kind)
+    total = before.clone()
+    add_product(rows, weight, channel_scales, total[:-1], tuning, pdl=IS_CUDA)
+    product = Scaled(tile_product_reference(rows.values, weight), rows.scales, channel_scales).dequantized()
+    assert_near(total[:-1], before[:-1].float() + product.to(kind).float(), kind)
+    assert torch.equal(total[-1], before[-1])
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8])

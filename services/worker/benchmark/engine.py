@@ -21,6 +21,7 @@ from pathlib import Path
 from gen.shoal.fleet.v1 import engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.config import ConfigError
+from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.worker.benchmark.options import Engine, add_engine_options, print_line
 from services.worker.benchmark.ranks import engine_of
@@ -158,6 +159,8 @@ def _measure(engine: Engine, given: argparse.Namespace) -> None:
     warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
     while engine.runner.prepare():
         pass
+    # As the worker's process does: else a look for cycles of garbage takes 0.1 s in the midst of a load.
+    collect_rarely()
     since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
     print_line(
         ready_s=round(engine.rank.start_s, 2),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.worker.cuda.dense_attention import dense_attention
+from services.worker.cuda.dense_attention import DenseRun, dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.matrix import DeviceMatrix, Multiplier
 from services.worker.cuda.ranks import DeviceRanks
@@ -156,6 +156,8 @@ class DeviceDecoder:
             attended = self._attended(queries, step, sizes, kv, window, pdl)
             if layer is not self._weights.layers[-1]:
                 delta = self._behind_attention(layer, attended, residual, pdl)
+        if sizes.is_one_run:
+            room.attended[:num_rows].copy_(attended)
 
     def choose(self, step: StepInputs[Tensor], sizes: StepSizes, *, pdl: bool) -> None:
         """Compute the rest of a step, of no rows but those that are sampled or kept, and the likeliest token after each
@@ -225,11 +227,11 @@ class DeviceDecoder:
 
     def _behind_attention(
         self, layer: DecoderLayerWeights[DeviceMatrix], attended: Tensor, residual: Tensor, pdl: bool
-    ) -> Scaled:
-        """What is left of a layer; returns what the next norm adds to the residual."""
-        delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, pdl)
+    ) -> Scaled | None:
+        """What is left of a layer; returns what the next norm adds to the residual, if anything."""
+        delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, residual, pdl)
         normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
-        return self._back(self._activate(normed, layer, pdl), layer.down_proj, pdl)
+        return self._back(self._activate(normed, layer, pdl), layer.down_proj, residual, pdl)
 
     def _normed(self, delta: Scaled | None, residual: Tensor, weight: Tensor, then: DeviceMatrix, pdl: bool) -> Rows:
         """Add to the residual, and norm it for a product."""
@@ -261,8 +263,12 @@ class DeviceDecoder:
             swiglu(self._multiply(normed, matrix, room.gate_up, pdl), activated, pdl=pdl)
         return activated
 
-    def _back(self, rows: Rows, matrix: DeviceMatrix, pdl: bool) -> Scaled:
-        """A product that leads back to the residual: summed over ranks, and by the norm over its parts."""
+    def _back(self, rows: Rows, matrix: DeviceMatrix, residual: Tensor, pdl: bool) -> Scaled | None:
+        """A product that leads back to the residual: summed over ranks, and by the norm over its parts; None: it is
+        added already."""
+        if self.ranks is None and self._multiplier.may_add(rows, matrix):
+            self._multiplier.add(rows, matrix, residual)
+            return None
         seat, out = self._seat(len(rows.values)), self._room.hidden[: len(rows.values)]
         may_split = self.ranks is None or seat is not None
         return self._over_ranks(self._multiplier(rows, matrix, out, may_split=may_split, pdl=pdl, seat=seat), pdl)
@@ -279,10 +285,12 @@ class DeviceDecoder:
         window: int | None,
         pdl: bool,
     ) -> Tensor:
-        """Returns [num_rows, q_size].
+        """Returns [num_rows, q_size]; in the room, but for a step that is one run for cuDNN.
 
         Decodes are bound by bytes, prompts by operations or, if they are few, by waiting: so both at once.
         """
+        if sizes.is_one_run:
+            return self._attend_densely(queries, sizes.dense_runs[0]).flatten(1)
         attended = self._room.attended[: sizes.num_rows]
         by_head = attended.view(queries.shape)
         if not sizes.has_both or self._beside is None:
@@ -332,12 +340,14 @@ class DeviceDecoder:
             prefill_attention(
                 queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl, is_batch_invariant=is_invariant
             )
-        if sizes.dense_runs:
-            heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
-            qkv = self._room.qkv[: sizes.num_rows]
-            _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
-            for run in sizes.dense_runs:
-                dense_attention(queries, keys, values, out, run)
+        for run in sizes.dense_runs:
+            out[run.rows].copy_(self._attend_densely(queries, run))
+
+    def _attend_densely(self, queries: Tensor, run: DenseRun) -> Tensor:
+        heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+        qkv = self._room.qkv[: len(queries)]
+        _, keys, values = qkv.unflatten(1, (-1, self.config.head_dim)).split(heads, dim=1)
+        return dense_attention(queries, keys, values, run)
 
 
 class _Room:

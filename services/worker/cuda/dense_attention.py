@@ -55,13 +55,14 @@ def dense_runs(chunks: Sequence[SequenceChunk]) -> tuple[DenseRun, ...]:
     return tuple(runs)
 
 
-def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, run: DenseRun) -> None:
-    """Attend in a run, causally, into its rows of `out`.
+def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, run: DenseRun) -> Tensor:
+    """Attend in a run, causally. Returns memory of its own, [rows of the run, num_heads, head_dim].
 
-    queries and out: [num_rows, num_heads, head_dim]; keys and values: [num_rows, num_kv_heads, head_dim], strided.
+    queries: [num_rows, num_heads, head_dim]; keys and values: [num_rows, num_kv_heads, head_dim], strided.
     """
     by_sequence = (run.num_sequences, run.num_tokens)
     q, k, v = (x[run.rows].unflatten(0, by_sequence).transpose(1, 2) for x in (queries, keys, values))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    out[run.rows].unflatten(0, by_sequence).copy_(attended.transpose(1, 2))
+    # It lies as the queries do, so this copies nothing.
+    return attended.transpose(1, 2).flatten(0, 1)

@@ -34,6 +34,8 @@ _CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS = 256
 """Of fp8: from there on cuBLAS applies a scale a row and a channel for less than the kernel behind it."""
 _SWIGLU_IN_TILES_FROM_ROWS = 8192
 """Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
+_ADDING_FROM_ROWS = 4096
+"""From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
 _GIVING_MOST_BYTES = 8192
@@ -117,6 +119,19 @@ class Multiplier:
         else:
             out.copy_(rows.values.float() @ weight.float().T)
         return Scaled(product) if rows.scales is None else Scaled(product, rows.scales, matrix.channel_scales)
+
+    def may_add(self, rows: Rows, matrix: DeviceMatrix) -> bool:
+        """Whether `add` takes a product, and is worth it."""
+        if self._is_batch_invariant or len(rows.values) < _ADDING_FROM_ROWS:
+            return False
+        return matrix.channel_scales is None or tile_product.fits(matrix.values, torch.bfloat16)
+
+    def add(self, rows: Rows, matrix: DeviceMatrix, total: Tensor) -> None:
+        """Add a product to `total`, [num_rows, num_outputs], in place: the norm behind it has no sum to make."""
+        if matrix.channel_scales is None:
+            torch.addmm(total, rows.values, matrix.values.T, out=total)
+        else:
+            tile_product.add_product(rows, matrix.values, matrix.channel_scales, total)
 
     def wants_fp8(self, matrix: DeviceMatrix, num_rows: int) -> bool:
         """Whether a product takes rows rounded to fp8.

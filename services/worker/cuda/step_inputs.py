@@ -64,6 +64,11 @@ class StepSizes:
         return self.num_decodes > 0 and (self.num_tiles > 0 or bool(self.dense_runs))
 
     @property
+    def is_one_run(self) -> bool:
+        """Whether all rows are whole prompts of one length."""
+        return len(self.dense_runs) == 1 and self.dense_runs[0].rows == slice(0, self.num_rows)
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of the parts, in the order of StepInputs. Samples last: how many there are moves no other part."""
         return (

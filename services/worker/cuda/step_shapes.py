@@ -17,6 +17,12 @@ MOST_CHUNKS = 16
 """Prompts, or parts of prompts, in a step that is filled up."""
 MOST_ROWS = 2304
 """Of a step with prompts that is filled up: more take the device longer than the host takes to launch them."""
+_DECODES = (
+    *range(1, 32), *range(32, 64, 2), *range(64, 128, 4), *range(128, 264, 8),
+    264, 280, 296, 312, 328, 344, 360, 376, 384, 408, 432, 456, 472, 496, 512,
+)  # fmt: skip
+"""Sizes of steps of decodes alone, by what cuBLAS takes for multiples of 8 in bf16 and fp8 (docs/gpu.md): a step of
+260 rows takes it 0.7 to 0.8 ms more than one of 256, and one of 448 3 ms more than one of 456."""
 _CHUNK_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 480, 512, 640, 768, 896, 1024)
 """Sizes of steps with prompts, and from there on multiples of 128. By time, not by rows: cuBLAS takes longer for some
 than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for
@@ -70,11 +76,11 @@ class StepShape:
 
 def decode_sizes(most: int) -> tuple[int, ...]:
     """Return numbers of decodes up to `most`: of any other number, at most 6 % of the rows are computed for nothing."""
-    sizes = [1]
+    sizes = list(_DECODES)
     while sizes[-1] < most:
-        # The next one below it by a sixteenth: from a size on, as many as that.
-        sizes.append(min(most, sizes[-1] + max(1, sizes[-1] // 16)))
-    return tuple(sizes)
+        # A sixteenth of the power of two below.
+        sizes.append(sizes[-1] + (1 << sizes[-1].bit_length() - 5))
+    return (*(size for size in sizes if size < most), most)
 
 
 def chunk_sizes(most: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Rows times a matrix in tiles, each output added up in one order however many the rows; SwiGLU with it, if wanted.
+"""Rows times a matrix in tiles, each output added up in one order however many the rows; SwiGLU with it, or a sum.
 
 A program takes tile after tile (persistent), so that the bulk copies (TMA) of the next one run while one is written. An
 output's inputs are added up from the first to the last by one program, in instructions of one kind: so a row's product
@@ -15,9 +15,10 @@ from torch.nn.functional import silu
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.worker.kernels.launch import after_previous
+from services.worker.kernels.rows import Rows
 
 _PROCESSORS = 132
-_ROW_TILES_TOGETHER = 8
+_ROW_TILES_TOGETHER = 16
 """Neighbouring row tiles that are taken before the next outputs: their weights are in the second-level cache then."""
 _COPY_BYTES = 16
 """What rows are multiples of, for bulk copies."""
@@ -81,8 +82,33 @@ def product_swiglu(
     _launch(rows, weight, out, size, tuning, pdl=pdl)
 
 
+def add_product(
+    rows: Rows,
+    weight: Tensor,
+    channel_scales: Tensor | None,
+    total: Tensor,
+    tuning: TileTuning | None = None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Add the product to `total`, [num_rows, num_outputs], in place; it is rounded to its type before.
+
+    The bulk copies that write tiles add them: `total` is read by nobody but the second-level cache.
+    """
+    assert total.shape == (len(rows.values), len(weight))
+    _launch(rows.values, weight, total, len(weight), tuning, pdl=pdl, adds=True, scales=(rows.scales, channel_scales))
+
+
 def _launch(
-    rows: Tensor, weight: Tensor, out: Tensor, num_outputs: int, tuning: TileTuning | None, *, pdl: bool
+    rows: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    num_outputs: int,
+    tuning: TileTuning | None,
+    *,
+    pdl: bool,
+    adds: bool = False,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     num_rows, num_inputs = rows.shape
     assert weight.shape[1] == num_inputs
@@ -97,6 +123,7 @@ def _launch(
         TensorDescriptor.from_tensor(rows, [tuning.rows, inputs]),
         TensorDescriptor.from_tensor(weight.view(matrices, num_outputs, num_inputs), [matrices, outputs, inputs]),
         TensorDescriptor.from_tensor(out, [tuning.rows, outputs]),
+        *scales,
         num_rows,
         num_outputs,
         num_inputs,
@@ -105,6 +132,8 @@ def _launch(
         INPUTS=inputs,
         MATRICES=matrices,
         TOGETHER=_ROW_TILES_TOGETHER,
+        ADDS=adds,
+        HAS_ADDING_COPIES=out.is_cuda,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         PDL=pdl,
         launch_pdl=pdl,
@@ -118,6 +147,8 @@ def _tile_product(
     rows,
     weight,
     out,
+    row_scales,
+    channel_scales,
     num_rows,
     num_outputs,
     num_inputs,
@@ -126,6 +157,8 @@ def _tile_product(
     INPUTS: tl.constexpr,
     MATRICES: tl.constexpr,
     TOGETHER: tl.constexpr,
+    ADDS: tl.constexpr,
+    HAS_ADDING_COPIES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -147,4 +180,15 @@ def _tile_product(
         if MATRICES == 2:
             gate, up = tl.split(tl.trans(tl.reshape(total, [ROWS, 2, OUTPUTS]), 0, 2, 1))
             total = gate / (1.0 + tl.exp(-gate)) * up
-        out.store([first_row, first_output], total.to(out.dtype))
+        if row_scales is not None:
+            row = first_row + tl.arange(0, ROWS)
+            output = first_output + tl.arange(0, OUTPUTS)
+            row_scale = tl.load(row_scales + row, row < num_rows, other=0.0)
+            total = total * row_scale[:, None] * tl.load(channel_scales + output, output < num_outputs, other=0.0)
+        rounded = total.to(out.dtype)
+        if ADDS and HAS_ADDING_COPIES:
+            out.atomic_add([first_row, first_output], rounded)
+        elif ADDS:
+            out.store([first_row, first_output], out.load([first_row, first_output]) + rounded)
+        else:
+            out.store([first_row, first_output], rounded)

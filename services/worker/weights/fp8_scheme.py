@@ -83,9 +83,7 @@ def _block_size(section: JsonFile, key: str, *, is_required: bool = False) -> tu
 
 
 def _one_of(section: JsonFile, key: str, supported: Sequence[object], default: object = None) -> object:
-    value = section.values.get(key, default)
-    if value is None:
-        value = default
+    value = section.values[key] if key in section else default
     if value not in supported:
         raise _unsupported(section, key, " or ".join(map(repr, supported)))
     return value

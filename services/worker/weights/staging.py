@@ -43,18 +43,18 @@ class _Buffer:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
         self._host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_cuda)
-        self._device = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._device = torch.empty(num_bytes, dtype=torch.uint8, device=device) if is_cuda else self._host
         self._is_free = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]
         """Recorded behind the copy out of the host's room."""
 
     def bring(self, piece: Tensor) -> Tensor:
         num_bytes = piece.numel() * piece.element_size()
+        host, there = self._host[:num_bytes], self._device[:num_bytes]
         if self._is_free:
             self._is_free.synchronize()
         # As bytes: those of a type that torch does not compute in are copied as fast.
-        host, there = self._host[:num_bytes], self._device[:num_bytes]
         host.view(len(piece), -1).copy_(piece.view(torch.uint8))
-        there.copy_(host, non_blocking=True)
         if self._is_free:
+            there.copy_(host, non_blocking=True)
             self._is_free.record()
         return there.view(piece.dtype).view(piece.shape)
