@@ -16,8 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.config import ConfigError
 from services.common.ending import UNFIT_STATUS, UnfitError
 from services.common.garbage import collect_rarely
 from services.common.model.stored_model import read_stored_model
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pipe = EnginePipe(socket.socket(fileno=config.fd))
     executor = ThreadPoolExecutor(1, "grammars")
     try:
+        check_installed(config.device)
         if config.rank > 0:
             return follow(config, pipe)
         # Reads the vocabulary beside the loading: right behind it, it would take the first requests' time.
@@ -65,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         executor.shutdown(wait=False, cancel_futures=True)
         pipe.close()
     return 0
+
+
+def check_installed(device: str) -> None:
+    """Raises ConfigError if what the device needs is not installed: Triton comes with torch for CUDA only."""
+    if device == "cuda" and find_spec("triton") is None:
+        raise ConfigError(
+            "--device cuda needs Triton, which is not installed: pip install 'shoal-inference[gpu]', beside torch for "
+            "CUDA, or give --device cpu"
+        )
 
 
 def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, StepTimeModel]:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from services.common.errors import ShoalError
 from services.common.tls.files import Tls
 from shoal._async_client import AsyncClient
 from shoal._gateways import parse_addresses
@@ -75,10 +76,15 @@ def _regex(regex: str) -> ResponseFormat:
 async def client_in_contact(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
     """A client of the gateways given, else of the running fleet, of which one has just answered.
 
-    Raises FleetError if there is neither, ShoalError if none answers, within seconds, or they refuse the caller.
+    Raises FleetError if there is neither, ShoalError if none answers within seconds.
     """
     async with _client_of(arguments, FIRST_CONTACT) as first:
-        await first.list_models()
+        try:
+            await first.list_models()
+        except ShoalError as error:
+            # What a gateway says has a reason: it is there, and says it again to the caller if that is to hear it.
+            if not error.reason:
+                raise
     return _client_of(arguments, retries)
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.config import ConfigError
 from services.common.ending import UNFIT_STATUS
 from services.common.model.location import default_model_path
 from services.worker.engine_config import EngineConfig
+from services.worker.engine_process import check_installed
 from services.worker.front.engine_client import ENGINE_ENVIRONMENT
 from tests.unit.engine_builders import add, add_command, shutdown_command
 
@@ -138,6 +140,13 @@ def test_an_engine_says_what_is_wrong_with_its_model(start: Callable[[Path], Fro
     front = start(tmp_path / "absent.gguf")
     assert front.receive("unfit").unfit.reason.startswith(f"{tmp_path}/absent.gguf: ")
     assert front.status() == (UNFIT_STATUS, "")
+
+
+def test_without_triton_there_is_no_engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    check_installed("cpu")
+    with pytest.raises(ConfigError, match=r"--device cuda needs Triton.*pip install 'shoal-inference\[gpu\]'"):
+        check_installed("cuda")
 
 
 def test_flags_are_read_back_as_they_were_given() -> None:
