@@ -19,13 +19,13 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from services.common.ending import UNFIT_STATUS, UnfitError
+
 T = TypeVar("T")
 
 
-class ConfigError(Exception):
+class ConfigError(UnfitError):
     """A value that cannot be used. The text names the flag, the value and the limit."""
-
-    shown_in_logs = True
 
 
 def option(
@@ -63,7 +63,7 @@ def without_password(url: str) -> str:
 def parse(
     config_type: type[T], service: str, arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Parsed[T]:
-    """Read a service's configuration, or exit with status 2 and a line that says what is wrong.
+    """Read a service's configuration, or exit with UNFIT_STATUS and a line that says what is wrong.
 
     Flags win over `SHOAL_<FIELD>` variables, those over defaults. `--help` lists all of them.
     """
@@ -73,7 +73,7 @@ def parse(
         return _resolve(config_type, flags, os.environ if environ is None else environ)
     except ConfigError as error:
         print(f"{service}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(UNFIT_STATUS) from error
 
 
 def _parser(config_type: type[T], service: str) -> argparse.ArgumentParser:

@@ -45,6 +45,9 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.so_reuseport", 0),
 )
 
+# A service forks only to start a program, in which nothing of gRPC goes on. By default gRPC holds all its threads at
+# each fork, or says that it could not. Read when gRPC begins its work: with the first server or channel.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 LIVE = "live"
 """A name in health checks that is SERVING as long as the event loop answers, whatever is missing to take work."""

@@ -3,12 +3,12 @@
 import asyncio
 import logging
 import secrets
-import sys
 
 import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
+from services.common.ending import end_with
 from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
@@ -39,7 +39,7 @@ def main() -> None:
     try:
         uvloop.run(_serve(parsed.config))
     except (ConfigError, StoreError, OSError, ValueError) as error:
-        sys.exit(f"scheduler: {error}")
+        end_with("scheduler", error)
 
 
 async def _serve(config: SchedulerConfig) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-import sys
 from pathlib import Path
 
 import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
+from services.common.ending import end_with
 from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
@@ -34,14 +34,11 @@ def main() -> None:
     parsed = parse(TokenizerConfig, "tokenizer")
     log.configure("tokenizer", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
-    problems: list[str] = []
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(parsed.config))
     except* (ConfigError, ModelFileError, PoolStartError, OSError) as errors:
-        problems = _problems(errors)
-    if problems:
-        sys.exit("\n".join(problems))
+        end_with("tokenizer", errors)
 
 
 async def _serve(config: TokenizerConfig) -> None:
@@ -72,14 +69,6 @@ async def _run(config: TokenizerConfig, metrics: Metrics, tracer: Tracer) -> Non
         await stop.wait()
         await server.stop(config.stop_grace_ms / 1000)
         running_pool.cancel()
-
-
-def _problems(errors: BaseExceptionGroup[Exception]) -> list[str]:
-    """Each error's own words: groups of tasks nest them."""
-    problems: list[str] = []
-    for error in errors.exceptions:
-        problems += _problems(error) if isinstance(error, BaseExceptionGroup) else [f"tokenizer: {error}"]
-    return problems
 
 
 def _limits(config: TokenizerConfig) -> PoolLimits:

@@ -3,15 +3,14 @@
 import asyncio
 import json
 import logging
-import sys
 
 import uvloop
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
-from services.common.config import ConfigError, Parsed, parse
+from services.common.config import Parsed, parse
+from services.common.ending import UnfitError, end_with
 from services.common.garbage import collect_rarely
-from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import StoreError, connect
 from services.common.telemetry.metrics import Metrics
@@ -75,8 +74,8 @@ def main() -> None:
     log.configure("worker", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     try:
         uvloop.run(serve(parsed))
-    except (ConfigError, ModelFileError, StoreError, EngineStartError, OSError) as error:
-        sys.exit(f"worker: {error}")
+    except (UnfitError, StoreError, EngineStartError, OSError) as error:
+        end_with("worker", error)
 
 
 if __name__ == "__main__":

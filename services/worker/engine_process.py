@@ -4,9 +4,9 @@
 
 Of a sharded engine, each rank is such a process; rank 0 plans, and speaks with the front.
 
-It ends with status 0 after Shutdown, with 1 when the front is gone or the model cannot be loaded, with 75 when another
-rank does not come, and with a traceback after an exception in a step. Interrupts (SIGINT) are the front's to answer: a
-terminal sends them to both.
+It ends with status 0 after Shutdown, with 1 when the front is gone, with 78 when none can start, which it tells the
+front, with 75 when another rank does not come, and with a traceback after an exception in a step. Interrupts (SIGINT)
+are the front's to answer: a terminal sends them to both.
 """
 
 import os
@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.common.config import ConfigError
+from services.common.ending import UNFIT_STATUS, UnfitError
 from services.common.garbage import collect_rarely
-from services.common.model.errors import ModelFileError
 from services.common.model.stored_model import read_stored_model
 from services.common.text.grammar import GrammarCompiler
 from services.common.text.stored_vocabulary import read_vocabulary
@@ -59,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RanksLostError as error:
         print(f"engine: {error}", file=sys.stderr)
         return RANKS_LOST_STATUS
-    except (ConfigError, ModelFileError) as error:
-        print(f"engine: {error}", file=sys.stderr)
-        return 1
+    except UnfitError as error:
+        pipe.send(engine_pb2.EngineEvent(unfit=engine_pb2.EngineUnfit(reason=str(error))))
+        return UNFIT_STATUS
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
         pipe.close()

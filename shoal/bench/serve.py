@@ -76,7 +76,7 @@ def _told(settings: Settings) -> dict[str, object]:
     """The settings for a file that others may read: without the API key, and the private key that `Tls` has read."""
     told = asdict(replace(settings, tls=None, metadata=()))
     del told["metadata"]
-    return {**told, "tls": settings.tls is not None}
+    return {**told, "workload": _what(settings), "tls": settings.tls is not None}
 
 
 async def _target(settings: Settings, resources: AsyncExitStack) -> tuple[Target, int | None]:
@@ -122,8 +122,13 @@ async def _load(settings: Settings, target: Target, asks: list[Ask]) -> list[Ans
     return await open_loop(target, asks, time.perf_counter)
 
 
+def _what(settings: Settings) -> str:
+    """The workload, or the file in its place."""
+    return settings.input.name if settings.input else settings.workload
+
+
 def _load_name(settings: Settings) -> str:
-    what = settings.input.name if settings.input else settings.workload
+    what = _what(settings)
     if settings.concurrency:
         return f"{what}, {settings.concurrency} at once"
     return f"{what}, {settings.rate:g} arrivals/s" if settings.rate else f"{what}, at their own times"

@@ -14,6 +14,9 @@ from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
 
+FIRST_CONTACT = RetryPolicy(outage_limit_s=3)
+"""A wrong address is to be told soon; once a gateway has answered, a fleet that is away is one that restarts."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare them. A flag that is left out leaves the choice to the fleet."""
@@ -39,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--deadline-ms", type=int, help="give up after this time")
     form = how.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=_schema, dest="response_format", metavar="FILE", help="JSON that fits it")
-    form.add_argument("--regex", type=_regex, dest="response_format", help="text that matches as a whole")
+    form.add_argument("--regex", type=_regex, dest="response_format", metavar="REGEX", help="text that matches whole")
     how.add_argument("--priority", choices=[str(priority) for priority in Priority])
 
 
@@ -69,8 +72,17 @@ def _regex(regex: str) -> ResponseFormat:
     return {"regex": regex}
 
 
-def client_of(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
-    """A client of the gateways given, else of the running fleet. Raises FleetError if there is neither."""
+async def client_in_contact(arguments: argparse.Namespace, retries: RetryPolicy | None = None) -> AsyncClient:
+    """A client of the gateways given, else of the running fleet, of which one has just answered.
+
+    Raises FleetError if there is neither, ShoalError if none answers, within seconds, or they refuse the caller.
+    """
+    async with _client_of(arguments, FIRST_CONTACT) as first:
+        await first.list_models()
+    return _client_of(arguments, retries)
+
+
+def _client_of(arguments: argparse.Namespace, retries: RetryPolicy | None) -> AsyncClient:
     try:
         gateways, tls = gateways_of(arguments)
         return AsyncClient(gateways, tls=tls, api_key=arguments.api_key, retries=retries)

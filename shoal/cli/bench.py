@@ -22,7 +22,7 @@ pauses does."""
 def add_to(commands: Any) -> None:
     """Declare the command."""
     parser: argparse.ArgumentParser = commands.add_parser("bench", help="measure a server under load")
-    kinds = parser.add_subparsers(required=True, metavar="what")
+    kinds = parser.add_subparsers(required=True, metavar="serve|engine|profile")
     serve = kinds.add_parser("serve", help="latencies and throughput", description=_ABOUT, allow_abbrev=False)
     what = serve.add_mutually_exclusive_group()
     what.add_argument(

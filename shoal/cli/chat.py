@@ -10,7 +10,7 @@ from typing import Any
 from services.common.errors import ShoalError
 from shoal._async_client import AsyncClient
 from shoal._prompt import Message, Options
-from shoal.cli.asking import add_flags, answer_options, client_of
+from shoal.cli.asking import add_flags, answer_options, client_in_contact
 from shoal.cli.streaming import show
 
 _PROMPT = "\n> "
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
         messages.append({"role": "system", "content": arguments.system})
     options = answer_options(arguments)
     with asyncio.Runner() as runner:
-        client = runner.run(_open(arguments))
+        client = runner.run(client_in_contact(arguments))
         if sys.stdin.isatty():
             print("Ctrl-C cancels an answer, Ctrl-D ends the chat.")
         try:
@@ -61,10 +61,6 @@ def _ask() -> str | None:
         except KeyboardInterrupt:
             # Drops the line, as shells do.
             continue
-
-
-async def _open(arguments: argparse.Namespace) -> AsyncClient:
-    return client_of(arguments)
 
 
 async def _answer(client: AsyncClient, messages: list[Message], question: str, options: Options) -> None:

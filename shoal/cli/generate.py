@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shoal._retries import RetryPolicy
-from shoal.cli.asking import add_flags, answer_options, client_of
+from shoal.cli.asking import add_flags, answer_options, client_in_contact
 from shoal.cli.batch import run_batch
 from shoal.cli.results import result_of
 from shoal.cli.streaming import show
@@ -62,7 +62,7 @@ async def _one(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
     asked = {"messages": [{"role": "user", "content": prompt}]} if arguments.chat else {"prompt": prompt}
     options = answer_options(arguments)
-    async with client_of(arguments) as client, client.generate(**asked, **options) as stream:
+    async with await client_in_contact(arguments) as client, client.generate(**asked, **options) as stream:
         if not arguments.json:
             return 0 if await show(stream, stats=arguments.stats) else CANCELLED
         await stream.read()
@@ -72,7 +72,7 @@ async def _one(arguments: argparse.Namespace) -> int:
 
 async def _many(arguments: argparse.Namespace) -> int:
     with _opened(arguments.input, "r") as cases, _opened(arguments.output, "w") as results:
-        async with client_of(arguments, PATIENT) as client:
+        async with await client_in_contact(arguments, PATIENT) as client:
             num_failed = await run_batch(client, cases, results.write, arguments.concurrency, answer_options(arguments))
     if num_failed:
         print(f"shoal: {num_failed} cases failed; their results have an `error`", file=sys.stderr)

@@ -28,7 +28,7 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "keys", help="make, list and revoke API keys", description=_ABOUT, allow_abbrev=False
     )
-    actions = parser.add_subparsers(required=True, metavar="action")
+    actions = parser.add_subparsers(required=True, metavar="create|list|revoke")
     create = actions.add_parser("create", help="make a key and tell it", allow_abbrev=False)
     create.add_argument("--tenant", required=True, help="whose requests the caller's are: 1 to 64 of A-Z a-z 0-9 . _ -")
     create.add_argument(

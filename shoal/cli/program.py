@@ -10,6 +10,8 @@ from shoal.fleet.errors import FleetError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+USAGE = 2
+"""Exit status of a command line that cannot be understood, as argparse has it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     for command in (up, down, status, top, keys, chat, generate, trace, bench):
         command.add_to(commands)
+    if not given:
+        parser.print_help(sys.stderr)
+        return USAGE
     parsed = parser.parse_args(given)
     try:
         return int(parsed.run(parsed, given[1:]))
@@ -38,5 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _advice(error: FleetError | ShoalError) -> str:
     """What to do about an error of the wire; those of a gateway, which have a reason, say so themselves."""
     if isinstance(error, Unavailable) and not error.reason:
-        return ". Is a gateway there? Start a fleet by `shoal up`, or name its gateways by --gateways"
+        return (
+            ". Is a gateway there? Start a fleet by `shoal up`, or name its gateways by --gateways; those with TLS are "
+            "called with --tls-ca"
+        )
     return ""

@@ -17,6 +17,7 @@ async def show(stream: AsyncStream, *, stats: bool) -> bool:
     """
     began = time.monotonic()
     first_token_s = 0.0
+    failure: ShoalError | None = None
     async with asyncio.TaskGroup() as tasks:
         interrupts = _Interrupts(stream, tasks)
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupts.interrupt)
@@ -25,11 +26,10 @@ async def show(stream: AsyncStream, *, stats: bool) -> bool:
                 first_token_s = first_token_s or time.monotonic() - began
                 print(delta.text, end="", flush=True)
         except ShoalError as error:
-            failure: ShoalError | None = error
-        else:
-            failure = None
+            failure = error
         finally:
-            print(flush=True)
+            if first_token_s or failure is None:
+                print(flush=True)
             asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
     if failure is not None:
         raise failure

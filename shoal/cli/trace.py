@@ -9,7 +9,7 @@ from typing import Any
 from shoal._client import Client
 from shoal._values import RequestInfo
 from shoal.cli.access import add_access_flags
-from shoal.cli.asking import gateways_of
+from shoal.cli.asking import FIRST_CONTACT, gateways_of
 from shoal.fleet.errors import FleetError
 
 _ABOUT = """Prints each decision made about a request, when, and how long after the one before; and where its time went.
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
 def _client_of(arguments: argparse.Namespace) -> Client:
     try:
         gateways, tls = gateways_of(arguments)
-        return Client(gateways, tls=tls, api_key=arguments.api_key)
+        return Client(gateways, tls=tls, api_key=arguments.api_key, retries=FIRST_CONTACT)
     except ValueError as error:
         raise FleetError(f"no client can be made: {error}") from error
 

@@ -18,7 +18,7 @@ def start_detached(arguments: Sequence[str], state: StateDir) -> RunningFleet:
 
     What it says on standard error goes to `log/up.log`, and here until then. Raises FleetError if it fails.
     """
-    state.logs.mkdir(parents=True, exist_ok=True)
+    state.make()
     log_path = state.logs / "up.log"
     with log_path.open("wb") as log:
         supervisor = subprocess.Popen(

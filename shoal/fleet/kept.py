@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any
 
+from services.common.ending import UNFIT_STATUS
 from shoal.fleet.command import kill_session, start
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
@@ -60,14 +61,16 @@ class KeptProcess:
         return self.announced.get("engine_pid") if self.announced else None
 
     async def run(self) -> None:
-        """Keep it running until `stop`. Raises FleetError if it never gets ready."""
+        """Keep it running until `stop`. Raises FleetError if it never gets ready; at once if it says that it cannot."""
         delay_s, num_failures = FIRST_DELAY_S, 0
         while not self._stopping:
-            began = time.monotonic()
+            began, log_bytes = time.monotonic(), self._log_bytes()
             status = await self._run_once()
             if self._stopping:
                 return
             num_failures += 1
+            if not self._was_ready and status == UNFIT_STATUS:
+                raise FleetError(self._why_it_is_unfit(log_bytes))
             if not self._was_ready and num_failures == START_TRIES:
                 raise FleetError(self._why_it_failed(status))
             if time.monotonic() - began > WELL_AFTER_S:
@@ -156,6 +159,16 @@ class KeptProcess:
         self.announced = announced
         self._was_ready = True
         self._on_change()
+
+    def _log_bytes(self) -> int:
+        return self.plan.log.stat().st_size if self.plan.log.exists() else 0
+
+    def _why_it_is_unfit(self, from_byte: int) -> str:
+        """In its own words, which begin with its kind; its log has more."""
+        said = self.plan.log.read_bytes()[from_byte:].decode(errors="replace").splitlines()
+        begin = f"{self.plan.kind}: "
+        reasons = [line.removeprefix(begin) for line in said if line.startswith(begin)]
+        return f"{self.plan.name} cannot start: {'; '.join(reasons)} (its log: {self.plan.log})"
 
     def _why_it_failed(self, status: int) -> str:
         lines = deque(self.plan.log.read_text(errors="replace").splitlines(), maxlen=LOG_LINES_SHOWN)

@@ -12,7 +12,7 @@ from shoal.fleet.errors import FleetError
 from shoal.fleet.kind import Kind
 from shoal.fleet.options import FleetOptions
 from shoal.fleet.ports import HOST, check_ports, choose_ports
-from shoal.fleet.state_dir import StateDir
+from shoal.fleet.state_dir import StateDir, make_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class _Planner:
     def _redis(self) -> ProcessPlan:
         port = next(self._ports)
         data = (self._options.data_dir or self._state.redis_data).resolve()
-        data.mkdir(parents=True, exist_ok=True)
+        make_folder(data, "name another by --data-dir")
         settings = {
             "bind": HOST,
             "port": str(port),

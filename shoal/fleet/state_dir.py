@@ -51,10 +51,17 @@ class StateDir:
         """Where models of `shoal up --dummy` are."""
         return self.path / "dummy"
 
+    def make(self) -> None:
+        """Make the directory and that of logs, unless they are there. Raises FleetError if that cannot be."""
+        make_folder(self.logs, f"name another directory by {VARIABLE}")
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be this directory's fleet. Raises FleetError if another is; its lock goes with it, however it ends."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        """Be this directory's fleet; its lock goes with it, however it ends.
+
+        Raises FleetError if another is, or the directory cannot be made.
+        """
+        self.make()
         with self._lock_file.open("w") as file:
             # Whoever looks whether the lock is held has it for a moment: so more than one try.
             deadline = time.monotonic() + LOCK_WAIT_S
@@ -98,6 +105,14 @@ class StateDir:
     @property
     def _lock_file(self) -> Path:
         return self.path / "fleet.lock"
+
+
+def make_folder(folder: Path, advice: str) -> None:
+    """Make it, and those above it, unless it is there. Raises FleetError with the advice."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FleetError(f"the folder {folder} can't be made: {error.strerror}; {advice}") from error
 
 
 def find_state_dir(environ: Mapping[str, str] = os.environ) -> StateDir:

@@ -179,6 +179,16 @@ async def _at_once() -> None:
     pass
 
 
+async def test_what_is_written_names_the_file_of_requests_as_the_workload(tmp_path: Path) -> None:
+    paced, asks, out = PacedServer(), tmp_path / "mine.jsonl", tmp_path / "out.json"
+    asks.write_text('{"token_ids": [1, 2], "max_tokens": 1}\n' * 2)
+    paced.clock.was_read = _at_once  # type: ignore[method-assign]
+    async with paced_gateway(paced) as address:
+        what = ["--gateways", address, "--input", str(asks), "--json", str(out)]
+        assert await asyncio.to_thread(main, ["bench", "serve", *what]) == 0
+    assert json.loads(out.read_text())["settings"]["workload"] == "mine.jsonl"
+
+
 async def test_a_server_with_tls_is_measured_by_whoever_trusts_its_authority(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

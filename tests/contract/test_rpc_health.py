@@ -1,6 +1,8 @@
 """Health by name: whether a service is to be sent work, and whether it lives at all."""
 
 import asyncio
+import subprocess
+import sys
 
 import grpc
 import pytest
@@ -60,3 +62,23 @@ async def test_calls_go_to_every_process_behind_a_name(servers: list[rpc.Server]
             answers.add(await call.code())
     for server in servers:
         await server.stop(0)
+
+
+STARTS_PROGRAMS = """
+import asyncio
+from services.common.rpc import Server
+
+async def main():
+    server = Server([])
+    await server.start("127.0.0.1:0")
+    for _ in range(3):
+        await (await asyncio.create_subprocess_exec("true", preexec_fn=int)).wait()
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+
+
+def test_nothing_is_said_of_forks_when_a_process_with_a_server_starts_programs() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTS_PROGRAMS], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

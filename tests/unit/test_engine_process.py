@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.ending import UNFIT_STATUS
 from services.common.model.location import default_model_path
 from services.worker.engine_config import EngineConfig
 from services.worker.front.engine_client import ENGINE_ENVIRONMENT
@@ -135,9 +136,8 @@ def test_an_engine_ends_within_a_step_when_its_front_dies(start: Callable[[Path]
 
 def test_an_engine_says_what_is_wrong_with_its_model(start: Callable[[Path], Front], tmp_path: Path) -> None:
     front = start(tmp_path / "absent.gguf")
-    status, errors = front.status()
-    assert status == 1
-    assert errors.startswith(f"engine: {tmp_path}/absent.gguf: ")
+    assert front.receive("unfit").unfit.reason.startswith(f"{tmp_path}/absent.gguf: ")
+    assert front.status() == (UNFIT_STATUS, "")
 
 
 def test_flags_are_read_back_as_they_were_given() -> None:

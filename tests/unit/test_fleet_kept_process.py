@@ -91,6 +91,24 @@ async def test_what_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp_pat
     assert "no such model" in str(error)
 
 
+async def test_what_says_that_no_retry_helps_is_given_up_at_once_in_its_own_words(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("worker: of an earlier fleet\n")
+    program = (
+        "import sys; print('{}', 'worker: no GPU here', 'worker: no model', sep=chr(10), file=sys.stderr); sys.exit(78)"
+    )
+    with pytest.raises(ExceptionGroup) as caught:
+        async with running(program, tmp_path):
+            await asyncio.sleep(30)
+    (error,) = caught.value.exceptions
+    assert str(error) == f"worker-0 cannot start: no GPU here; no model (its log: {tmp_path / 'log'})"
+    assert (tmp_path / "log").read_text().count("no GPU here") == 1
+
+
+async def test_what_was_ready_once_is_started_again_whatever_its_end(tmp_path: Path) -> None:
+    async with running(READY + "sys.exit(78)", tmp_path) as watched:
+        await watched.until(lambda: watched.changes >= 4)
+
+
 @pytest.mark.parametrize(("program", "grace_s"), [(STAYS, 10.0), (DEAF, 0.3)])
 async def test_its_end_is_bounded_and_leaves_nothing(tmp_path: Path, program: str, grace_s: float) -> None:
     async with running(program, tmp_path) as watched:

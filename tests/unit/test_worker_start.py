@@ -15,13 +15,18 @@ from services.common.telemetry.tracing import NoTracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front import worker as worker_module
+from services.worker.front.engine_client import EngineUnfitError
 from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.worker import EngineStartError, Worker
 
 
-def a_worker(on_loading: Callable[[engine_pb2.EngineLoading], None] = lambda loading: None) -> Worker:
+def a_worker(
+    on_loading: Callable[[engine_pb2.EngineLoading], None] = lambda loading: None,
+    kv_cache_bytes: int = 1 << 28,
+    shards: int = 1,
+) -> Worker:
     """None of its engines gets so far that Redis is wanted."""
-    config = WorkerConfig(model_path=default_model_path(), kv_cache_bytes=1 << 28)
+    config = WorkerConfig(model_path=default_model_path(), kv_cache_bytes=kv_cache_bytes, shards=shards)
     vocabulary = Vocabulary((b"a",), end_token_ids=(0,))
     metrics = WorkerMetrics(Metrics())
     return Worker(config, Redis(), vocabulary, "127.0.0.1:1", lambda engine: None, on_loading, metrics, NoTracer())
@@ -55,3 +60,21 @@ async def test_after_some_engines_that_say_nothing_the_worker_ends(monkeypatch: 
     monkeypatch.setattr(worker_module, "FIRST_PAUSE_S", 0.01)
     with pytest.raises(EngineStartError, match=r"5 times in a row; at last .* for 0\.001 s, the limit, while starting"):
         await a_worker().run()
+
+
+@pytest.mark.parametrize(
+    ("shards", "kv_cache_bytes", "said"),
+    [
+        (1, 1, "--kv-cache-bytes is 1; the least is one block"),
+        (3, 1, "--kv-cache-bytes is 1; the least is one block"),
+        (1, 1 << 50, "this machine's memory does not hold the KV cache: lower --kv-cache-bytes"),
+    ],
+)
+async def test_an_engine_that_says_that_none_can_start_ends_the_worker_at_once_with_its_words(
+    shards: int, kv_cache_bytes: int, said: str
+) -> None:
+    started: list[str] = []
+    worker = a_worker(lambda loading: started.append(loading.stage), kv_cache_bytes=kv_cache_bytes, shards=shards)
+    with pytest.raises(EngineUnfitError, match=said):
+        await worker.run()
+    assert started.count("starting torch") == 1

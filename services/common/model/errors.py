@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from services.common.ending import UnfitError
 
-class ModelFileError(Exception):
+
+class ModelFileError(UnfitError):
     """A model's file is absent, foreign, damaged or lacks something; the message says which, where, and what to do."""
-
-    shown_in_logs = True
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(path, problem)

@@ -19,6 +19,7 @@ from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.common.ending import UnfitError
 from services.common.store.shared_connection import SharedConnection
 from services.common.tls.files import Tls
 
@@ -56,7 +57,7 @@ class Recovering(StoreError):
     """Redis restarted, and the pool's leader has not finished recovery. Nothing was written; retry."""
 
 
-class StoreUnfit(StoreError):
+class StoreUnfit(StoreError, UnfitError):
     """Redis is reached, but not set up as Shoal needs it. Waiting does not help; the text says what to do."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gen.shoal.fleet.v1 import engine_pb2
+from services.common.ending import UnfitError
 from services.worker import pipe
 from services.worker.config import SIZES, WorkerConfig
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
@@ -51,6 +52,10 @@ class EngineDiedError(Exception):
         return killed or self.returncode in (0, -signal.SIGTERM, RANKS_LOST_STATUS)
 
 
+class EngineUnfitError(UnfitError):
+    """The engine cannot start, and no other one will: it said why."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankProcess:
     """One rank of an engine, and the front's end of the sockets to it."""
@@ -74,6 +79,8 @@ class EngineClient:
         self._process, self._reader, self._writer = ranks[0].process, ranks[0].reader, ranks[0].writer
         self._oom_kills = _oom_kills()
         self._first_to_end: tuple[int, int] | None = None
+        self._unfit = ""
+        """Why another rank cannot start."""
         self._others_ready = asyncio.Semaphore(0)
 
     @property
@@ -95,22 +102,32 @@ class EngineClient:
             return
 
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
-        """What the engine says. Ready when all its ranks are; ends with EngineDiedError when one of them does."""
+        """What the engine says. Ready when all its ranks are; ends with EngineDiedError when one of them does.
+
+        Raises EngineUnfitError if one of them cannot start.
+        """
         while True:
             event = await pipe.read(self._reader)
             if event is None:
                 returncode = await self._process.wait()
+                if self._unfit:
+                    raise EngineUnfitError(self._unfit)
                 rank, returncode = self._first_to_end or (0, returncode)
                 raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills, rank=rank)
+            if event.HasField("unfit"):
+                raise EngineUnfitError(event.unfit.reason)
             if event.HasField("ready"):
                 for _ in self._ranks[1:]:
                     await self._others_ready.acquire()
+                if self._unfit:
+                    raise EngineUnfitError(self._unfit)
             yield event
 
     async def watch(self, rank: int) -> None:
         """See to it that no rank outlives another: with this one, rank 0 ends, and `events` says why."""
         watched = self._ranks[rank]
-        while await pipe.read(watched.reader):
+        while event := await pipe.read(watched.reader):
+            self._unfit = event.unfit.reason
             self._others_ready.release()
         returncode = await watched.process.wait()
         self._others_ready.release()

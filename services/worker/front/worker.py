@@ -16,7 +16,7 @@ from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
-from services.worker.front.engine_client import EngineClient, EngineDiedError, start_engine
+from services.worker.front.engine_client import EngineClient, EngineDiedError, EngineUnfitError, start_engine
 from services.worker.front.holdings import HoldingsPoster
 from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
@@ -72,29 +72,35 @@ class Worker:
         self._directory = WorkerDirectory(redis, config.pool)
 
     async def run(self) -> None:
-        """Return when the fleet drained this worker. Raises EngineStartError when no engine can be had."""
+        """Return when the fleet drained this worker.
+
+        Raises EngineUnfitError when the first engine says that none can start, and EngineStartError when none did.
+        """
         pause_s, failures = FIRST_PAUSE_S, 0
-        drained, last = False, ""
+        drained, has_served = False, False
         while True:
             started_s = time.monotonic()
-            served = False
+            served, last = False, None
             try:
                 async with start_engine(self._config) as engine:
                     ready = await self._loaded(engine)
-                    served = True
+                    served = has_served = True
                     self._on_engine(engine)
                     self._metrics.engine_is(ready)
                     await self._serve(engine, ready)
             except* DrainedError:
                 drained = True
-            except* (EngineDiedError, EngineSilentError, LostError) as ended:
-                last = str(ended.exceptions[0])
-                logger.warning("session over", extra={"error": last})
+            except* (EngineDiedError, EngineUnfitError, EngineSilentError, LostError) as ended:
+                last = ended.exceptions[0]
+                logger.warning("session over", extra={"error": str(last)})
             finally:
                 self._on_engine(None)
                 self._metrics.engine_is(None)
             if drained:
                 return
+            # Behind an engine that served, its memory may not be free yet: then others may start.
+            if isinstance(last, EngineUnfitError) and not has_served:
+                raise last
             failures = 0 if served else failures + 1
             if failures == LOAD_FAILURES:
                 raise EngineStartError(f"the engine failed to start {failures} times in a row; at last {last}")
@@ -104,7 +110,10 @@ class Worker:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _loaded(self, engine: EngineClient) -> engine_pb2.EngineReady:
-        """Wait until the engine is ready. Raises EngineDiedError, and EngineSilentError if it hangs instead."""
+        """Wait until the engine is ready.
+
+        Raises EngineDiedError or EngineUnfitError, and EngineSilentError if it hangs instead.
+        """
         events, stage = engine.events(), "starting"
         while True:
             try:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.common.config import ConfigError
 from services.worker.cpu_kernels.library import address
 from services.worker.cpu_kernels.structures import Heads
 from services.worker.engine.step_plan import BlockCopy
@@ -26,16 +27,12 @@ class PagedKvCache:
     """
 
     def __init__(self, config: DecoderConfig, num_blocks: int, block_size_tokens: int) -> None:
+        """Raises ConfigError if the machine has not so much memory."""
         self.config = config
         self.block_size_tokens = block_size_tokens
         shape = (num_blocks, 2, config.num_kv_heads, block_size_tokens * config.head_dim)
         size = num_blocks * 2 * block_size_tokens * config.kv_size
-        # From numpy, whose zeros are pages that the system clears at their first use: torch clears all at once, 1 s a
-        # GiB.
-        self._layers = [
-            torch.from_numpy(np.zeros(size + _OVERHANG, dtype=np.float32))[:size].view(shape)
-            for _ in range(config.num_layers)
-        ]
+        self._layers = [_zeros(size).view(shape) for _ in range(config.num_layers)]
         self.heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, block_size_tokens)
         """How the kernels are told of the layout."""
         self.addresses = (ctypes.c_void_p * config.num_layers)(*map(address, self._layers))
@@ -53,3 +50,13 @@ class PagedKvCache:
         destinations = torch.tensor([copy.destination for copy in copies])
         for layer in self._layers:
             layer.index_copy_(0, destinations, layer.index_select(0, sources))
+
+
+def _zeros(size: int) -> Tensor:
+    # From numpy, whose zeros are pages that the system clears at their first use: torch clears all at once, 1 s a GiB.
+    try:
+        return torch.from_numpy(np.zeros(size + _OVERHANG, dtype=np.float32))[:size]
+    except MemoryError as error:
+        raise ConfigError(
+            f"this machine's memory does not hold the KV cache: lower --kv-cache-bytes ({error})"
+        ) from error
