@@ -1,7 +1,8 @@
 """How a service ends that cannot go on: one line that says why, and a status that says whether to try again."""
 
 import sys
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 UNFIT_STATUS = 78
 """Nothing that a retry would mend: EX_CONFIG of sysexits.h."""
@@ -13,16 +14,27 @@ class UnfitError(Exception):
     shown_in_logs = True
 
 
-def end_with(service: str, error: Exception) -> NoReturn:
-    """Say each error's own words on standard error, and exit: with UNFIT_STATUS if no retry mends any of them, or 1."""
-    errors = _flat(error)
-    for each in errors:
-        print(f"{service}: {each}", file=sys.stderr, flush=True)
-    sys.exit(UNFIT_STATUS if all(isinstance(each, UnfitError) for each in errors) else 1)
+@contextmanager
+def ending_with(service: str, *expected: type[Exception]) -> Iterator[None]:
+    """End the process at errors of these kinds: each one's own words on standard error, and a status.
+
+    UNFIT_STATUS if no retry mends any of them, else 1. Other errors pass.
+    """
+    errors: list[Exception] = []
+    try:
+        yield
+    except* expected as group:
+        errors = _flat(group)
+    # Not in the block above: of a group's errors, it would make a group of the exit.
+    if errors:
+        for error in errors:
+            print(f"{service}: {error}", file=sys.stderr, flush=True)
+        sys.exit(UNFIT_STATUS if all(isinstance(error, UnfitError) for error in errors) else 1)
 
 
-def _flat(error: Exception) -> list[Exception]:
+def _flat(group: BaseExceptionGroup[Exception]) -> list[Exception]:
     """Groups of tasks nest them."""
-    if not isinstance(error, ExceptionGroup):
-        return [error]
-    return [each for inner in error.exceptions for each in _flat(inner)]
+    errors: list[Exception] = []
+    for error in group.exceptions:
+        errors += _flat(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return errors

@@ -7,7 +7,7 @@ import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
-from services.common.ending import end_with
+from services.common.ending import ending_with
 from services.common.errors import ShoalError
 from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
@@ -23,11 +23,11 @@ def main() -> None:
     parsed = parse(GatewayConfig, "gateway")
     log.configure("gateway", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(parsed.config))
-    except* (ConfigError, StoreError, ShoalError, OSError) as errors:
-        end_with("gateway", errors)
+    with (
+        ending_with("gateway", ConfigError, StoreError, ShoalError, OSError),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(parsed.config))
 
 
 async def _serve(config: GatewayConfig) -> None:

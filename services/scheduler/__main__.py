@@ -8,7 +8,7 @@ import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
-from services.common.ending import end_with
+from services.common.ending import ending_with
 from services.common.garbage import collect_rarely
 from services.common.rpc import announce, termination
 from services.common.store.connection import StoreError, connect
@@ -36,10 +36,8 @@ def main() -> None:
     parsed = parse(SchedulerConfig, "scheduler")
     log.configure("scheduler", parsed.config.log_level)
     logger.info("configuration", extra={"configuration": parsed.describe()})
-    try:
+    with ending_with("scheduler", ConfigError, StoreError, OSError, ValueError):
         uvloop.run(_serve(parsed.config))
-    except (ConfigError, StoreError, OSError, ValueError) as error:
-        end_with("scheduler", error)
 
 
 async def _serve(config: SchedulerConfig) -> None:

@@ -8,7 +8,7 @@ import uvloop
 
 from services.common import log
 from services.common.config import ConfigError, parse
-from services.common.ending import end_with
+from services.common.ending import ending_with
 from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
 from services.common.model.location import default_model_path
@@ -34,11 +34,11 @@ def main() -> None:
     parsed = parse(TokenizerConfig, "tokenizer")
     log.configure("tokenizer", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
     logger.info("configuration", extra={"configuration": parsed.describe()})
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(parsed.config))
-    except* (ConfigError, ModelFileError, PoolStartError, OSError) as errors:
-        end_with("tokenizer", errors)
+    with (
+        ending_with("tokenizer", ConfigError, ModelFileError, PoolStartError, OSError),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(parsed.config))
 
 
 async def _serve(config: TokenizerConfig) -> None:

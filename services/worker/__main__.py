@@ -9,7 +9,7 @@ import uvloop
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common import log, rpc
 from services.common.config import Parsed, parse
-from services.common.ending import UnfitError, end_with
+from services.common.ending import UnfitError, ending_with
 from services.common.garbage import collect_rarely
 from services.common.model.stored_model import read_stored_model
 from services.common.store.connection import StoreError, connect
@@ -72,10 +72,8 @@ def main() -> None:
     """Read the configuration and run."""
     parsed = parse(WorkerConfig, "worker")
     log.configure("worker", parsed.config.log_level, log_prompts=parsed.config.log_prompts)
-    try:
+    with ending_with("worker", UnfitError, StoreError, EngineStartError, OSError):
         uvloop.run(serve(parsed))
-    except (UnfitError, StoreError, EngineStartError, OSError) as error:
-        end_with("worker", error)
 
 
 if __name__ == "__main__":
