@@ -58,12 +58,15 @@ class LaunchedStep:
         """Whether the device has done it."""
         return self.moments is None or bool(self.moments[1].query())
 
-    def result(self) -> StepResult:
-        """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
-        took_ms = None
+    def wait(self) -> None:
+        """Wait until the device has done it."""
         if self.moments:
             self.moments[1].synchronize()
-            took_ms = float(self.moments[0].elapsed_time(self.moments[1]))
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it sampled. Raises RanksLostError and RanksDisagreeError."""
+        self.wait()
+        took_ms = float(self.moments[0].elapsed_time(self.moments[1])) if self.moments else None
         if self.ranks_state:
             DeviceRanks.check(self.ranks_state.get())
         tokens = iter(self.tokens.get().tolist())

@@ -49,6 +49,13 @@ def made_up_step(
     )
 
 
+def largest(limits: EngineLimits) -> StepPlan:
+    """The step of most rows: prompts, of which a context shorter than a step takes several, and decodes."""
+    whole, rest = divmod(limits.max_prefill_tokens_per_step, limits.longest_chunk_tokens)
+    chunks = [*[limits.longest_chunk_tokens] * whole, *([rest] if rest else [])][: limits.max_sequences]
+    return made_up_step(limits.max_sequences - len(chunks), chunks, limits.block_size_tokens)
+
+
 def every_way_to_choose(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps that together take all that chooses tokens."""
     for sampling in (_DRAWN, _CUT, GREEDY):
@@ -75,6 +82,8 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
         for num_decodes in (24, 100):
             if num_decodes < max_sequences and shared_tokens < limits.context_tokens:
                 yield made_up_step(num_decodes, [num_tokens], size, cached_tokens=shared_tokens)
+    # The longest have products of their own.
+    yield largest(limits)
 
 
 def usual(limits: EngineLimits) -> Iterator[StepPlan]:

@@ -9,7 +9,7 @@ from services.common.config import ConfigError
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.made_up_steps import made_up_step
+from services.worker.cuda.made_up_steps import largest
 from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
 from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
@@ -160,8 +160,7 @@ def _join_ranks(
 
 def _measured_bytes_left(runner: CudaRunner, limits: EngineLimits, options: DeviceOptions, device: torch.device) -> int:
     """Make a step of the largest size, on a cache of one block, and look what the device has left."""
-    largest = made_up_step(limits.max_sequences - 1, [limits.longest_chunk_tokens], limits.block_size_tokens)
-    runner.launch(largest).result()
+    runner.launch(largest(limits)).result()
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     # What torch holds but does not use would be given to the cache.

@@ -46,7 +46,9 @@ def compile_kernels(plain: CudaRunner, filling: CudaRunner, limits: EngineLimits
     """
     with compiled_only(threads):
         for plan in every_kind(limits):
-            plain.launch(plan)
+            # Sums of ranks are not Triton's, and so are made: behind one, inputs might be written over others that are
+            # not copied yet.
+            plain.launch(plan).wait()
         filling.rehearse()
 
 

@@ -1,0 +1,34 @@
+"""What a worker computes before it serves is as long as what will be asked of it."""
+
+import pytest
+
+from services.worker.cuda.made_up_steps import every_kind, largest
+from tests.unit.engine_builders import limits_of
+
+
+@pytest.mark.parametrize(
+    ("max_sequences", "most_tokens", "context_tokens", "num_rows"),
+    [
+        (256, 8192, 8192, 8192 + 255),
+        # A context is shorter than a step: several prompts fill it.
+        (256, 8192, 2048, 8192 + 252),
+        (256, 8192, 3000, 8192 + 253),
+        # So few sequences do not.
+        (3, 8192, 2048, 3 * 2048),
+        (1, 64, 128, 64),
+    ],
+)
+def test_kernels_of_the_longest_steps_are_compiled_beforehand(
+    max_sequences: int, most_tokens: int, context_tokens: int, num_rows: int
+) -> None:
+    limits = limits_of(
+        num_blocks=1,
+        max_sequences=max_sequences,
+        max_prefill_tokens_per_step=most_tokens,
+        context_tokens=context_tokens,
+    )
+    step = largest(limits)
+    assert step.num_tokens == num_rows
+    assert len(step.chunks) <= max_sequences
+    assert max(len(chunk.token_ids) for chunk in step.chunks) <= context_tokens
+    assert max(plan.num_tokens for plan in every_kind(limits)) == num_rows
