@@ -1,6 +1,7 @@
 """The flags that every service has."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from services.common.config import option
 from services.common.tls.options import TlsOptions
@@ -10,7 +11,7 @@ from services.common.tls.options import TlsOptions
 class ServiceOptions(TlsOptions):
     """Base of the services' configurations: what they tell of themselves, and TLS between them."""
 
-    log_level: str = option("INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = option("INFO", "DEBUG, INFO, WARNING or ERROR")
     metrics_port: int = option(
         0, "port of Prometheus metrics, at the host of --listen; 0: none", minimum=0, maximum=65535
     )

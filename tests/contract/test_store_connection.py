@@ -1,7 +1,9 @@
 """All short commands of a process share one connection: each caller gets its own reply, or hears that none comes."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -83,6 +85,20 @@ async def test_a_client_that_is_closed_leaves_nobody_waiting(own_redis_server: R
     await client.aclose()
     with pytest.raises(StoreUnavailable):
         await waiting
+
+
+async def test_a_cluster_that_is_down_does_not_serve_now_and_is_not_unfit(tmp_path: Path) -> None:
+    with socket.socket() as bus:
+        bus.bind(("127.0.0.1", 0))
+        bus_port = str(bus.getsockname()[1])
+    # It has no slot yet: PING and INFO are answered, scripts are not.
+    server = RedisServer(tmp_path, {"cluster-enabled": "yes", "cluster-port": bus_port})
+    server.start()
+    try:
+        with pytest.raises(StoreUnavailable, match="CLUSTERDOWN"):
+            await connect(server.url)
+    finally:
+        server.kill()
 
 
 async def stand_still(redis: Redis, for_ms: int) -> None:

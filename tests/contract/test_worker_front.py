@@ -228,6 +228,21 @@ async def test_only_what_was_in_the_step_of_a_dying_engine_is_suspect(bench: Ben
     assert bystander.suspect_until == 0
 
 
+async def test_an_engine_that_is_unfit_under_way_counts_as_dead_and_blames_no_request(bench: Bench) -> None:
+    key = await bench.submit("a", max_tokens=50)
+    bench.gateway.expect(key)
+    await bench.place(key)
+    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    bench.engine.begin_step()
+    bench.engine.end_as_unfit("model.gguf: is gone")
+    with pytest.raises(ExceptionGroup):
+        await bench.ended
+    record = await bench.record(key)
+    assert (record.state, record.attempt.number, record.suspect_until) == (RequestState.QUEUED, 2, 0)
+    assert bench.figure("shoal_requeues_total", reason="engine_died") == 1
+    assert bench.figure("shoal_engine_deaths_total") == 1
+
+
 async def test_an_engine_that_the_kernel_killed_for_want_of_memory_blames_its_step(bench: Bench) -> None:
     key = await bench.submit("a", max_tokens=50)
     bench.gateway.expect(key)

@@ -31,7 +31,7 @@ from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import NoTracer, Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
-from services.worker.front.engine_client import EngineDiedError
+from services.worker.front.engine_client import EngineDiedError, EngineUnfitError
 from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import Session
@@ -68,7 +68,7 @@ class SteppedEngine:
         """Cleared: it is stuck, and whoever sends to it waits."""
         self.reads.set()
         self.changed = asyncio.Condition()
-        self._events: asyncio.Queue[engine_pb2.EngineEvent | EngineDiedError] = asyncio.Queue(1000)
+        self._events: asyncio.Queue[engine_pb2.EngineEvent | EngineDiedError | EngineUnfitError] = asyncio.Queue(1000)
         self._steps = itertools.count(1)
 
     async def send(self, command: engine_pb2.EngineCommand) -> None:
@@ -96,7 +96,7 @@ class SteppedEngine:
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
         while True:
             event = await self._events.get()
-            if isinstance(event, EngineDiedError):
+            if isinstance(event, EngineDiedError | EngineUnfitError):
                 raise event
             yield event
 
@@ -136,6 +136,10 @@ class SteppedEngine:
     def die(self, returncode: int = -11, out_of_memory: bool = False) -> None:
         """By SIGSEGV, unless told."""
         self._events.put_nowait(EngineDiedError(returncode, out_of_memory))
+
+    def end_as_unfit(self, reason: str) -> None:
+        """It says that it cannot go on, and why."""
+        self._events.put_nowait(EngineUnfitError(reason))
 
 
 @dataclass

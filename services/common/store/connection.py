@@ -219,7 +219,8 @@ async def _check_fitness(redis: Redis) -> None:
             policy = (await redis.info("memory")).get("maxmemory_policy") or (
                 await redis.config_get("maxmemory-policy")
             ).get("maxmemory-policy")
-            run_id = await redis.execute_command("EVAL", _PROBE, 1, "{shoal}:probe")  # type: ignore[no-untyped-call]
+            # redis-py would leave out the code of some errors, CLUSTERDOWN's too, which say that it does not serve now.
+            run_id = await command(redis, "EVAL", _PROBE, 1, "{shoal}:probe")
         except exceptions.ResponseError as error:
             if str(error).startswith(_NOT_SERVING):
                 raise

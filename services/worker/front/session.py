@@ -29,7 +29,7 @@ from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
 from services.worker.front.active import ActiveRequest, attempt_id
-from services.worker.front.engine_client import EngineClient, EngineDiedError
+from services.worker.front.engine_client import EngineClient, EngineDiedError, EngineUnfitError
 from services.worker.front.gateway_links import GatewayLinks
 from services.worker.front.journal import Journal
 from services.worker.front.metrics import WorkerMetrics
@@ -112,8 +112,9 @@ class Session:
         return any(active.run.sampling and not active.ending for active in self.active.values())
 
     async def run(self, others: Sequence[Callable[[], Awaitable[None]]], close: Callable[[], Awaitable[None]]) -> None:
-        """Work until the engine dies (EngineDiedError), the worker is lost (LostError) or drained (DrainedError).
+        """Work until the engine ends, the worker is lost (LostError) or drained (DrainedError).
 
+        Raises one of these, or EngineDiedError, or EngineUnfitError if the engine says that it cannot go on.
         `others` run beside it, and end with it. At the end `close` sees to it that nothing more is placed here; then
         what was still held, or lies unread in the inbox, is handed back.
         """
@@ -121,7 +122,7 @@ class Session:
         suspects: Sequence[int] = ()
         try:
             await _alone(self._work(others))
-        except* EngineDiedError as died:
+        except* (EngineDiedError, EngineUnfitError) as died:
             error = died.exceptions[0]
             reason, cause = str(error), "engine_died"
             self._metrics.engine_deaths.inc()
