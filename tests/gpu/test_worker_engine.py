@@ -1,10 +1,6 @@
 """A worker that is told to use a GPU answers as one on a CPU: the engine's process, with every way to choose tokens."""
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +11,7 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.worker.config import WorkerConfig
-from services.worker.front.engine_client import start_engine
+from services.worker.front.engine_client import EngineUnfitError, start_engine
 from tests.gpu.devices import IS_CUDA
 from tests.unit.engine_builders import add, add_command
 from tests.unit.tiny_models import save, tiny_model
@@ -117,38 +113,17 @@ async def test_random_weights_need_no_more_than_a_shape(tmp_path: Path, folder: 
         ({"kv_cache_bytes": 1}, "--kv-cache-bytes is 1; the least is one block, "),
     ],
 )
-def test_a_flag_that_does_not_fit_is_named(folder: Path, flags: dict[str, int], said: str) -> None:
-    assert f"engine: {said}" in errors_of(folder, flags, os.environ)
+async def test_a_flag_that_does_not_fit_is_named(folder: Path, flags: dict[str, int], said: str) -> None:
+    with pytest.raises(EngineUnfitError, match=said):
+        await answers(on_a_gpu(folder, {**SIZES, **flags}), sequences_of_each_kind())
 
 
 @pytest.mark.skipif(IS_CUDA, reason="there is a GPU")
-def test_without_a_gpu_it_says_so(folder: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    assert "engine: --device is cuda, but torch " in errors_of(folder, {}, environment)
+async def test_without_a_gpu_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(EngineUnfitError, match="--device is cuda, but torch "):
+        await answers(on_a_gpu(folder, SIZES), sequences_of_each_kind())
 
 
-def errors_of(folder: Path, flags: dict[str, int], environment: Mapping[str, str]) -> str:
-    """What an engine's process says that ends before it is ready."""
-    config = {
-        **SIZES,
-        **flags,
-        "model_path": folder,
-        "device": "cuda",
-        "dtype": "float32",
-        "fd": 0,
-        "step_budget_ms": 9,
-    }
-    arguments = [text for name, value in {**config, "weights": "float32"}.items() for text in flag(name, value)]
-    command = [sys.executable, "-m", "services.worker.engine_process", *arguments]
-    # Standard input is its socket to a front that never speaks.
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ended = subprocess.run(
-            command, stdin=theirs.fileno(), capture_output=True, env=environment, text=True, check=False
-        )
-    assert ended.returncode == 1, ended.stderr
-    return ended.stderr
-
-
-def flag(name: str, value: object) -> tuple[str, str]:
-    return "--" + name.replace("_", "-"), str(value)
+def on_a_gpu(folder: Path, sizes: Mapping[str, int]) -> WorkerConfig:
+    return WorkerConfig(model_path=folder, device="cuda", dtype="float32", **sizes)  # type: ignore[arg-type]
