@@ -29,6 +29,7 @@ from gen.shoal.fleet.v1.tokenizer_pb2 import (
 )
 from gen.shoal.inference.v1.inference_pb2 import Chat, ChatMessage, ResponseFormat
 from services.common import rpc
+from services.common.ending import UNFIT_STATUS
 from services.common.errors import InvalidRequest, from_rpc, from_status
 from tests.unit.eventually import eventually
 
@@ -291,7 +292,7 @@ async def test_killing_the_front_leaves_no_process() -> None:
 def test_a_model_that_cannot_be_read_ends_the_service_with_a_line_that_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "services.tokenizer", "--model-path", str(tmp_path / "absent.gguf")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert ended.returncode == 1
+    assert ended.returncode == UNFIT_STATUS
     assert ended.stdout == ""
     assert "absent.gguf: is not there" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
@@ -301,5 +302,5 @@ def test_a_model_that_cannot_be_read_ends_the_service_with_a_line_that_says_why(
 def test_a_wrong_option_is_named(flags: list[str]) -> None:
     command = [sys.executable, "-m", "services.tokenizer", *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    assert ended.returncode == 2
+    assert ended.returncode == UNFIT_STATUS
     assert flags[0] in ended.stderr
