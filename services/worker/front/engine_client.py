@@ -127,7 +127,7 @@ class EngineClient:
         """See to it that no rank outlives another: with this one, rank 0 ends, and `events` says why."""
         watched = self._ranks[rank]
         while event := await pipe.read(watched.reader):
-            self._unfit = event.unfit.reason
+            self._unfit = self._unfit or event.unfit.reason
             self._others_ready.release()
         returncode = await watched.process.wait()
         self._others_ready.release()

@@ -1,0 +1,31 @@
+"""What a front is told of an engine's ranks that do not all fare alike."""
+
+import asyncio
+import struct
+from unittest.mock import create_autospec
+
+import pytest
+
+from gen.shoal.fleet.v1 import engine_pb2
+from services.worker.front.engine_client import EngineClient, EngineUnfitError, RankProcess
+
+
+async def a_rank(*events: engine_pb2.EngineEvent) -> RankProcess:
+    """One that says this, and has ended."""
+    reader = asyncio.StreamReader()
+    for event in events:
+        data = event.SerializeToString()
+        reader.feed_data(struct.pack("<I", len(data)) + data)
+    reader.feed_eof()
+    process = await asyncio.create_subprocess_exec("true")
+    return RankProcess(process, reader, create_autospec(asyncio.StreamWriter, instance=True))
+
+
+async def test_why_one_rank_cannot_start_is_told_though_another_is_ready_after_it() -> None:
+    unfit = engine_pb2.EngineEvent(unfit=engine_pb2.EngineUnfit(reason="--kv-cache-bytes is 1"))
+    ready = engine_pb2.EngineEvent(ready=engine_pb2.EngineReady(num_blocks=8))
+    engine = EngineClient([await a_rank(), await a_rank(unfit), await a_rank(ready)])
+    await engine.watch(1)
+    await engine.watch(2)
+    with pytest.raises(EngineUnfitError, match="--kv-cache-bytes is 1"):
+        await anext(engine.events())
