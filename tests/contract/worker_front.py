@@ -128,6 +128,10 @@ class SteppedEngine:
         done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60, step_time=step_time)
         self._events.put_nowait(engine_pb2.EngineEvent(done=done))
 
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
     def begin_step(self) -> None:
         running = [number for number in self.sequences if number not in self.held]
         begins = engine_pb2.StepBegins(step=1, predicted_ms=5, sequence_ids=running)
@@ -292,6 +296,12 @@ class Bench:
             self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
         )
 
+    async def stop(self) -> bool:
+        """As SIGTERM does; says whether the session was still running."""
+        was_running = self.ended.cancel()
+        await asyncio.wait({self.ended})
+        return was_running
+
     async def submit(
         self, name: str, max_tokens: int = 4, gateway: str | None = None, stop: str = "", n: int = 1, **fields: Any
     ) -> RequestKey:
@@ -306,6 +316,26 @@ class Bench:
         )
         assert (await self.store.submit(move)).answer.verdict == Verdict.OK
         return key
+
+    async def run(self, name: str, n: int = 1, **fields: Any) -> tuple[RequestKey, Seen]:
+        """Submit a request that has a reader, and place it; returns once the engine has all its choices."""
+        key = await self.submit(name, n=n, **fields)
+        seen = self.gateway.expect(key, n=n)
+        await self._engaged(key, n)
+        return key, seen
+
+    async def lose(self, name: str, **fields: Any) -> RequestKey:
+        """Submit a request that nobody reads yet, and take it from the worker: it will run as a second attempt."""
+        key = await self.submit(name, **fields)
+        await self._engaged(key, 1)
+        await self.requeue(key)
+        return key
+
+    async def _engaged(self, key: RequestKey, n: int) -> None:
+        sequences = self.engine.sequences
+        wanted = len(sequences) + n
+        await self.place(key)
+        await self.engine.until(lambda: len(sequences) == wanted)
 
     def key(self, name: str) -> RequestKey:
         return request_key("default", name)
@@ -364,6 +394,5 @@ async def served(bench: Bench, journal_interval_ms: int = 5) -> AsyncIterator[Be
     await bench.lead()
     await bench.start_session(journal_interval_ms=journal_interval_ms)
     yield bench
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     await server.stop(0)
