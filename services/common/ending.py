@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from services.common.error_groups import flat
+
 UNFIT_STATUS = 78
 """Nothing that a retry would mend: EX_CONFIG of sysexits.h."""
 
@@ -24,18 +26,10 @@ def ending_with(service: str, *expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except* expected as group:
-        errors = _flat(group)
+        errors = flat(group)
         for error in errors:
             print(f"{service}: {error}", file=sys.stderr, flush=True)
         status = UNFIT_STATUS if all(isinstance(error, UnfitError) for error in errors) else 1
     # Not in the block above: of a group's errors, it would make a group of the exit.
     if status:
         sys.exit(status)
-
-
-def _flat(group: BaseExceptionGroup[Exception]) -> list[Exception]:
-    """Groups of tasks nest them."""
-    errors: list[Exception] = []
-    for error in group.exceptions:
-        errors += _flat(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return errors
