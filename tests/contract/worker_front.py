@@ -22,7 +22,6 @@ from services.common.record.transitions import Verdict
 from services.common.store.events import Events
 from services.common.store.inbox import Inbox
 from services.common.store.keys import Keys
-from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.streams import last_id
@@ -35,6 +34,7 @@ from services.worker.front.engine_client import EngineDiedError, EngineUnfitErro
 from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import Session
+from tests.contract.builders import a_leader
 
 VOCABULARY = Vocabulary(tuple(bytes([97 + token % 26]) for token in range(100)), end_token_ids=(99,))
 """Token n reads as the n-th letter; token 99 ends."""
@@ -272,12 +272,7 @@ class Bench:
         self.ended: asyncio.Task[None]
 
     async def lead(self) -> None:
-        lease = await Leadership(self.redis, self.pool, "test").acquire(60_000)
-        assert lease
-        self.fence = lease.fence
-        run_id = await Recovery(self.redis, self.pool).needed()
-        if run_id:
-            assert await Recovery(self.redis, self.pool).complete(run_id, self.fence)
+        self.fence = (await a_leader(self.redis, self.pool, ttl_ms=60_000)).fence
 
     async def start_session(self, resume_grace_ms: int = 60_000, journal_interval_ms: int = 5) -> None:
         config = WorkerConfig(
