@@ -26,7 +26,7 @@ SIZES: Mapping[Device, Sizes] = {
     "cpu": Sizes(1 << 30, 16, 32, 256, 200, 0),
     # The cache: 0, what the GPU's memory has left. A step is told the block tables of all its sequences, as long as the
     # longest may be: so the context is not what a model could have, unless asked for.
-    "cuda": Sizes(0, 64, 256, 2048, 14, 8192),
+    "cuda": Sizes(0, 64, 256, 2048, 11, 8192),
 }
 
 
@@ -57,7 +57,7 @@ class WorkerConfig(ServiceOptions):
     )
     step_budget_ms: int = option(
         0,
-        "longest that a step shall take while sequences decode: the time between two tokens; 0: 200, on a GPU 14",
+        "longest that a step shall take while sequences decode: the time between two tokens; 0: 200, on a GPU 11",
         minimum=0,
     )
     context_tokens: int = option(

@@ -241,19 +241,6 @@ def test_prefill_is_cut_to_the_steps_time_while_others_decode_but_goes_on(budget
     assert len(prefill.token_ids) == pytest.approx(tokens, abs=2)
 
 
-@pytest.mark.parametrize(("backlog_tokens", "chunk"), [(100, 9), (240, 29), (320, 48), (600, 48)])
-def test_a_backlog_stretches_the_steps_time_to_twice_at_most(backlog_tokens: int, chunk: int) -> None:
-    """40 ms, as long as 160 would do for what waits; then as much longer as that would be exceeded."""
-    limits = limits_of(200, 4, max_prefill_tokens_per_step=64, context_tokens=800, step_budget_ms=40.0)
-    engine = Engine(limits)
-    engine.planner.add(add(1, prompt=4, max_tokens=50), now_ms=0)
-    engine.step()
-    engine.planner.add(add(2, prompt=[7] * backlog_tokens, max_tokens=1), now_ms=0)
-    plan = engine.step()
-    assert plan is not None
-    assert len(plan.chunks[1].token_ids) == pytest.approx(chunk, abs=2)
-
-
 def test_a_prompt_alone_is_not_cut_to_a_time() -> None:
     engine = Engine(limits_of(64, 4, max_prefill_tokens_per_step=64, context_tokens=200, step_budget_ms=1.0))
     engine.planner.add(add(1, prompt=list(range(300, 364)), max_tokens=1), now_ms=0)

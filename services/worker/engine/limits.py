@@ -13,7 +13,8 @@ class EngineLimits:
     """Most sequences that hold blocks, and so most in a step."""
     max_prefill_tokens_per_step: int
     step_budget_ms: float
-    """Longest that a step shall take that holds decodes: prefill chunks are cut to it."""
+    """Longest that a step shall take that holds decodes: prefill chunks are cut to it, but for what `step_budget.py`
+    says."""
     context_tokens: int
     """Most tokens of prompt and answer together."""
     vocabulary_size: int

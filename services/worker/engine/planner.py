@@ -26,6 +26,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.prefix_cache import PrefixCache, block_hash
 from services.worker.engine.refusal import why_refused, why_tokens_refused, why_too_long
 from services.worker.engine.sequence import FIRST_OF_ALL, Sequence, SequenceId, SequenceState
+from services.worker.engine.step_budget import StepBudget
 from services.worker.engine.step_plan import (
     PENDING_TOKEN,
     BlockCopy,
@@ -38,12 +39,9 @@ from services.worker.engine.step_plan import (
 )
 from services.worker.engine.step_time import StepTimeModel, StepWork
 
-AGEING = 0.5
+AGEING = 0.25
 """A prompt goes before one that is shorter by so much of each token that was prefilled since it came. So one of 1,000
-tokens waits for at most 2,000 tokens of shorter ones."""
-BACKLOG_BUDGETS = 4
-"""What waits to be prefilled may take so many budgets; a backlog that would take longer stretches the budget."""
-MOST_STRETCH = 2.0
+tokens waits for at most 4,000 tokens of shorter ones."""
 
 
 class Planner:
@@ -56,6 +54,7 @@ class Planner:
         """
         self._limits = limits
         self._step_time = step_time
+        self._budget = StepBudget()
         self._grammars = grammars
         self._cache = PrefixCache()
         self._pool = BlockPool(limits.num_blocks, self._cache)
@@ -125,7 +124,10 @@ class Planner:
     def next_prefill_ms(self) -> float:
         """How long the next step may take by what waits to be prefilled. O(sequences that do not decode)."""
         num_tokens = min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step)
-        return min(num_tokens * self._step_time.coefficients.ms_per_token, self._budget_ms())
+        took_ms = num_tokens * self._step_time.coefficients.ms_per_token
+        num_decodes = len(self._running) - len(self._begun)
+        most_ms = self._budget.most_ms(self._budget_ms, num_decodes, self._backlog_ms)
+        return took_ms if most_ms is None else min(took_ms, most_ms)
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -377,17 +379,24 @@ class Planner:
         return [] if self._num_in_flight else [self._chunk(sequence, min(sequence.num_ready_tokens, most_tokens))]
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
-        chunks = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
+        decodes = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
+        backlog_ms = self._backlog_ms
+        most_ms = self._budget.most_ms(self._budget_ms, len(decodes), backlog_ms)
+        prefills = self._prefill_chunks(StepWork.of(decodes), most_ms, may_admit)
+        self._budget.count(len(decodes), backlog_ms, is_long=most_ms is None and bool(prefills))
+        return decodes + prefills
+
+    def _prefill_chunks(self, work: StepWork, most_ms: float | None, may_admit: bool) -> list[SequenceChunk]:
+        """Chunks for a step that has some work, until it takes so long."""
+        chunks: list[SequenceChunk] = []
         begun = [sequence for sequence in self._begun.values() if sequence.is_prefilling]
         if not begun and not self._waiting:
             return chunks
-        budget_ms = self._budget_ms() if chunks else None
-        work = StepWork.of(chunks)
         tokens_left = self._limits.max_prefill_tokens_per_step
         for sequence in self._prefilling(begun, may_admit):
-            if budget_ms is not None:
+            if most_ms is not None:
                 within = self._step_time.tokens_within(
-                    budget_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
+                    most_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
                 )
                 # Not less than a block for the first: a prompt goes on, however long the decodes alone take.
                 least = self._limits.block_size_tokens if work.num_prefill_tokens == 0 else 0
@@ -404,12 +413,15 @@ class Planner:
                 break
         return chunks
 
+    @property
     def _budget_ms(self) -> float:
-        """How long a step with decodes may take. Longer, while more waits than is prefilled soon: larger chunks take
-        less time a token, and first tokens that are late by many steps weigh more than tokens late by one."""
-        budget_ms = max(self._limits.step_budget_ms, self._step_time.launch_ms)
-        backlog_ms = self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
-        return budget_ms * min(MOST_STRETCH, max(1.0, backlog_ms / (BACKLOG_BUDGETS * budget_ms)))
+        """How long a step with decodes is to take. Cut any shorter, a prompt's launch would take longer."""
+        return max(self._limits.step_budget_ms, self._step_time.launch_ms)
+
+    @property
+    def _backlog_ms(self) -> float:
+        """What all that waits to be prefilled would take."""
+        return self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
 
     def _prefilling(self, begun: list[Sequence], may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them

@@ -1,0 +1,145 @@
+"""How long a step takes in which others decode: a budget, stretched while a backlog lasts, at times exceeded."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.worker.engine.planner import Planner
+from services.worker.engine.step_budget import LATE_SHARE, MOST_SAVED, MOST_STRETCH, StepBudget
+from services.worker.engine.step_plan import ChunkResult, StepPlan, StepResult
+from services.worker.engine.step_time import StepTimeModel
+from tests.unit.engine_builders import add, limits_of
+
+BUDGET_MS = 40.0
+STEPS = st.lists(st.tuples(st.integers(0, 80), st.sampled_from([0.0, 30.0, 79.0, 81.0, 1000.0])), max_size=200)
+"""Decodes, and what waits to be prefilled, ms."""
+
+
+def late_tokens(steps: list[tuple[int, float]]) -> list[int]:
+    """How many tokens each of some steps makes late, if all that may are long."""
+    budget, late = StepBudget(), []
+    for num_decodes, backlog_ms in steps:
+        is_long = budget.most_ms(BUDGET_MS, num_decodes, backlog_ms) is None and backlog_ms > 0
+        budget.count(num_decodes, backlog_ms, is_long=is_long)
+        late.append(num_decodes if is_long else 0)
+    return late
+
+
+@given(steps=STEPS, repeated=st.integers(1, 5), window=st.tuples(st.integers(0, 999), st.integers(1, 999)))
+def test_of_any_tokens_in_a_row_less_than_one_in_a_hundred_are_late_but_for_those_saved(
+    steps: list[tuple[int, float]], repeated: int, window: tuple[int, int]
+) -> None:
+    first, count = window
+    late = late_tokens(steps * repeated)[first : first + count]
+    tokens = [num_decodes for num_decodes, _ in steps * repeated][first : first + count]
+    assert sum(late) <= MOST_SAVED + LATE_SHARE * sum(tokens)
+
+
+@given(steps=STEPS)
+def test_other_steps_keep_the_budget_or_what_it_is_stretched_to(steps: list[tuple[int, float]]) -> None:
+    budget = StepBudget()
+    for num_decodes, backlog_ms in steps:
+        most_ms = budget.most_ms(BUDGET_MS, num_decodes, backlog_ms)
+        assert most_ms is None or BUDGET_MS <= most_ms <= MOST_STRETCH * BUDGET_MS
+        assert most_ms is not None or num_decodes == 0 or backlog_ms > BUDGET_MS, "what a step can hold is no reason"
+        budget.count(num_decodes, backlog_ms, is_long=most_ms is None)
+
+
+def test_a_backlog_that_lasts_stretches_the_budget_and_one_that_comes_and_goes_does_not() -> None:
+    budget = StepBudget()
+    for _ in range(10):
+        budget.count(80, 2 * BUDGET_MS, is_long=False)
+    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == BUDGET_MS
+    for _ in range(500):
+        budget.count(80, 2 * BUDGET_MS, is_long=False)
+    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == pytest.approx(MOST_STRETCH * BUDGET_MS)
+    for _ in range(500):
+        budget.count(80, 0.0, is_long=False)
+    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == BUDGET_MS
+
+
+# In the planner: 30 ms a step, 1 ms a token, as the model thinks that no step has taught yet
+
+BLOCK_TOKENS, MOST_PROMPT_TOKENS = 4, 64
+LIMITS = limits_of(6000, BLOCK_TOKENS, 80, MOST_PROMPT_TOKENS, context_tokens=1000, step_budget_ms=BUDGET_MS)
+
+
+class Decoding:
+    """A planner, and sequences 1 to n that decode all along; prompts are of others."""
+
+    def __init__(self, num_decodes: int, num_steps: int) -> None:
+        self.num_decodes = num_decodes
+        self.planner = Planner(LIMITS, StepTimeModel())
+        self.ended: set[int] = set()
+        for number in range(1, num_decodes + 1):
+            self.planner.add(add(number, prompt=1, max_tokens=900), now_ms=0)
+        for _ in range(num_steps):
+            self.step()
+
+    def ask(self, number: int, prompt_tokens: int) -> None:
+        self.planner.add(add(number, prompt=[number] * prompt_tokens, max_tokens=1), now_ms=0)
+
+    def step(self) -> StepPlan:
+        plan = self.planner.plan()
+        assert plan is not None
+        result = StepResult(tuple(ChunkResult(None if c.sample_index is None else 5) for c in plan.chunks))
+        self.ended.update(output.sequence_id for output in self.planner.complete(plan, result) if output.end)
+        return plan
+
+    def prefilled(self) -> int:
+        """Tokens of prompts in the next step."""
+        return self.step().num_tokens - self.num_decodes
+
+
+def test_a_long_prompt_takes_one_long_step_when_enough_tokens_were_in_time() -> None:
+    engine = Decoding(num_decodes=1, num_steps=140)
+    engine.ask(99, prompt_tokens=110)
+    assert engine.prefilled() == MOST_PROMPT_TOKENS
+    assert [engine.prefilled() for _ in range(2)] == [pytest.approx(8, abs=2)] * 2, "of 140 tokens one may be late"
+
+
+@pytest.mark.parametrize(("num_steps", "prompt_tokens"), [(20, 110), (140, 70)])
+def test_a_prompt_is_cut_to_the_budget_after_few_tokens_and_if_few_steps_do(num_steps: int, prompt_tokens: int) -> None:
+    engine = Decoding(1, num_steps)
+    engine.ask(99, prompt_tokens)
+    assert engine.prefilled() == pytest.approx(8, abs=2)
+
+
+def test_beside_many_decodes_no_step_is_long() -> None:
+    engine = Decoding(num_decodes=MOST_SAVED + 1, num_steps=200)
+    engine.ask(99, prompt_tokens=500)
+    assert engine.prefilled() == BLOCK_TOKENS
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.lists(st.tuples(st.integers(0, 40), st.integers(2, 300)), max_size=8),
+    num_decodes=st.integers(1, 6),
+    num_steps=st.integers(1, 200),
+)
+def test_whatever_comes_few_steps_are_long_a_prompt_goes_on_and_each_ends(
+    prompts: list[tuple[int, int]], num_decodes: int, num_steps: int
+) -> None:
+    """Prompts come so many steps after the one before."""
+    engine, predicts = Decoding(num_decodes, num_steps), StepTimeModel()
+    num_tokens, num_late = num_steps * num_decodes, 0
+
+    def step() -> None:
+        nonlocal num_tokens, num_late
+        waits = engine.planner.waiting_prefill_tokens > 0
+        plan = engine.step()
+        assert plan.num_tokens > num_decodes or not waits
+        num_tokens += num_decodes
+        if predicts.predict_ms(plan) > MOST_STRETCH * BUDGET_MS + 1:
+            num_late += num_decodes
+
+    for number, (steps, prompt_tokens) in enumerate(prompts, 100):
+        for _ in range(steps):
+            step()
+        engine.ask(number, prompt_tokens)
+    for _ in range(sum(prompt_tokens for _, prompt_tokens in prompts)):
+        step()
+        if len(engine.ended) == len(prompts):
+            break
+    assert len(engine.ended) == len(prompts)
+    assert num_late <= LATE_SHARE * num_tokens
