@@ -13,6 +13,12 @@ OF_EXTRAS = (
 WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({OF_EXTRAS!r}));"
 
 
-@pytest.mark.parametrize("uses", ["import shoal; shoal.Client, shoal.AsyncClient", "import shoal.cli"])
+@pytest.mark.parametrize(
+    "uses",
+    [
+        "import shoal; assert {'AsyncClient', 'Client'} <= set(dir(shoal)); shoal.Client, shoal.AsyncClient",
+        "import shoal.cli",
+    ],
+)
 def test_neither_needs_what_an_extra_brings(uses: str) -> None:
     subprocess.run([sys.executable, "-c", WITHOUT + uses], check=True)
