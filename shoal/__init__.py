@@ -4,74 +4,21 @@
     for delta in client.generate("Once upon a time", max_tokens=64):
         print(delta.text, end="", flush=True)
 
-`AsyncClient` is the same for asyncio. Errors are `ShoalError` and its kinds.
+`AsyncClient` is the same for asyncio. Errors are `ShoalError` and its kinds. `_api.py` lists all names.
 """
 
-from services.common.errors import (
-    Aborted,
-    AlreadyExists,
-    Cancelled,
-    DeadlineExceeded,
-    Exhausted,
-    Internal,
-    InvalidRequest,
-    NotFound,
-    PermissionDenied,
-    ShoalError,
-    Unauthenticated,
-    Unavailable,
-)
-from services.common.tls.files import Tls
-from shoal._async_client import AsyncClient, AsyncStream
-from shoal._client import Client, Stream
-from shoal._prompt import Message, ResponseFormat
-from shoal._retries import RetryPolicy
-from shoal._values import (
-    Choice,
-    Decision,
-    Delta,
-    Finished,
-    FinishReason,
-    Model,
-    Priority,
-    RequestInfo,
-    RequestState,
-    Timings,
-    TokenLogprobs,
-    Usage,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Aborted",
-    "AlreadyExists",
-    "AsyncClient",
-    "AsyncStream",
-    "Cancelled",
-    "Choice",
-    "Client",
-    "DeadlineExceeded",
-    "Decision",
-    "Delta",
-    "Exhausted",
-    "FinishReason",
-    "Finished",
-    "Internal",
-    "InvalidRequest",
-    "Message",
-    "Model",
-    "NotFound",
-    "PermissionDenied",
-    "Priority",
-    "RequestInfo",
-    "RequestState",
-    "ResponseFormat",
-    "RetryPolicy",
-    "ShoalError",
-    "Stream",
-    "Timings",
-    "Tls",
-    "TokenLogprobs",
-    "Unauthenticated",
-    "Unavailable",
-    "Usage",
-]
+if TYPE_CHECKING:
+    from shoal._api import *  # noqa: F403 - it lists them
+else:
+    # Not at once: the command `shoal` must have a say before gRPC is imported (services/common/forks.py).
+    def __getattr__(name: str) -> object:
+        import shoal._api
+
+        if name in ("__all__", *shoal._api.__all__):
+            return getattr(shoal._api, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -13,13 +13,12 @@ and calls `parse(GatewayConfig, "gateway")`. `--redis-url` and `SHOAL_REDIS_URL`
 import argparse
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from services.common.ending import UNFIT_STATUS, UnfitError
+from services.common.ending import UnfitError, ending_with
 
 T = TypeVar("T")
 
@@ -63,17 +62,16 @@ def without_password(url: str) -> str:
 def parse(
     config_type: type[T], service: str, arguments: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
 ) -> Parsed[T]:
-    """Read a service's configuration, or exit with UNFIT_STATUS and a line that says what is wrong.
+    """Read a service's configuration, or end the process with a line that says what is wrong.
 
     Flags win over `SHOAL_<FIELD>` variables, those over defaults. `--help` lists all of them.
     """
     parser = _parser(config_type, service)
     flags = vars(parser.parse_args(arguments))
-    try:
-        return _resolve(config_type, flags, os.environ if environ is None else environ)
-    except ConfigError as error:
-        print(f"{service}: {error}", file=sys.stderr)
-        raise SystemExit(UNFIT_STATUS) from error
+    with ending_with(service, ConfigError):
+        values, origins = _resolve(config_type, flags, os.environ if environ is None else environ)
+        config = config_type(**values)
+    return Parsed(config, origins)
 
 
 def _parser(config_type: type[T], service: str) -> argparse.ArgumentParser:
@@ -89,7 +87,10 @@ def _parser(config_type: type[T], service: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _resolve(config_type: type[T], flags: Mapping[str, str | None], environ: Mapping[str, str]) -> Parsed[T]:
+def _resolve(
+    config_type: type[T], flags: Mapping[str, str | None], environ: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of the fields that are set, and every field's origin."""
     hints = get_type_hints(config_type)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -105,7 +106,7 @@ def _resolve(config_type: type[T], flags: Mapping[str, str | None], environ: Map
             raise ConfigError(f"{_flag(declared.name)} (or {_variable(declared.name)}) is required: {about}")
         else:
             origins[declared.name] = "default"
-    return Parsed(config_type(**values), origins)
+    return values, origins
 
 
 def _convert(declared: "Field[Any]", raw: str, kind: Any) -> Any:

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from services.common.error_groups import flat
+
 UNFIT_STATUS = 78
 """Nothing that a retry would mend: EX_CONFIG of sysexits.h."""
 
@@ -18,23 +20,16 @@ class UnfitError(Exception):
 def ending_with(service: str, *expected: type[Exception]) -> Iterator[None]:
     """End the process at errors of these kinds: each one's own words on standard error, and a status.
 
-    UNFIT_STATUS if no retry mends any of them, else 1. Other errors pass.
+    UNFIT_STATUS if no retry mends any of them, else 1. Other errors pass, behind the words of those in their group.
     """
-    errors: list[Exception] = []
+    status = 0
     try:
         yield
     except* expected as group:
-        errors = _flat(group)
-    # Not in the block above: of a group's errors, it would make a group of the exit.
-    if errors:
+        errors = flat(group)
         for error in errors:
             print(f"{service}: {error}", file=sys.stderr, flush=True)
-        sys.exit(UNFIT_STATUS if all(isinstance(error, UnfitError) for error in errors) else 1)
-
-
-def _flat(group: BaseExceptionGroup[Exception]) -> list[Exception]:
-    """Groups of tasks nest them."""
-    errors: list[Exception] = []
-    for error in group.exceptions:
-        errors += _flat(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return errors
+        status = UNFIT_STATUS if all(isinstance(error, UnfitError) for error in errors) else 1
+    # Not in the block above: of a group's errors, it would make a group of the exit.
+    if status:
+        sys.exit(status)

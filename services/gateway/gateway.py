@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,7 +14,7 @@ from gen.shoal.inference.v1 import inference_pb2_grpc
 from services.common import rpc
 from services.common.errors import ShoalError
 from services.common.grants import Ask, Grant
-from services.common.ids import new_gateway_id
+from services.common.ids import GatewayId, new_gateway_id
 from services.common.store.api_keys import ApiKeys
 from services.common.store.connection import StoreUnavailable, connect
 from services.common.store.demand import DemandStore
@@ -99,87 +99,119 @@ async def run(config: GatewayConfig, stop: asyncio.Event, ready: Ready) -> None:
             resources.push_async_callback(link.close)
         tokenizer = TokenizerClient(links, timeout_s)
         model = Model.described(config.pool, await _until_there(tokenizer.describe, config, stop))
-        await _serve(config, redis, tokenizer, model, metrics, tracer, stop, ready)
+        await _Gateway(config, redis, tokenizer, model, metrics, tracer).serve(stop, ready)
 
 
-async def _serve(
-    config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics, tracer: Tracer,
-    stop: asyncio.Event, ready: Ready,
-) -> None:  # fmt: skip
-    clock = asyncio.get_running_loop().time
-    store = RequestStore(redis, config.pool, config.retention_ms)
-    streams = OpenStreams()
-    counted = GatewayMetrics(metrics, lambda: len(streams), clock)
-    departures = Departures(store)
-    replay = Replay(tokenizer)
-    calls = OpenCalls(config.max_streams, config.max_connection_streams, counted.refused)
-    short_calls = ShortCalls(config.max_short_calls, counted.refused)
-    known = KnownRequests(store.peek)
-    workers = WorkerDirectory(redis, config.pool)
-    hints = Hints(workers)
-    wakes = Wakes(clock)
-    assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
-    capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
-    requests = Requests(redis, config.pool, store, streams, departures, replay, counted, tracer, clock)
-    authentication = Authentication(ApiKeys(redis), config.require_keys, counted.refused, clock)
-    public = rpc.Server([server.SERVICE_NAME], config.client_options(), config.client_credentials())
-    fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
-    readiness = Readiness(public)
-    async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
-        for started in (public, fleet):
-            servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
-        links = DeliveryService(streams, departures, hints, wakes, tasks, counted, clock)
-        delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, fleet.grpc)
-        fleet_address = config.advertised(await fleet.start(config.fleet_listen))
-        gateway = new_gateway_id(fleet_address)
-        limits = Limits(gateway, config.backlog_limit, config.resume_ms, config.anonymous_resume_ms, config.log_prompts)
-        backlog = _backlog(GrantStore(redis, config.pool), limits, clock)
-        generation = Generation(model, tokenizer, capacity, backlog, known, requests, limits, counted, tracer, clock)
-        service = InferenceService(model, gateway, calls, short_calls, generation, requests, tokenizer, authentication)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, public.grpc)
-        http = HttpServer(
+class _Gateway:
+    """Its parts, and how they are served."""
+
+    def __init__(
+        self, config: GatewayConfig, redis: Redis, tokenizer: TokenizerClient, model: Model, metrics: Metrics,
+        tracer: Tracer,
+    ) -> None:  # fmt: skip
+        self._config, self._redis, self._tokenizer, self._model = config, redis, tokenizer, model
+        self._metrics, self._tracer = metrics, tracer
+        self._clock = clock = asyncio.get_running_loop().time
+        self._store = RequestStore(redis, config.pool, config.retention_ms)
+        self._streams = OpenStreams()
+        self._counted = GatewayMetrics(metrics, lambda: len(self._streams), clock)
+        self._departures = Departures(self._store)
+        self._replay = Replay(tokenizer)
+        self._requests = Requests(
+            redis, config.pool, self._store, self._streams, self._departures, self._replay, self._counted, tracer, clock
+        )
+        self._calls = OpenCalls(config.max_streams, config.max_connection_streams, self._counted.refused)
+        self._known = KnownRequests(self._store.peek)
+        workers = WorkerDirectory(redis, config.pool)
+        self._hints = Hints(workers)
+        self._wakes = Wakes(clock)
+        assumed = Room.of_cache(config.least_cache_tokens, model) if config.least_cache_tokens else None
+        self._capacity = Capacity(workers, DemandStore(redis, config.pool), assumed, clock)
+        self._authentication = Authentication(ApiKeys(redis), config.require_keys, self._counted.refused, clock)
+        self._public = rpc.Server([server.SERVICE_NAME], config.client_options(), config.client_credentials())
+        self._fleet = rpc.Server([delivery.SERVICE_NAME], credentials=fleet_server_credentials(config.fleet_tls()))
+        self._readiness = Readiness(self._public)
+
+    async def serve(self, stop: asyncio.Event, ready: Ready) -> None:
+        """Until `stop`, and then to a good end."""
+        config = self._config
+        async with AsyncExitStack() as servers, asyncio.TaskGroup() as tasks:
+            for started in (self._public, self._fleet):
+                servers.push_async_callback(started.stop, 0)  # Also if another's port is taken.
+            fleet_address = await self._listen_to_workers(tasks)
+            limits = Limits(
+                new_gateway_id(fleet_address), config.backlog_limit, config.resume_ms, config.anonymous_resume_ms,
+                config.log_prompts,
+            )  # fmt: skip
+            backlog = _backlog(GrantStore(self._redis, config.pool), limits, self._clock)
+            http = self._offer(limits, backlog)
+            background = [tasks.create_task(run()) for run in self._background(limits.gateway, backlog)]
+            ready(
+                Addresses(
+                    public=await self._public.start(config.listen),
+                    http=await http.start(config.http_listen, config.http_context()),
+                    fleet=fleet_address,
+                    metrics=self._metrics.serve(config.listen, config.metrics_port),
+                )
+            )
+            await stop.wait()
+            await self._drain()
+            await http.stop()
+            if not await self._departures.flush(FLUSH_S):
+                logger.warning(
+                    "some readers' departures were not written; the leader finds them by this gateway's lease"
+                )
+            for task in background:
+                task.cancel()
+            # Behind the hints: the streams that this breaks are no worker's death.
+            await self._fleet.stop(0)
+
+    async def _listen_to_workers(self, tasks: asyncio.TaskGroup) -> str:
+        """Returns the address at which they reach it."""
+        links = DeliveryService(
+            self._streams, self._departures, self._hints, self._wakes, tasks, self._counted, self._clock
+        )
+        delivery_pb2_grpc.add_DeliveryServiceServicer_to_server(links, self._fleet.grpc)
+        return self._config.advertised(await self._fleet.start(self._config.fleet_listen))
+
+    def _offer(self, limits: Limits, backlog: Backlog) -> HttpServer:
+        """What clients may call: over gRPC, and the same over HTTP."""
+        generation = Generation(
+            self._model, self._tokenizer, self._capacity, backlog, self._known, self._requests, limits, self._counted,
+            self._tracer, self._clock,
+        )  # fmt: skip
+        short_calls = ShortCalls(self._config.max_short_calls, self._counted.refused)
+        service = InferenceService(
+            self._model, limits.gateway, self._calls, short_calls, generation, self._requests, self._tokenizer,
+            self._authentication,
+        )  # fmt: skip
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._public.grpc)
+        return HttpServer(
             Endpoints(
-                model,
-                calls,
-                generation,
-                requests,
-                Spelling(tokenizer),
-                readiness,
-                config.http_max_body_bytes,
-                authentication,
+                self._model, self._calls, generation, self._requests, Spelling(self._tokenizer), self._readiness,
+                self._config.http_max_body_bytes, self._authentication,
             )
-        )
-        background = [
-            tasks.create_task(part.run())
-            for part in (
-                tokenizer,
-                departures,
-                hints,
-                wakes,
-                backlog,
-                known,
-                Lease(GatewayLease(redis), gateway, streams, readiness, clock),
-                HoldingsPoster(Recovery(redis, config.pool), streams, gateway, readiness, clock),
-                Watch(streams, store, requests, replay, gateway, clock),
-            )
-        ]
-        ready(
-            Addresses(
-                public=await public.start(config.listen),
-                http=await http.start(config.http_listen, config.http_context()),
-                fleet=fleet_address,
-                metrics=metrics.serve(config.listen, config.metrics_port),
-            )
-        )
-        await stop.wait()
-        await _drain(config, public, readiness, calls, streams)
-        await http.stop()
-        if not await departures.flush(FLUSH_S):
-            logger.warning("some readers' departures were not written; the leader finds them by this gateway's lease")
-        for task in background:
-            task.cancel()
-        # Behind the hints: the streams that this breaks are no worker's death.
-        await fleet.stop(0)
+        )  # fmt: skip
+
+    def _background(self, gateway: GatewayId, backlog: Backlog) -> list[Callable[[], Coroutine[None, None, None]]]:
+        """What goes on beside the calls."""
+        lease = Lease(GatewayLease(self._redis), gateway, self._streams, self._readiness, self._clock)
+        recovery = Recovery(self._redis, self._config.pool)
+        poster = HoldingsPoster(recovery, self._streams, gateway, self._readiness, self._clock)
+        watch = Watch(self._streams, self._store, self._requests, self._replay, gateway, self._clock)
+        parts = self._tokenizer, self._departures, self._hints, self._wakes, backlog, self._known, lease, poster, watch
+        return [part.run for part in parts]
+
+    async def _drain(self) -> None:
+        """Take nothing new, let open streams end by themselves for a while, then end them: their requests go on."""
+        self._calls.draining = True
+        await self._readiness.unready("the gateway stops")
+        logger.info("draining", extra={"streams": len(self._streams)})
+        await self._calls.all_done(self._config.drain_ms / 1000)
+        for stream in self._streams:
+            stream.finish(draining())
+        await self._calls.all_done(LAST_WORDS_S)
+        await self._public.stop(0)
 
 
 def _backlog(grants: GrantStore, limits: Limits, clock: Callable[[], float]) -> Backlog:
@@ -187,20 +219,6 @@ def _backlog(grants: GrantStore, limits: Limits, clock: Callable[[], float]) -> 
         return grants.ask(Ask(limits.gateway, num_on_their_way, num_wanted, limits.backlog_limit))
 
     return Backlog(ask, limits.backlog_limit, clock)
-
-
-async def _drain(
-    config: GatewayConfig, public: rpc.Server, readiness: Readiness, calls: OpenCalls, streams: OpenStreams
-) -> None:
-    """Take nothing new, let open streams end by themselves for a while, and then end them: their requests go on."""
-    calls.draining = True
-    await readiness.unready("the gateway stops")
-    logger.info("draining", extra={"streams": len(streams)})
-    await calls.all_done(config.drain_ms / 1000)
-    for stream in streams:
-        stream.finish(draining())
-    await calls.all_done(LAST_WORDS_S)
-    await public.stop(0)
 
 
 async def _until_there(call: Callable[[], Awaitable[R]], config: GatewayConfig, stop: asyncio.Event) -> R:

@@ -22,12 +22,13 @@ from services.gateway.capacity import Capacity
 from services.gateway.formats import AcceptedFormats
 from services.gateway.identity import Identity, cache_salt
 from services.gateway.known import KnownRequests
+from services.gateway.max_tokens import fitted_max_tokens
 from services.gateway.metrics import LEFT, GatewayMetrics
 from services.gateway.model import Model
 from services.gateway.requests import Requests
 from services.gateway.streams import Stream
 from services.gateway.tokenizer_client import TokenizerClient
-from services.gateway.validation import ValidRequest, check_request_id, fitted_max_tokens, validate
+from services.gateway.validation import ValidRequest, check_request_id, validate
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gen.shoal.fleet.v1 import request_pb2, tokenizer_pb2
 from gen.shoal.inference.v1.inference_pb2 import TokenLogprobs
 from services.common.errors import Aborted
-from services.common.record.history import Held, first_difference
+from services.common.record.history import difference_from_end, first_difference
 from services.common.record.record import Record
 from services.common.record.states import RequestState
 from services.gateway.endings import told_by_record
@@ -24,10 +24,11 @@ class Replay:
 
         Raises what the tokenizer raises; nothing of a choice was sent then that will be sent again.
         """
-        differs = _difference(record, stream.delivered())
-        if differs is not None:
-            stream.finish(diverged(*differs))
-            return
+        if record.state == RequestState.FINISHED:
+            differs = difference_from_end(record.journal, stream.delivered())
+            if differs:
+                stream.finish(diverged(*differs))
+                return
         outcome = request_pb2.Outcome.FromString(record.outcome)
         payload = request_pb2.RequestPayload.FromString(record.payload)
         for choice, held in enumerate(stream.delivered()):
@@ -60,17 +61,3 @@ def diverged(choice: int, index: int) -> Aborted:
         "GetRequest tells its state, Attach from index 0 reads the stored text",
         reason="DIVERGED",
     )
-
-
-def _difference(record: Record, delivered: tuple[Held, ...]) -> tuple[int, int] | None:
-    """Choice and index where the text of a finished request is not what was delivered."""
-    if record.state != RequestState.FINISHED:
-        return None
-    for choice, held in enumerate(delivered):
-        known = record.journal[choice]
-        index = first_difference(known, held)
-        if index is None and held.count > len(known):
-            index = len(known)
-        if index is not None:
-            return choice, index
-    return None

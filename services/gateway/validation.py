@@ -1,6 +1,6 @@
 """A caller's request, checked whole: proto in, `ValidRequest` out, or one InvalidRequest naming field, value, limit.
 
-Nothing behind this module checks again. What is known only after encoding (the prompt's length) is `fitted_max_tokens`.
+Nothing behind this module checks again, but for what is known only after encoding: whether it fits (`max_tokens.py`).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from gen.shoal.fleet.v1 import tokenizer_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.errors import InvalidRequest, NotFound
 from services.common.record.history import NOTHING, Held
-from services.gateway.model import Model, Room
+from services.gateway.model import Model
 
 MAX_MESSAGES = 1_024
 MAX_CHOICES = 16
@@ -21,9 +21,6 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
-MAX_LOGPROB_ENTRIES = 1_000_000
-"""Of one request, over prompt and choices. An entry takes 11 bytes, and the end of a request is one message and one
-value in Redis: 11 MB, where a message may have 16."""
 MAX_SCHEMA_BYTES = 1 << 16
 MAX_REGEX_BYTES = 4_096
 MAX_FORMAT_CHOICES = 1_024
@@ -129,64 +126,14 @@ def encodable(request: inference_pb2.GenerateRequest | inference_pb2.CountTokens
     return tokenizer_pb2.EncodeRequest(chat=request.chat)
 
 
-def fitted_max_tokens(
-    num_prompt_tokens: int, valid: ValidRequest, model: Model, room: Room | None, tokens_per_minute: int = 0
-) -> int:
-    """Most tokens a choice may have: as asked, or what is left. Raises InvalidRequest if it does not fit.
-
-    `room`: of the smallest worker; None: none is registered, so only the model's own context counts.
-    `tokens_per_minute`: what the caller's key allows; 0: any number.
-    """
-    context_tokens = min(model.context_tokens, room.context_tokens) if room else model.context_tokens
-    if num_prompt_tokens == 0:
-        raise _invalid("input", "of 0 tokens", "give at least 1 token")
-    if num_prompt_tokens + 1 > context_tokens:
-        raise _prompt_too_long(num_prompt_tokens, context_tokens)
-    most = context_tokens - num_prompt_tokens
-    if room:
-        held = room.most_tokens(num_prompt_tokens, valid.n)
-        if held < (valid.max_tokens or 1):
-            raise _too_large_for_workers(num_prompt_tokens, valid, room)
-        most = min(most, held)
-    if tokens_per_minute:
-        allowed = (tokens_per_minute - num_prompt_tokens) // valid.n
-        if allowed < (valid.max_tokens or 1):
-            raise InvalidRequest(
-                f"{num_prompt_tokens} tokens of the prompt and {valid.n} x max_tokens {valid.max_tokens or 1} are more "
-                f"than the {tokens_per_minute} a minute that the API key allows; ask for less",
-                reason="EXCEEDS_TOKEN_LIMIT",
-                field="max_tokens",
-            )
-        most = min(most, allowed)
-    told = _most_told(num_prompt_tokens, valid)
-    if told is not None:
-        if told < (valid.max_tokens or 1):
-            raise InvalidRequest(
-                f"prompt_logprobs of {num_prompt_tokens} tokens and logprobs of {valid.n} x max_tokens "
-                f"{valid.max_tokens or 1} are more than {MAX_LOGPROB_ENTRIES} log-probabilities; ask for less",
-                reason="TOO_MANY_LOGPROBS",
-                field="prompt_logprobs" if valid.logprobs is None else "logprobs",
-            )
-        most = min(most, told)
-    if valid.max_tokens is None:
-        return most
-    if valid.max_tokens > most:
-        raise InvalidRequest(
-            f"max_tokens is {valid.max_tokens}; the prompt's {num_prompt_tokens} tokens leave {most} of the context of "
-            f"{context_tokens} tokens",
-            reason="CONTEXT_EXCEEDED",
-            field="max_tokens",
-        )
-    return valid.max_tokens
-
-
-def _most_told(num_prompt_tokens: int, valid: ValidRequest) -> int | None:
-    """Most tokens a choice may have for all log-probabilities to be told at the end; None: any number."""
-    of_prompt = 0 if valid.prompt_logprobs is None else num_prompt_tokens * (1 + valid.prompt_logprobs)
-    left = MAX_LOGPROB_ENTRIES - of_prompt
-    if valid.logprobs is not None:
-        return left // (valid.n * (1 + valid.logprobs))
-    return None if left >= 0 else 0
+def prompt_too_long(num_prompt_tokens: int, context_tokens: int) -> InvalidRequest:
+    """What tells a caller that its prompt leaves no room in the context for a token."""
+    return InvalidRequest(
+        f"the prompt has {num_prompt_tokens} tokens; with at least 1 generated token it must fit the context of "
+        f"{context_tokens} tokens. Shorten it by {num_prompt_tokens + 1 - context_tokens}",
+        reason="PROMPT_TOO_LONG",
+        field="input",
+    )
 
 
 def held_by_client(request: inference_pb2.AttachRequest, model: Model) -> tuple[Held, ...]:
@@ -221,7 +168,7 @@ def _input(
         raise _invalid("token_ids.ids", "empty", "give at least 1 token")
     if len(token_ids) + 1 > model.context_tokens:
         # Before each is looked at: a message has room for millions.
-        raise _prompt_too_long(len(token_ids), model.context_tokens)
+        raise prompt_too_long(len(token_ids), model.context_tokens)
     _check_tokens("token_ids.ids", token_ids, model)
     return None, tuple(token_ids)
 
@@ -372,25 +319,6 @@ def _check_tokens(field: str, tokens: Sequence[int], model: Model) -> None:
     if largest >= model.vocabulary_tokens:
         index = list(tokens).index(largest)
         raise _invalid(f"{field}[{index}]", str(largest), f"token ids are below {model.vocabulary_tokens}")
-
-
-def _prompt_too_long(num_prompt_tokens: int, context_tokens: int) -> InvalidRequest:
-    return InvalidRequest(
-        f"the prompt has {num_prompt_tokens} tokens; with at least 1 generated token it must fit the context of "
-        f"{context_tokens} tokens. Shorten it by {num_prompt_tokens + 1 - context_tokens}",
-        reason="PROMPT_TOO_LONG",
-        field="input",
-    )
-
-
-def _too_large_for_workers(num_prompt_tokens: int, valid: ValidRequest, room: Room) -> InvalidRequest:
-    asked = f"{valid.n} x max_tokens {valid.max_tokens}" if valid.max_tokens else f"at least {valid.n}"
-    return InvalidRequest(
-        f"{num_prompt_tokens} prompt tokens and {asked} never fit the smallest worker's KV cache of "
-        f"{room.cache_tokens} tokens; ask for less",
-        reason="CAPACITY_EXCEEDED",
-        field="max_tokens" if valid.max_tokens else "input",
-    )
 
 
 def _invalid(field: str, value: str, limit: str) -> InvalidRequest:

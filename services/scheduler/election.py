@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
+from services.common.alone import alone
 from services.common.ids import Epoch
 from services.common.store.connection import StoreError, StoreUnfit
 from services.common.store.leadership import Leadership
@@ -62,7 +63,7 @@ class Candidate:
         self._known_epoch = lease.epoch
         logger.info("leads", extra={"epoch": lease.epoch})
         try:
-            await _alone(self._reign(Held(lease, asked_at_ms), seen_life))
+            await alone(self._reign(Held(lease, asked_at_ms), seen_life))
         except Deposed as deposed:
             await self._back_off(str(deposed))
 
@@ -77,15 +78,3 @@ class Candidate:
                 await self._leadership.resign()
         except (StoreError, TimeoutError) as error:
             logger.warning("the lease was not given back; it expires", extra={"error": str(error)})
-
-
-async def _alone(reign: Coroutine[Any, Any, None]) -> None:
-    """Run a reign in its own task: a TaskGroup that is cancelled just as a part of it fails forgets that it was."""
-    task = asyncio.create_task(reign)
-    try:
-        await asyncio.wait([task])
-    except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        raise
-    task.result()

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from gen.shoal.fleet.v1.request_pb2 import WorkerInfo
 from services.common import log
+from services.common.error_groups import flat
 from services.common.ids import RequestKey, WorkerId, new_nonce
 from services.common.record import moves
 from services.common.record.transitions import Verdict
@@ -82,7 +83,7 @@ class Reign:
                     )
                     tasks.create_task(self._lead(seen_life))
         except* (Deposed, StoreError) as group:
-            end = _first(group)
+            end = flat(group)[0]  # whichever it is, the reign has ended
         if end is not None:
             raise end
 
@@ -201,7 +202,7 @@ class Reign:
         (peek,) = await self._store.requests.peek([key])
         if peek is not None and self.view.knows(peek.worker):
             for start in await self._store.inbox(peek.worker).outstanding():
-                self.view.found(peek.worker, _reservation(start), self._clock())
+                self.view.found(peek.worker, Reservation.of(start), self._clock())
 
     async def _check_registrations(self) -> None:
         """Learn who came, who drains, who left, and whose registration expired."""
@@ -224,7 +225,7 @@ class Reign:
         if not self.view.knows(worker):
             outstanding = await self._store.inbox(worker).outstanding()
             logger.info("worker joins", extra={"worker": worker, "requests": len(outstanding)})
-        self.view.add_worker(info, [_reservation(start) for start in outstanding], self._clock())
+        self.view.add_worker(info, [Reservation.of(start) for start in outstanding], self._clock())
 
     async def _lose_silent(self) -> None:
         """Take their requests from workers that make no progress."""
@@ -268,21 +269,3 @@ class Reign:
         if lost_ms is not None:
             due_ms = min(due_ms, lost_ms)
         return max(1, min(MAX_BLOCK_MS, int(due_ms - self._clock()) + 1))
-
-
-def _reservation(start: Outstanding) -> Reservation:
-    return Reservation(
-        key=start.key,
-        attempt=start.attempt,
-        prompt_tokens=start.prompt_tokens,
-        generated_tokens=start.generated_tokens,
-        max_tokens=start.max_tokens,
-        num_choices=start.num_choices,
-        traceparent=start.traceparent,
-    )
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One error of nested groups: whichever it is, the reign has ended."""
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

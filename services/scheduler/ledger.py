@@ -11,6 +11,8 @@ from gen.shoal.fleet.v1.request_pb2 import StepTime, WorkerInfo, WorkerReport
 from services.common.blocks import blocks_of_request
 from services.common.ids import RequestKey, WorkerId
 from services.common.record.record import Attempt
+from services.common.store.inbox import Outstanding
+from services.common.store.intake import Queued
 
 CREDIT_STEPS = 2
 """Steps of prefill that a worker may have before it: enough that no way through Redis idles it, and no more, so that
@@ -33,8 +35,21 @@ class Reservation:
     max_tokens: int
     """Most generated tokens of a choice, earlier ones included."""
     num_choices: int
-    traceparent: str
     """Each is a sequence."""
+    traceparent: str
+
+    @classmethod
+    def of(cls, request: Queued | Outstanding) -> "Reservation":
+        """What a request reserves that waits, or that a worker has. A suspect needs no more: it runs alone there."""
+        return cls(
+            key=request.key,
+            attempt=request.attempt,
+            prompt_tokens=request.prompt_tokens,
+            generated_tokens=request.generated_tokens,
+            max_tokens=request.max_tokens,
+            num_choices=request.num_choices,
+            traceparent=request.traceparent,
+        )
 
     @property
     def prefill_tokens(self) -> int:

@@ -27,7 +27,7 @@ def next_placement(in_order: Iterable[Queued], accounts: Iterable[Account]) -> P
     for queued in in_order:
         if not unclaimed:
             return None
-        reservation = needed(queued)
+        reservation = Reservation.of(queued)
         worker = most_room(unclaimed.values(), reservation)
         if worker is not None:
             return Placement(queued, worker, reservation)
@@ -51,16 +51,3 @@ def most_room(accounts: Iterable[Account], reservation: Reservation) -> WorkerId
         ),
     )
     return best.worker
-
-
-def needed(queued: Queued) -> Reservation:
-    """What a queued request reserves. A suspect needs no more: its worker's engine runs it alone."""
-    return Reservation(
-        key=queued.key,
-        attempt=queued.attempt,
-        prompt_tokens=queued.prompt_tokens,
-        generated_tokens=queued.generated_tokens,
-        max_tokens=queued.max_tokens,
-        num_choices=queued.num_choices,
-        traceparent=queued.traceparent,
-    )

@@ -11,7 +11,6 @@ from services.scheduler.clock import Clock
 from services.scheduler.demand import Bounds, Demand, Load, Offered, Startup
 from services.scheduler.deposed import Deposed
 from services.scheduler.ledger import Reservation
-from services.scheduler.placement import needed
 from services.scheduler.pool_store import PoolStore
 from services.scheduler.view import View
 from services.scheduler.work import AnswerLengths, Pace, mean_step_time, smallest
@@ -43,9 +42,9 @@ class Scaling:
     def look(self, now_ms: float) -> PoolDemand:
         """Take all in, and decide. O(requests), a few microseconds each."""
         self._learn()
-        waiting = [needed(queued) for queued in self._view.queue.in_order()]
+        waiting = [Reservation.of(queued) for queued in self._view.queue.in_order()]
         running = [reservation for _, reservation in self._view.ledger.holdings()]
-        arrived = [needed(queued) for queued in self._view.arrived]
+        arrived = [Reservation.of(queued) for queued in self._view.arrived]
         self._view.arrived.clear()
         load = Load(
             num_requests=len(waiting) + len(running),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from services.common.error_groups import flat
 from shoal.fleet.errors import FleetError
 from shoal.fleet.kept import KeptProcess
 from shoal.fleet.kind import Kind
@@ -45,7 +46,7 @@ class Supervisor:
         try:
             await self._run(stop)
         except* FleetError as group:
-            failures = _texts(group)
+            failures = [str(error) for error in flat(group)]
         if failures:
             raise FleetError("\n".join(failures))
 
@@ -132,7 +133,7 @@ class Supervisor:
         return KeptProcess(plan, self._changed.set, self._progress.loading)
 
     def _spare_workers(self, plan: SparePlan) -> "SpareWorkers":
-        # Imported here only: gRPC would take much of the time until anything is started.
+        # Imported here only: it needs what a service needs, and who only calls a fleet has not installed that.
         from shoal.fleet.spare import SpareWorkers
 
         return SpareWorkers(plan, self._kept, self._progress.say, self._changed.set)
@@ -144,11 +145,3 @@ class Supervisor:
 
 def _are_ready(processes: Sequence[KeptProcess]) -> bool:
     return all(process.announced is not None for process in processes)
-
-
-def _texts(group: BaseExceptionGroup[FleetError]) -> list[str]:
-    """What each error says: groups of tasks nest them."""
-    texts: list[str] = []
-    for error in group.exceptions:
-        texts += _texts(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
-    return texts

@@ -43,9 +43,9 @@ def a_store(redis: Redis, pool: str) -> RequestStore:
     return RequestStore(redis, pool, RETENTION_MS)
 
 
-async def a_leader(redis: Redis, pool: str, holder: str = "leader-1") -> Lease:
+async def a_leader(redis: Redis, pool: str, holder: str = "leader-1", ttl_ms: int = TTL_MS) -> Lease:
     """A leader of a pool that has recovered: moves are possible."""
-    lease = await Leadership(redis, pool, holder).acquire(TTL_MS)
+    lease = await Leadership(redis, pool, holder).acquire(ttl_ms)
     assert lease is not None
     await recovered(redis, pool, lease)
     return lease

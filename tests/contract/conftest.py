@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from services.common.store.connection import connect
 from tests.conftest import RedisServer
+from tests.contract.gateway_fleet import Fleet
 from tests.contract.worker_front import Bench, served
 
 
@@ -15,6 +16,13 @@ from tests.contract.worker_front import Bench, served
 async def bench(redis: Redis, pool: str) -> AsyncIterator[Bench]:
     async with served(Bench(redis, pool)) as bench:
         yield bench
+
+
+@pytest.fixture
+async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
+    """The neighbours of gateways, for as many as the test starts."""
+    async with Fleet(redis, redis_server.url, pool) as fleet:
+        yield fleet
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Real gateways on a real Redis; a tokenizer of one token a character; a leader and a worker moved by the test."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +22,6 @@ from services.common.record.transitions import Verdict
 from services.common.store.connection import command
 from services.common.store.events import Events
 from services.common.store.keys import Keys
-from services.common.store.leadership import Leadership
-from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
 from services.common.store.workers import WorkerDirectory
 from services.common.tls.credentials import fleet_server_credentials
@@ -31,6 +29,7 @@ from services.common.tls.options import FleetTls
 from services.gateway.config import GatewayConfig
 from services.gateway.endings import STATES
 from services.gateway.gateway import Addresses, run
+from tests.contract.builders import a_leader
 
 WITHIN_S = 10.0
 CONTEXT_TOKENS = 2_000
@@ -306,12 +305,7 @@ class Fleet:
         await self._resources.aclose()
 
     async def lead(self) -> None:
-        lease = await Leadership(self.redis, self.pool, "test").acquire(60_000)
-        assert lease
-        self.fence = lease.fence
-        run_id = await Recovery(self.redis, self.pool).needed()
-        if run_id:
-            assert await Recovery(self.redis, self.pool).complete(run_id, self.fence)
+        self.fence = (await a_leader(self.redis, self.pool, ttl_ms=60_000)).fence
 
     async def register(self, num_blocks: int) -> None:
         info = request_pb2.WorkerInfo(
@@ -453,11 +447,6 @@ class Started(Opened):
     """The same, and its client's stream."""
 
     answer: Answer
-
-
-async def a_fleet(redis: Redis, url: str, pool: str, tls: FleetTls | None = None) -> AsyncIterator[Fleet]:
-    async with Fleet(redis, url, pool, tls) as fleet:
-        yield fleet
 
 
 def frame(

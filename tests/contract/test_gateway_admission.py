@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -37,13 +36,7 @@ from services.common.store.keys import Keys
 from services.common.store.recovery import Recovery
 from services.scheduler.recovery import restoration
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import CONTEXT_TOKENS, WITHIN_S, Fleet, RunningGateway, a_fleet, tokens_of
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
+from tests.contract.gateway_fleet import CONTEXT_TOKENS, WITHIN_S, Fleet, RunningGateway, tokens_of
 
 
 async def refused(call: Any) -> ShoalError:
@@ -357,7 +350,7 @@ async def test_while_redis_is_away_a_request_with_an_id_is_told_so_and_not_that_
     own_redis_server: RedisServer, pool: str
 ) -> None:
     client = await connect(own_redis_server.url)
-    async for fleet in a_fleet(client, own_redis_server.url, pool):
+    async with Fleet(client, own_redis_server.url, pool) as fleet:
         gateway = await fleet.gateway(backlog_limit=1)
         await gateway.generate(request_id="a").accepted()
         own_redis_server.kill()
@@ -529,7 +522,7 @@ async def test_while_redis_is_away_nothing_is_accepted_and_health_says_so(
     own_redis_server: RedisServer, pool: str
 ) -> None:
     client = await connect(own_redis_server.url)
-    async for fleet in a_fleet(client, own_redis_server.url, pool):
+    async with Fleet(client, own_redis_server.url, pool) as fleet:
         gateway = await fleet.gateway()
         assert await health(gateway) == health_pb2.HealthCheckResponse.SERVING
         started = await fleet.started(gateway)

@@ -1,11 +1,10 @@
 """Several choices, each with its log-probabilities, reach a client whole: streamed, read on, and replayed (gateway)."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
@@ -15,17 +14,10 @@ from services.common.record import moves
 from services.common.record.record import Attempt
 from services.common.record.states import RequestState
 from services.common.record.transitions import Verdict
-from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Answer, Fleet, a_fleet, text_of, tokens_of
+from tests.contract.gateway_fleet import Answer, Fleet, text_of, tokens_of
 
 TEXTS = ("abc", "xy")
 SAMPLING = pb.Sampling(min_p=0.1, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={7: -1.0})
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
 
 
 def told(tokens: Sequence[int]) -> list[pb.TokenLogprobs]:

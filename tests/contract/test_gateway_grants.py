@@ -2,10 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-from redis.asyncio import Redis
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.errors import Exhausted, Unavailable
@@ -16,16 +15,10 @@ from services.common.store.grants import GrantStore
 from services.common.store.keys import Keys
 from services.gateway.backlog import FEW, REMEMBERED_S
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import WITHIN_S, Answer, Fleet, RunningGateway, a_fleet
+from tests.contract.gateway_fleet import WITHIN_S, Answer, Fleet, RunningGateway
 from tests.contract.http_answers import CHAT, an_http_user
 
 LIMIT = 20
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
 
 
 @pytest.fixture
@@ -148,7 +141,7 @@ async def test_with_redis_away_calls_are_told_so_and_when_it_is_back_what_was_le
     own_redis_server: RedisServer, pool: str
 ) -> None:
     client = await connect(own_redis_server.url)
-    async for fleet in a_fleet(client, own_redis_server.url, pool):
+    async with Fleet(client, own_redis_server.url, pool) as fleet:
         gateways = [await fleet.gateway(backlog_limit=LIMIT) for _ in range(2)]
         fleet.tokenizer.hold()
         held = [asyncio.create_task(outcome(gateway.generate())) for _ in range(8) for gateway in gateways]

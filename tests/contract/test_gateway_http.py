@@ -9,33 +9,24 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientResponse
-from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.record.record import Record
 from services.common.record.states import RequestState
 from services.gateway.http import outgoing
-from tests.conftest import RedisServer
 from tests.contract.gateway_fleet import (
     CONTEXT_TOKENS,
     WITHIN_S,
     Fleet,
     Opened,
     RunningGateway,
-    a_fleet,
     frame,
     tokens_of,
 )
 from tests.contract.http_answers import CHAT, COMPLETIONS, Events, HttpUser, an_http_user
 
 BOTH = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import urllib.error
 import urllib.request
 from asyncio import to_thread
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -32,13 +31,7 @@ from services.gateway import authentication
 from services.gateway.authentication import Authentication
 from services.gateway.identity import Identity, cache_salt
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Fleet, RunningGateway, a_fleet, bearer
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
+from tests.contract.gateway_fleet import Fleet, RunningGateway, bearer
 
 
 class Clock:
@@ -260,7 +253,7 @@ async def test_http_has_the_same_keys(fleet: Fleet) -> None:
 
 async def test_a_key_that_cannot_be_looked_up_is_no_wrong_key(own_redis_server: RedisServer, pool: str) -> None:
     redis = await connect(own_redis_server.url)
-    async for fleet in a_fleet(redis, own_redis_server.url, pool):
+    async with Fleet(redis, own_redis_server.url, pool) as fleet:
         gateway = await fleet.gateway(require_keys=True)
         key, _ = await ApiKeys(redis).create("acme")
         own_redis_server.kill()

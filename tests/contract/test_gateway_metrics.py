@@ -2,7 +2,6 @@
 
 import asyncio
 import urllib.request
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -12,15 +11,8 @@ from redis.asyncio import Redis
 
 from gen.shoal.inference.v1 import inference_pb2 as pb
 from services.common.store.api_keys import ApiKeys
-from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Fleet, RunningGateway, a_fleet
+from tests.contract.gateway_fleet import Fleet, RunningGateway
 from tests.unit.test_telemetry_metrics import free_port
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
 
 
 async def exposed(gateway: RunningGateway) -> str:

@@ -5,12 +5,9 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
-import pytest
-from redis.asyncio import Redis
 
 import services
 from gen.shoal.inference.v1 import inference_pb2 as pb
@@ -19,17 +16,10 @@ from services.common import rpc
 from services.common.ids import fleet_address
 from services.common.store.gateways import GatewayLease
 from services.gateway.gateway import Addresses
-from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Answer, Fleet, RunningGateway, a_fleet
+from tests.contract.gateway_fleet import Answer, Fleet, RunningGateway
 
 REPOSITORY = Path(services.__path__[0]).parent
 MOST_BYTES = 150 * 1024 * 1024
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
 
 
 async def started_gateway(fleet: Fleet, *flags: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:

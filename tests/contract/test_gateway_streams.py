@@ -1,10 +1,8 @@
 """A client sees each token once, in order, and always one consistent text (DESIGN 4.3, 4.6; invariants 1 to 3)."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
 from gen.shoal.fleet.v1 import delivery_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2 as pb
@@ -15,14 +13,7 @@ from services.common.record.record import Attempt, Record
 from services.common.record.states import RequestState
 from services.common.store.connection import command
 from services.common.store.requests import RequestStore
-from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Fleet, a_fleet, frame, tokens_of
-
-
-@pytest.fixture
-async def fleet(redis: Redis, redis_server: RedisServer, pool: str) -> AsyncIterator[Fleet]:
-    async for fleet in a_fleet(redis, redis_server.url, pool):
-        yield fleet
+from tests.contract.gateway_fleet import Fleet, frame, tokens_of
 
 
 async def test_accepted_comes_only_after_the_request_is_stored(fleet: Fleet) -> None:

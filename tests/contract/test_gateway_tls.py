@@ -24,7 +24,7 @@ from services.common.tls.files import Tls
 from services.common.tls.options import FleetTls
 from shoal.fleet.certificates import make_certificates
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import Fleet, a_fleet
+from tests.contract.gateway_fleet import Fleet
 
 QUICK = shoal.RetryPolicy(outage_limit_s=1.0)
 
@@ -43,7 +43,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Tls:
 @pytest.fixture
 async def fleet(redis: Redis, redis_server: RedisServer, pool: str, files: Tls) -> AsyncIterator[Fleet]:
     """Its services show and demand certificates."""
-    async for fleet in a_fleet(redis, redis_server.url, pool, FleetTls(files, True, "")):
+    async with Fleet(redis, redis_server.url, pool, FleetTls(files, True, "")) as fleet:
         yield fleet
 
 
@@ -120,7 +120,7 @@ async def test_a_gateway_serves_workers_without_a_certificate_if_it_is_told_to(f
 async def test_a_tokenizer_of_another_authority_is_not_asked(
     redis: Redis, redis_server: RedisServer, pool: str, files: Tls, others: Tls
 ) -> None:
-    async for fleet in a_fleet(redis, redis_server.url, pool, FleetTls(files, True, "")):
+    async with Fleet(redis, redis_server.url, pool, FleetTls(files, True, "")) as fleet:
         wrong = {"tls_ca": str(others.ca), "tls_certificate": str(others.certificate), "tls_key": str(others.key)}
         with pytest.raises(Unavailable, match="CERTIFICATE_VERIFY_FAILED"):
             await fleet.gateway(**wrong, start_limit_ms=0, tokenizer_timeout_ms=2_000)

@@ -1,4 +1,4 @@
-"""Services that start programs beside a server of gRPC: nothing is said of forks in their logs."""
+"""What starts programs beside gRPC of its own: nothing is said of forks in their logs."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("package", ["services.worker", "services.tokenizer"])
+@pytest.mark.parametrize("package", ["services.worker", "services.tokenizer", "shoal.cli"])
 def test_nothing_is_said_of_forks(package: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     command = [sys.executable, "-c", SERVES_AND_STARTS.format(package=package)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from services.common.ids import RequestKey
+from services.common.ids import RequestKey, TenantId
 from services.common.record import moves
 from services.common.record.history import Held
 from services.common.record.record import Attempt
@@ -149,6 +149,13 @@ async def test_scripts_are_sent_again_to_a_server_that_forgot_them(redis: Redis,
     await store.submit(a_submit())
     await redis.script_flush()
     assert (await store.submit(a_submit())).answer.verdict == Verdict.KNOWN
+
+
+async def test_what_a_tenant_took_of_a_minute_is_forgotten_once_it_has_come_back(redis: Redis, pool: str) -> None:
+    await a_leader(redis, pool)
+    metered = replace(a_submit(), tokens_per_minute=42, prompt_tokens=5, reserved_tokens=16)
+    assert (await a_store(redis, pool).submit(metered)).answer.verdict == Verdict.OK
+    assert 0 < await redis.pttl(Keys(pool).tokens(TenantId("acme"))) <= 30_000
 
 
 async def test_scripts_name_keys_as_the_keys_module_does(redis: Redis, pool: str) -> None:

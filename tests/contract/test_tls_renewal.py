@@ -23,7 +23,7 @@ from services.gateway.tokenizer_client import TokenizerClient
 from services.gateway.tokenizer_link import TokenizerLink
 from shoal.fleet.certificates import make_certificates
 from tests.conftest import RedisServer
-from tests.contract.gateway_fleet import FakeTokenizer, Fleet, a_fleet
+from tests.contract.gateway_fleet import FakeTokenizer, Fleet
 from tests.contract.test_gateway_tls import QUICK, cannot_deliver, models_over_http, redis_over_tls
 
 LIMIT_S = 20.0
@@ -44,7 +44,7 @@ def former(files: Tls, tmp_path: Path) -> Tls:
 @pytest.fixture
 async def fleet(redis: Redis, redis_server: RedisServer, pool: str, files: Tls) -> AsyncIterator[Fleet]:
     """Its services show and demand certificates."""
-    async for fleet in a_fleet(redis, redis_server.url, pool, FleetTls(files, True, "")):
+    async with Fleet(redis, redis_server.url, pool, FleetTls(files, True, "")) as fleet:
         yield fleet
 
 

@@ -27,8 +27,7 @@ async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_
     bench.gateway.on_end = lambda end: told.append(asyncio.ensure_future(bench.record(key)))
     await bench.place(key)
     await bench.engine.until(lambda: bool(bench.engine.sequences))
-    for _ in range(3):
-        bench.engine.step()
+    bench.engine.steps(3)
     await bench.gateway.until(lambda: seen.end is not None)
     assert (seen.tokens, seen.text) == ([10, 11, 12], "klm")
     record = await told[0]
@@ -42,35 +41,27 @@ async def test_many_requests_on_one_link_begin_stream_and_end_like_one(bench: Be
     for key in keys:
         await bench.place(key)
     await bench.engine.until(lambda: len(bench.engine.sequences) == len(keys))
-    bench.engine.step()
-    bench.engine.step()
+    bench.engine.steps(2)
     await bench.gateway.until(lambda: all(each.end is not None for each in seen))
     assert {each.text for each in seen} == {"kl"}
 
 
 async def test_a_second_attempt_samples_nothing_until_the_gateway_said_what_it_delivered(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=5)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    await bench.requeue(key)
+    key = await bench.lose("a", max_tokens=5)
     seen = bench.gateway.expect(key, held=(Held(2, (70, 71)),))
     await bench.place(key)
     await bench.engine.until(lambda: "release" in bench.engine.commands)
     (sequence,) = bench.engine.sequences
     assert bench.engine.sequences[sequence].held
     assert bench.engine.generated[sequence] == [70, 71], "what the client holds is forced"
-    for _ in range(3):
-        bench.engine.step()
+    bench.engine.steps(3)
     await bench.gateway.until(lambda: seen.end is not None)
     assert seen.tokens == [12, 13, 14], "only what the client does not hold is sent"
     assert (await bench.record(key)).journal == ((70, 71, 12, 13, 14),)
 
 
 async def test_a_second_attempt_waits_for_a_gateway_that_is_not_there(bench: Bench) -> None:
-    key = await bench.submit("a", gateway="127.0.0.1:1")
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    await bench.requeue(key)
+    key = await bench.lose("a", gateway="127.0.0.1:1")
     await bench.place(key)
     await bench.record_until(key, lambda record: record.state == RequestState.RUNNING)
     await bench.engine.until(lambda: bool(bench.engine.held))
@@ -78,13 +69,9 @@ async def test_a_second_attempt_waits_for_a_gateway_that_is_not_there(bench: Ben
 
 
 async def test_after_the_grace_it_samples_without_a_reader(bench: Bench) -> None:
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     await bench.start_session(resume_grace_ms=1)
-    key = await bench.submit("a", max_tokens=1, gateway="127.0.0.1:1")
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    await bench.requeue(key)
+    key = await bench.lose("a", max_tokens=1, gateway="127.0.0.1:1")
     await bench.place(key)
     await bench.engine.until(lambda: "release" in bench.engine.commands)
     bench.engine.step()
@@ -93,12 +80,8 @@ async def test_after_the_grace_it_samples_without_a_reader(bench: Bench) -> None
 
 
 async def test_a_reader_with_another_history_continues_from_its_own_under_a_new_attempt(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=9)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    bench.engine.step()
-    bench.engine.step()
+    key, _ = await bench.run("a", max_tokens=9)
+    bench.engine.steps(2)
     await bench.record_until(key, lambda record: record.journal == ((10, 11),))
     other = FakeGateway()
     server, address = await serve_gateway(other)
@@ -110,10 +93,7 @@ async def test_a_reader_with_another_history_continues_from_its_own_under_a_new_
 
 
 async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=3)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, seen = await bench.run("a", max_tokens=3)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10])
     other = FakeGateway()
@@ -121,8 +101,7 @@ async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None
     there = other.expect(key, reader=2, held=(Held(1, (10,)),))
     await bench.store.attach(moves.Attach(key, address, (Held(1, (10,)),)))
     await bench.gateway.until(lambda: seen.closed)
-    bench.engine.step()
-    bench.engine.step()
+    bench.engine.steps(2)
     await other.until(lambda: there.end is not None)
     assert (there.tokens, there.text) == ([11, 12], "lm")
     assert seen.tokens == [10]
@@ -130,17 +109,13 @@ async def test_tokens_follow_the_reader_to_another_gateway(bench: Bench) -> None
 
 
 async def test_a_gateway_started_anew_at_the_same_address_is_sent_to_over_the_same_stream(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=3, gateway=f"{bench.gateway_address}#first")
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, seen = await bench.run("a", max_tokens=3, gateway=f"{bench.gateway_address}#first")
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10])
     there = bench.gateway.expect(key, reader=2, held=(Held(1, (10,)),))
     await bench.store.attach(moves.Attach(key, f"{bench.gateway_address}#second", (Held(1, (10,)),)))
     await bench.gateway.until(lambda: bool(there.opened))
-    bench.engine.step()
-    bench.engine.step()
+    bench.engine.steps(2)
     await bench.gateway.until(lambda: there.end is not None)
     assert there.tokens == [11, 12]
     assert not there.closed, "the word for who was there before would end who is there now"
@@ -148,10 +123,7 @@ async def test_a_gateway_started_anew_at_the_same_address_is_sent_to_over_the_sa
 
 
 async def test_an_answer_to_an_earlier_open_speaks_of_another_reader_and_is_ignored(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=4)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, seen = await bench.run("a", max_tokens=4)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10])
     # Another reader at the same gateway; what was said of an earlier one, who held another text, comes first.
@@ -161,20 +133,15 @@ async def test_an_answer_to_an_earlier_open_speaks_of_another_reader_and_is_igno
     await bench.gateway.until(lambda: bool(there.opened))
     bench.engine.step()
     await bench.gateway.until(lambda: there.tokens == [11])
-    bench.engine.step()
-    bench.engine.step()
+    bench.engine.steps(2)
     await bench.gateway.until(lambda: there.end is not None)
     assert there.tokens == [11, 12, 13]
     assert (await bench.record(key)).attempt.number == 1
 
 
 async def test_a_stop_text_ends_the_answer_before_it(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50, stop="mn")
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    for _ in range(6):
-        bench.engine.step()
+    _, seen = await bench.run("a", max_tokens=50, stop="mn")
+    bench.engine.steps(6)
     await bench.gateway.until(lambda: seen.end is not None)
     assert seen.text == "kl"
     assert seen.tokens == [10, 11, 12, 13]
@@ -186,8 +153,7 @@ async def test_the_leader_is_told_what_steps_take_and_how_long_answers_became(be
         key = await bench.submit(name, max_tokens=3 if name == "ended" else 50)
         await bench.place(key)
     await bench.engine.until(lambda: len(bench.engine.sequences) == 2)
-    for _ in range(3):
-        bench.engine.step()
+    bench.engine.steps(3)
     await bench.record_until(bench.key("ended"), lambda record: record.state == RequestState.FINISHED)
     await bench.cancel(bench.key("cancelled"))
     await bench.record_until(bench.key("cancelled"), lambda record: record.state == RequestState.CANCELLED)
@@ -197,10 +163,7 @@ async def test_the_leader_is_told_what_steps_take_and_how_long_answers_became(be
 
 
 async def test_a_cancelled_request_leaves_the_engine_and_ends(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     await bench.store.cancel(moves.Cancel(key, "client"))
     record = await bench.record_until(key, lambda record: record.ended)
     assert record.state == RequestState.CANCELLED
@@ -229,10 +192,7 @@ async def test_only_what_was_in_the_step_of_a_dying_engine_is_suspect(bench: Ben
 
 
 async def test_an_engine_that_is_unfit_under_way_counts_as_dead_and_blames_no_request(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()
     bench.engine.end_as_unfit("model.gguf: is gone")
     with pytest.raises(ExceptionGroup):
@@ -244,10 +204,7 @@ async def test_an_engine_that_is_unfit_under_way_counts_as_dead_and_blames_no_re
 
 
 async def test_an_engine_that_the_kernel_killed_for_want_of_memory_blames_its_step(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()
     bench.engine.die(returncode=-9, out_of_memory=True)
     with pytest.raises(ExceptionGroup):
@@ -257,10 +214,7 @@ async def test_an_engine_that_the_kernel_killed_for_want_of_memory_blames_its_st
 
 @pytest.mark.parametrize("returncode", [-9, -15, 0])
 async def test_an_engine_ended_from_outside_blames_nobody(bench: Bench, returncode: int) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()
     bench.engine.die(returncode)
     with pytest.raises(ExceptionGroup):
@@ -269,15 +223,10 @@ async def test_an_engine_ended_from_outside_blames_nobody(bench: Bench, returnco
 
 
 async def test_a_stopped_worker_hands_over_with_every_token_journaled(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    for _ in range(7):
-        bench.engine.step()
+    key, seen = await bench.run("a", max_tokens=50)
+    bench.engine.steps(7)
     await bench.gateway.until(lambda: len(seen.tokens) == 7)
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     record = await bench.record(key)
     assert record.state == RequestState.QUEUED
     assert record.journal == ((10, 11, 12, 13, 14, 15, 16),)
@@ -298,18 +247,14 @@ async def test_tokens_go_on_when_the_stream_to_their_gateway_broke(redis: Redis,
     first, bench.gateway_address = await serve_gateway(bench.gateway)
     await bench.lead()
     await bench.start_session()
-    key = await bench.submit("a", max_tokens=50)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    _, seen = await bench.run("a", max_tokens=50)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10])
     await first.stop(0)
     second, _ = await serve_gateway(bench.gateway, bench.gateway_address)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10, 11])
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     await second.stop(0)
 
 
@@ -327,16 +272,12 @@ async def test_a_request_whose_reader_is_gone_leaves_nothing_behind(bench: Bench
 
 
 async def test_a_stopped_worker_blames_nobody_for_the_step_in_flight(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()
     async with asyncio.timeout(5):
         while not bench.session.predicted_step_ms:
             await asyncio.sleep(0.001)
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     record = await bench.record(key)
     assert (record.state, record.suspect_until) == (RequestState.QUEUED, 0)
 
@@ -349,8 +290,7 @@ async def test_a_cancellation_that_only_the_last_flush_brings_ends_the_request(b
     # The worker stops before it reads the notice in its inbox.
     await bench.redis.hset(f"{{{bench.pool}}}:request:{key}", "cancel", "1")
     bench.session.active[key].announced = False
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     assert bench.ended.cancelled()
     assert (await bench.record(key)).state == RequestState.CANCELLED
 
@@ -365,17 +305,13 @@ async def test_a_worker_that_is_stopped_while_its_engine_dies_hands_over_and_sto
     bench.engine.die()
     for _ in range(turns):
         await asyncio.sleep(0)
-    was_running = bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    was_running = await bench.stop()
     assert [(await bench.record(key)).state for key in keys] == [RequestState.QUEUED] * 3
     assert bench.ended.cancelled() == was_running
 
 
 async def test_a_stuck_engine_does_not_keep_a_worker_from_handing_over(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=50)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, _ = await bench.run("a", max_tokens=50)
     bench.engine.reads.clear()
     bench.ended.cancel()
     _, waiting = await asyncio.wait({bench.ended}, timeout=3)
@@ -401,10 +337,7 @@ async def test_an_end_is_told_when_redis_goes_away_right_behind_it(
             raise StoreUnavailable("away again")
         return await read(key)
 
-    key = await bench.submit("a", max_tokens=1)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    _, seen = await bench.run("a", max_tokens=1)
     monkeypatch.setattr(bench.store, "finish", finish_without_reply)
     monkeypatch.setattr(bench.store, "read", read_later)
     bench.engine.step()

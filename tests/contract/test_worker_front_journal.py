@@ -25,12 +25,8 @@ async def test_a_request_that_begins_is_told_at_once_and_hurries_no_other_ones_j
 
 async def test_every_16_tokens_of_a_request_are_journaled_without_waiting(redis: Redis, pool: str) -> None:
     async with served(Bench(redis, pool), journal_interval_ms=NEVER_MS) as bench:
-        key = await bench.submit("a", max_tokens=40)
-        bench.gateway.expect(key)
-        await bench.place(key)
-        await bench.engine.until(lambda: bool(bench.engine.sequences))
-        for _ in range(17):
-            bench.engine.step()
+        key, _ = await bench.run("a", max_tokens=40)
+        bench.engine.steps(17)
         record = await bench.record_until(key, lambda record: bool(record.journal[0]))
         assert len(record.journal[0]) >= 16
 

@@ -16,12 +16,8 @@ async def outcome(bench: Bench, name: str) -> request_pb2.Outcome:
 
 
 async def test_tokens_go_out_with_their_log_probabilities_and_the_end_keeps_all_of_them(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=2, logprobs=2, prompt_logprobs=1)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    bench.engine.step()
-    bench.engine.step()
+    _, seen = await bench.run("a", max_tokens=2, logprobs=2, prompt_logprobs=1)
+    bench.engine.steps(2)
     await bench.gateway.until(lambda: seen.end is not None)
     assert seen.logprobs() == [-10, -11]
     assert [len(told.top) for delta in seen.deltas for told in delta.logprobs] == [2, 2]
@@ -33,10 +29,7 @@ async def test_tokens_go_out_with_their_log_probabilities_and_the_end_keeps_all_
 
 
 async def test_nothing_is_told_that_was_not_asked_for(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=1)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    _, seen = await bench.run("a", max_tokens=1)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.end is not None)
     stored = await outcome(bench, "a")
@@ -46,12 +39,8 @@ async def test_nothing_is_told_that_was_not_asked_for(bench: Bench) -> None:
 
 
 async def test_known_tokens_wait_until_the_next_engine_has_told_their_log_probabilities(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=5, logprobs=0)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    for _ in range(3):
-        bench.engine.step()
+    key, _ = await bench.run("a", max_tokens=5, logprobs=0)
+    bench.engine.steps(3)
     await bench.record_until(key, lambda record: record.journal == ((10, 11, 12),))
     await bench.requeue(key)
     seen = bench.gateway.expect(key, held=(Held(1, (10,)),))
@@ -68,10 +57,7 @@ async def test_known_tokens_wait_until_the_next_engine_has_told_their_log_probab
 
 
 async def test_an_answer_that_only_lacked_its_end_is_scored_before_it_ends(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=9, stop="l", logprobs=0, prompt_logprobs=0)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    await bench.requeue(key)
+    key = await bench.lose("a", max_tokens=9, stop="l", logprobs=0, prompt_logprobs=0)
     # "kl": the reader holds what completes the stop text.
     seen = bench.gateway.expect(key, held=(Held(2, (10, 11)),))
     await bench.place(key)
@@ -87,21 +73,16 @@ async def test_an_answer_that_only_lacked_its_end_is_scored_before_it_ends(bench
 
 
 async def test_choices_end_each_by_itself_and_an_ended_one_is_told_of_by_the_next_attempt_too(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=3, n=2, logprobs=0)
-    bench.gateway.expect(key, n=2)
-    await bench.place(key)
-    await bench.engine.until(lambda: len(bench.engine.sequences) == 2)
+    key, _ = await bench.run("a", max_tokens=3, n=2, logprobs=0)
     bench.engine.held.add(max(bench.engine.sequences))
-    for _ in range(3):
-        bench.engine.step()
+    bench.engine.steps(3)
     await bench.record_until(key, lambda record: record.journal == ((10, 11, 12), ()))
     assert not (await bench.record(key)).ended
     await bench.requeue(key)
     seen = bench.gateway.expect(key, held=(Held(3, (10, 11, 12)), Held(0)), n=2)
     await bench.place(key)
     await bench.engine.until(lambda: bench.engine.commands.count("release") == 2)
-    for _ in range(3):
-        bench.engine.step()
+    bench.engine.steps(3)
     await bench.gateway.until(lambda: seen.end is not None)
     assert seen.logprobs(1) == [-10, -11, -12]
     stored = await outcome(bench, "a")
@@ -110,10 +91,7 @@ async def test_choices_end_each_by_itself_and_an_ended_one_is_told_of_by_the_nex
 
 
 async def test_a_request_cut_off_keeps_what_was_told(bench: Bench) -> None:
-    key = await bench.submit("a", max_tokens=9, logprobs=0)
-    seen = bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    key, seen = await bench.run("a", max_tokens=9, logprobs=0)
     bench.engine.step()
     await bench.gateway.until(lambda: seen.tokens == [10])
     await bench.cancel(key)
@@ -132,8 +110,7 @@ async def test_a_full_message_leaves_the_other_requests_to_the_next(
     for key in keys:
         await bench.place(key)
     await bench.engine.until(lambda: len(bench.engine.sequences) == 3)
-    bench.engine.step()
-    bench.engine.step()
+    bench.engine.steps(2)
     await bench.gateway.until(lambda: all(each.end for each in seen))
     assert [each.logprobs() for each in seen] == [[-10, -11]] * 3
     assert bench.gateway.most_frames == 1

@@ -38,12 +38,8 @@ async def spans(receiver: TraceReceiver, *names: str) -> dict[str, ReceivedSpan]
 
 
 async def test_a_requests_tokens_steps_and_gaps_are_counted(bench: Bench, receiver: TraceReceiver) -> None:
-    key = await bench.submit("a", max_tokens=4, traceparent=TRACEPARENT)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
-    for _ in range(4):
-        bench.engine.step()
+    key, _ = await bench.run("a", max_tokens=4, traceparent=TRACEPARENT)
+    bench.engine.steps(4)
     await bench.record_until(key, lambda record: record.state == RequestState.FINISHED)
     found = await spans(receiver, "attempt", "prefill", "decode", "finish")
     assert {span.parent_id for span in found.values()} == {TRACEPARENT[36:52], found["attempt"].span_id}
@@ -59,10 +55,7 @@ async def test_a_requests_tokens_steps_and_gaps_are_counted(bench: Bench, receiv
 async def test_an_attempt_whose_engine_died_is_given_back_and_told_as_failed(
     bench: Bench, receiver: TraceReceiver
 ) -> None:
-    key = await bench.submit("a", max_tokens=50, traceparent=TRACEPARENT)
-    bench.gateway.expect(key)
-    await bench.place(key)
-    await bench.engine.until(lambda: bool(bench.engine.sequences))
+    await bench.run("a", max_tokens=50, traceparent=TRACEPARENT)
     bench.engine.step()
     bench.engine.die()
     with pytest.raises(ExceptionGroup):

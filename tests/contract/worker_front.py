@@ -21,11 +21,9 @@ from services.common.record.record import Attempt, Record
 from services.common.record.transitions import Verdict
 from services.common.store.events import Events
 from services.common.store.inbox import Inbox
-from services.common.store.keys import Keys
-from services.common.store.leadership import Leadership
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
-from services.common.store.streams import last_id
+from services.common.store.streams import FIRST
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import NoTracer, Tracer
@@ -35,6 +33,7 @@ from services.worker.front.engine_client import EngineDiedError, EngineUnfitErro
 from services.worker.front.metrics import WorkerMetrics
 from services.worker.front.reporter import Reporter
 from services.worker.front.session import Session
+from tests.contract.builders import a_leader
 
 VOCABULARY = Vocabulary(tuple(bytes([97 + token % 26]) for token in range(100)), end_token_ids=(99,))
 """Token n reads as the n-th letter; token 99 ends."""
@@ -127,6 +126,10 @@ class SteppedEngine:
         step_time = request_pb2.StepTime(fixed_ms=5, ms_per_token=1)
         done = engine_pb2.StepDone(step=next(self._steps), outputs=outputs, free_blocks=60, step_time=step_time)
         self._events.put_nowait(engine_pb2.EngineEvent(done=done))
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
 
     def begin_step(self) -> None:
         running = [number for number in self.sequences if number not in self.held]
@@ -268,12 +271,7 @@ class Bench:
         self.ended: asyncio.Task[None]
 
     async def lead(self) -> None:
-        lease = await Leadership(self.redis, self.pool, "test").acquire(60_000)
-        assert lease
-        self.fence = lease.fence
-        run_id = await Recovery(self.redis, self.pool).needed()
-        if run_id:
-            assert await Recovery(self.redis, self.pool).complete(run_id, self.fence)
+        self.fence = (await a_leader(self.redis, self.pool, ttl_ms=60_000)).fence
 
     async def start_session(self, resume_grace_ms: int = 60_000, journal_interval_ms: int = 5) -> None:
         config = WorkerConfig(
@@ -292,6 +290,12 @@ class Bench:
             self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
         )
 
+    async def stop(self) -> bool:
+        """As SIGTERM does; says whether the session was still running."""
+        was_running = self.ended.cancel()
+        await asyncio.wait({self.ended})
+        return was_running
+
     async def submit(
         self, name: str, max_tokens: int = 4, gateway: str | None = None, stop: str = "", n: int = 1, **fields: Any
     ) -> RequestKey:
@@ -306,6 +310,26 @@ class Bench:
         )
         assert (await self.store.submit(move)).answer.verdict == Verdict.OK
         return key
+
+    async def run(self, name: str, n: int = 1, **fields: Any) -> tuple[RequestKey, Seen]:
+        """Submit a request that has a reader, and place it; returns once the engine has all its choices."""
+        key = await self.submit(name, n=n, **fields)
+        seen = self.gateway.expect(key, n=n)
+        await self._engaged(key, n)
+        return key, seen
+
+    async def lose(self, name: str, **fields: Any) -> RequestKey:
+        """Submit a request that nobody reads yet, and take it from the worker: it will run as a second attempt."""
+        key = await self.submit(name, **fields)
+        await self._engaged(key, 1)
+        await self.requeue(key)
+        return key
+
+    async def _engaged(self, key: RequestKey, n: int) -> None:
+        sequences = self.engine.sequences
+        wanted = len(sequences) + n
+        await self.place(key)
+        await self.engine.until(lambda: len(sequences) == wanted)
 
     def key(self, name: str) -> RequestKey:
         return request_key("default", name)
@@ -334,7 +358,9 @@ class Bench:
 
     async def report_until(self, condition: Callable[[request_pb2.WorkerReport], bool]) -> request_pb2.WorkerReport:
         """The session's first report behind now of which the condition holds."""
-        events, after = Events(self.redis, self.pool), await last_id(self.redis, Keys(self.pool).events)
+        events = Events(self.redis, self.pool)
+        newest = await events.newest(1)
+        after = newest[0][0] if newest else FIRST
         async with asyncio.timeout(10):
             while True:
                 for entry_id, event in await events.read(after, 500, 100):
@@ -364,6 +390,5 @@ async def served(bench: Bench, journal_interval_ms: int = 5) -> AsyncIterator[Be
     await bench.lead()
     await bench.start_session(journal_interval_ms=journal_interval_ms)
     yield bench
-    bench.ended.cancel()
-    await asyncio.wait({bench.ended})
+    await bench.stop()
     await server.stop(0)

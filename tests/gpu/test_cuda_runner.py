@@ -27,20 +27,11 @@ from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
 from tests.gpu.devices import DEVICE, IS_CUDA
-from tests.unit.engine_builders import PretendedFront, add, add_command, shutdown_command
+from tests.unit.engine_builders import FinishingFront, add, add_command
 from tests.unit.tiny_models import CONFIGS, reference_greedy, save, tiny_model
 
 # The interpreter takes seconds a step: a window, a bias and heads' norms between them.
 FAMILIES = list(CONFIGS) if IS_CUDA else ["mistral-window", "qwen2-tied", "qwen3"]
-
-
-class FinishingFront(PretendedFront):
-    """Never goes, and says Shutdown when the loop has nothing left to compute."""
-
-    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
-        if self.looks:
-            return super().take(timeout_ms)
-        return [shutdown_command()] if timeout_ms is None else []
 
 
 def a_runner(

@@ -33,6 +33,13 @@ def test_a_defect_passes() -> None:
         raise ZeroDivisionError
 
 
+def test_a_defect_hides_no_error_that_came_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ExceptionGroup) as ended, ending_with("service", StoreUnavailable):
+        raise ExceptionGroup("", [REDIS, ZeroDivisionError()])
+    assert [type(error) for error in ended.value.exceptions] == [ZeroDivisionError]
+    assert capsys.readouterr().err == "service: Redis is away\n"
+
+
 def test_nothing_is_said_of_a_good_end(capsys: pytest.CaptureFixture[str]) -> None:
     with ending_with("service", ConfigError):
         pass

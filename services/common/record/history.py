@@ -1,6 +1,6 @@
 """Tokens that two sides hold of one choice, compared: not only counted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -28,6 +28,18 @@ def first_difference(known: Sequence[int], held: Held) -> int | None:
     for index in range(held.start, min(held.count, len(known))):
         if known[index] != held.tokens[index - held.start]:
             return index
+    return None
+
+
+def difference_from_end(journal: Sequence[Sequence[int]], held: Iterable[Held]) -> tuple[int, int] | None:
+    """Choice and index of the first token held that a finished request's journal has otherwise, or has not."""
+    for choice, claim in enumerate(held):
+        known = journal[choice]
+        index = first_difference(known, claim)
+        if index is None and claim.count > len(known):
+            index = len(known)
+        if index is not None:
+            return choice, index
     return None
 
 

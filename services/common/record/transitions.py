@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from services.common.ids import NO_WORKER, RequestKey, WorkerId
 from services.common.record import moves
-from services.common.record.history import Held, beyond, first_difference, rebased
+from services.common.record.history import Held, beyond, difference_from_end, first_difference, rebased
 from services.common.record.record import MAX_DECISIONS, Attempt, Decision, Record
 from services.common.record.states import ON_WORKER, RequestState, check
 from services.common.record.token_budget import given_back, short_ms, taken
@@ -378,15 +378,8 @@ def _attach(record: Record, move: moves.Attach, pool: Pool) -> Transition:
 
 def _compare_with_end(record: Record, held: Sequence[Held]) -> Answer:
     # Only a FINISHED request has its whole text in the journal; any other end is told as it is.
-    if record.state == RequestState.FINISHED:
-        for choice, claim in enumerate(held):
-            known = record.journal[choice]
-            index = first_difference(known, claim)
-            if index is None and claim.count > len(known):
-                index = len(known)
-            if index is not None:
-                return Answer(Verdict.DIVERGED, choice, index)
-    return Answer(Verdict.ENDED)
+    differs = difference_from_end(record.journal, held) if record.state == RequestState.FINISHED else None
+    return Answer(Verdict.DIVERGED, *differs) if differs else Answer(Verdict.ENDED)
 
 
 def _followed(journal: tuple[tuple[int, ...], ...], held: Sequence[Held]) -> tuple[tuple[int, ...], ...]:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
+from services.common.alone import alone
 from services.common.ids import RequestKey, WorkerId, fleet_address, new_nonce, new_worker_id
 from services.common.record import moves
 from services.common.record.history import Held
@@ -46,7 +47,6 @@ HAND_OVER_S = 10.0
 END_TRIES = 600
 SUSPECT_MARGIN_TOKENS = 2
 
-Ending = tuple[RequestState, str]
 GONE = frozenset({Verdict.STALE, Verdict.ENDED, Verdict.UNKNOWN})
 """Answers that say: this attempt is no longer ours."""
 
@@ -121,7 +121,7 @@ class Session:
         reason, cause = "worker stops", "stopped"
         suspects: Sequence[int] = ()
         try:
-            await _alone(self._work(others))
+            await alone(self._work(others))
         except* (EngineDiedError, EngineUnfitError) as died:
             error = died.exceptions[0]
             reason, cause = str(error), "engine_died"
@@ -497,18 +497,6 @@ async def to_the_end(work: Coroutine[object, object, None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
-
-
-async def _alone(work: Coroutine[object, object, None]) -> None:
-    """Run it in its own task: a TaskGroup that is cancelled just as a part of it fails forgets that it was."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.wait({task})
-    except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        raise
-    task.result()
 
 
 async def _awaited(part: Callable[[], Awaitable[None]]) -> None:
