@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import silu
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.worker.kernels.launch import after_previous, prefetch
@@ -48,12 +47,6 @@ def small_product_reference(rows: Tensor, weight: Tensor, num_splits: int = 1) -
     return torch.stack([x @ w.T for x, w in parts])
 
 
-def small_product_swiglu_reference(rows: Tensor, weight: Tensor) -> Tensor:
-    """weight: [2 * size, num_inputs], the gate's first. Returns silu(gate) * up: [num_rows, size] float32."""
-    gate, up = (rows.float() @ weight.float().T).chunk(2, dim=1)
-    return silu(gate) * up
-
-
 def fits(num_rows: int, weight: Tensor, tuning: ProductTuning) -> bool:
     """Whether the kernel takes a product."""
     num_outputs, num_inputs = weight.shape
@@ -86,7 +79,8 @@ def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuni
 def small_product_swiglu(
     rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuning, *, pdl: bool = False
 ) -> None:
-    """As the reference, into `out`, in its type. Half of the tuning's outputs are the gate's."""
+    """As the references of this product and of `swiglu`, into `out`, [num_rows, num_outputs / 2]. Half of the tuning's
+    outputs are the gate's."""
     _launch(Rows(rows), weight, None, out[None], tuning, None, activates=True, pdl=pdl)
 
 
