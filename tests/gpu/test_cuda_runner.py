@@ -22,6 +22,7 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
+from services.worker.kernels.rows import Rows
 from services.worker.kernels.small_product import small_product_swiglu
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
@@ -143,8 +144,8 @@ def test_few_rows_gates_open_in_their_product(tmp_path: Path, monkeypatch: pytes
     apart = told()
     multiplied: list[int] = []
 
-    def watched(rows: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        multiplied.append(len(rows))
+    def watched(rows: Rows, *arguments: Any, **options: Any) -> None:
+        multiplied.append(len(rows.values))
         small_product_swiglu(rows, *arguments, **options)
 
     monkeypatch.setattr(decoder, "small_product_swiglu", watched)

@@ -71,11 +71,9 @@ def test_in_bf16_an_8bs_few_rows_are_multiplied_by_our_kernel_where_it_is_faster
     assert bool(tuning_for(num_rows, qkv, may_split=False)) is (num_rows <= 64)
 
 
-def test_in_fp8_the_kernel_behind_swiglu_rounds_rows() -> None:
-    assert swiglu_tuning_for(96, GATE_UP) is None
-    assert tuning_for(96, GATE_UP, may_split=False)
-    assert tuning_for(129, GATE_UP, may_split=False) is None
-    assert tuning_for(65, DOWN, may_split=True) is None
+def test_in_fp8_an_8bs_gates_open_in_their_product_and_other_products_of_many_rows_are_cublas() -> None:
+    assert [bool(swiglu_tuning_for(num_rows, GATE_UP)) for num_rows in (16, 17, 96, 160, 192)] == [0, 1, 1, 0, 1]
+    assert all(tuning_for(65, weight, may_split=True) is None for weight in (QKV, DOWN, GATE_UP))
 
 
 def forms(num_rows: int) -> set[object]:

@@ -277,16 +277,24 @@ def test_few_rows_are_multiplied_and_their_parts_added_by_the_norm(
 
 
 @pytest.mark.parametrize("num_rows", FEW_ROWS)
+@pytest.mark.parametrize("dtype", [DTYPES[1], FP8])
 @pytest.mark.parametrize("outputs", [128, 256] if IS_CUDA else [128])
-def test_a_gate_opens_where_few_rows_are_multiplied(num_rows: int, outputs: int) -> None:
+def test_a_gate_opens_where_few_rows_are_multiplied(num_rows: int, dtype: torch.dtype, outputs: int) -> None:
     size, num_inputs = (2048, 4096) if IS_CUDA else (128, 256)
     generator = seeded(5)
-    rows = few_rows(generator, num_rows, num_inputs, DTYPES[1], have_others=True)
-    weight = (random(generator, 2 * size, num_inputs) / math.sqrt(num_inputs)).to(DTYPES[1])
+    rows = Rows(few_rows(generator, num_rows, num_inputs, dtype, have_others=True))
+    weight, channel_scales = random(generator, 2 * size, num_inputs) / math.sqrt(num_inputs), None
+    if dtype == FP8:
+        rounded = round_rows(weight)
+        weight, channel_scales = rounded.values, rounded.scales
+        rows = Rows(rows.values, random(generator, num_rows).abs())
+    else:
+        weight = weight.to(dtype)
     out = torch.full((num_rows + 1, size), math.nan, device=DEVICE).to(DTYPES[1])
-    small_product_swiglu(rows, weight, out[:-1], ProductTuning(outputs, 128, 3, num_warps=8), pdl=IS_CUDA)
-    product = small_product_reference(rows, weight)[0]
-    assert_near(out[:-1], swiglu_reference(Scaled(product), to_fp8=False).values, DTYPES[1])
+    tuning = ProductTuning(outputs, 128, 3, num_warps=8)
+    small_product_swiglu(rows, weight, channel_scales, out[:-1], tuning, pdl=IS_CUDA)
+    product = Scaled(rows.values.float() @ weight.float().T, rows.scales, channel_scales)
+    assert_near(out[:-1], swiglu_reference(product, to_fp8=False).values, DTYPES[1])
     assert out[-1].isnan().all()
 
 

@@ -261,7 +261,10 @@ class DeviceDecoder:
         elif how == "few":
             tuning = swiglu_tuning_for(num_rows, matrix.values)
             assert tuning
-            small_product_swiglu(normed.values, matrix.values, activated.values, tuning, pdl=pdl)
+            plain = Rows(room.activated[:num_rows])
+            small_product_swiglu(normed, matrix.values, matrix.channel_scales, plain.values, tuning, pdl=pdl)
+            if to_fp8:
+                round_rows_into(plain.values, activated, pdl=pdl)
         elif how == "tiles":
             product_swiglu(normed.values, matrix.values, activated.values, pdl=pdl)
         else:

@@ -37,6 +37,8 @@ _SWIGLU_IN_TILES_FROM_ROWS = 8192
 _ADDING_FROM_ROWS = 4096
 """From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
 _FEW_ROWS = 64
+_SWIGLU_IN_FP8_FROM_ROWS = 17
+"""Of fewer it was not compared with SwiGLU in the kernel that rounds."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
 _GIVING_MOST_BYTES = 8192
@@ -157,7 +159,7 @@ class Multiplier:
         if num_rows == 1 and rows.scales is None and not to_fp8:
             return "gemv"
         is_half = gate_up.values.is_cuda and gate_up.values.element_size() == 2
-        if is_half and swiglu_tuning_for(num_rows, gate_up.values):
+        if gate_up.values.is_cuda and swiglu_tuning_for(num_rows, gate_up.values):
             return "few"
         if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS and tile_product.fits(gate_up.values, rows.values.dtype):
             return "tiles"
@@ -193,19 +195,18 @@ def _tuning_for_few(num_rows: int, weight: Tensor, may_split: bool) -> ProductTu
 
 
 def _tuning_for_some(num_rows: int, weight: Tensor, may_split: bool) -> ProductTuning | None:
-    """Of more rows: in bf16 where inputs are dealt out, in fp8 where outputs are many."""
+    """Of more rows: in bf16 where inputs are dealt out."""
     num_outputs, num_inputs = weight.shape
-    if weight.element_size() == 1:
-        is_faster = num_outputs >= _MANY_OUTPUTS and num_rows <= 128
-        return ProductTuning(128, 128, 3) if is_faster else None
-    if not may_split or num_outputs > num_inputs or num_outputs >= _OUTPUTS_OF_ALL_PROCESSORS or num_rows > 192:
+    deals_out = may_split and num_outputs <= num_inputs and num_outputs < _OUTPUTS_OF_ALL_PROCESSORS
+    if weight.element_size() == 1 or not deals_out or num_rows > 192:
         return None
     return ProductTuning(64, 256, 4, num_splits=2) if num_rows <= 128 else ProductTuning(64, 128, 6, num_splits=2)
 
 
 def swiglu_tuning_for(num_rows: int, gate_up: Tensor) -> ProductTuning | None:
     """Return how the kernel for few rows is to multiply with SwiGLU in it; None: apart they are faster."""
-    if len(gate_up) < _MANY_OUTPUTS or gate_up.element_size() == 1:
+    is_fp8 = gate_up.element_size() == 1
+    if len(gate_up) < _MANY_OUTPUTS or (is_fp8 and num_rows < _SWIGLU_IN_FP8_FROM_ROWS):
         return None
     if num_rows <= _FEW_ROWS:
         tuning = ProductTuning(128, 256, 4)

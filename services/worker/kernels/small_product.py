@@ -77,11 +77,17 @@ def small_product(rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuni
 
 
 def small_product_swiglu(
-    rows: Tensor, weight: Tensor, out: Tensor, tuning: ProductTuning, *, pdl: bool = False
+    rows: Rows,
+    weight: Tensor,
+    channel_scales: Tensor | None,
+    out: Tensor,
+    tuning: ProductTuning,
+    *,
+    pdl: bool = False,
 ) -> None:
-    """As the references of this product and of `swiglu`, into `out`, [num_rows, num_outputs / 2]. Half of the tuning's
-    outputs are the gate's."""
-    _launch(Rows(rows), weight, None, out[None], tuning, None, activates=True, pdl=pdl)
+    """As the references of this product, with scales multiplied in, and of `swiglu`, into `out`,
+    [num_rows, num_outputs / 2]. Half of the tuning's outputs are the gate's."""
+    _launch(rows, weight, channel_scales, out[None], tuning, None, activates=True, pdl=pdl)
 
 
 def small_product_and_give(
@@ -264,11 +270,13 @@ def _give(
     """Store a program's outputs of rows, total: [OUTPUTS, ROWS]."""
     columns = first_output + tl.arange(0, OUTPUTS)
     row = first_row + tl.arange(0, ROWS)
+    if channel_scales is not None:
+        row_scale = tl.load(row_scales + row, row < num_rows, other=0.0)[None, :]
+        total = total * row_scale * tl.load(channel_scales + columns)[:, None]
+        if ACTIVATES:
+            up = up * row_scale * tl.load(channel_scales + num_outputs + columns)[:, None]
     if ACTIVATES:
         total = total / (1.0 + tl.exp(-total)) * up
-    if channel_scales is not None:
-        total = total * tl.load(row_scales + row, row < num_rows, other=0.0)[None, :]
-        total = total * tl.load(channel_scales + columns)[:, None]
     if addresses is not None:
         give_outputs(
             tl.trans(total), row, row < num_rows, first_output, num_outputs, addresses, counts, num_places,
