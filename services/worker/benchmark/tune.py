@@ -31,6 +31,7 @@ from services.worker.kernels.decode_attention import (
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.small_product import (
     MOST_ROWS,
@@ -145,7 +146,14 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
         product_swiglu(x, w, plain.values)
 
     def few(tuning: ProductTuning) -> Call:
-        return lambda _: small_product_swiglu(x, w, plain.values, tuning, pdl=True)
+        def call(_: int) -> None:
+            if dtype == FP8:
+                small_product_swiglu(Rows(x, row_scales), w, channel_scales, plain.values, tuning, pdl=True)
+                round_rows_into(plain.values, rounded, pdl=True)
+            else:
+                small_product_swiglu(Rows(x), w, None, plain.values, tuning, pdl=True)
+
+        return call
 
     def scaled(row: Tensor, channel: Tensor, product: Scaled) -> Call:
         def call(_: int) -> None:
@@ -160,9 +168,9 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
     else:
         yield "cuBLAS", library
         yield "tiles", tiles
-        for tuning in TUNINGS_OF_MORE_ROWS if num_rows <= MOST_ROWS else ():
-            if tuning.num_splits == 1 and tuning.outputs >= 128:
-                yield f"few rows, {tuning}", few(tuning)
+    for tuning in TUNINGS_OF_MORE_ROWS if num_rows <= MOST_ROWS else ():
+        if tuning.num_splits == 1 and tuning.outputs >= 128:
+            yield f"few rows, {tuning}", few(tuning)
 
 
 def _rows(num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
