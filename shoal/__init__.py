@@ -19,3 +19,6 @@ else:
         if name in ("__all__", *shoal._api.__all__):
             return getattr(shoal._api, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})

@@ -17,7 +17,7 @@ class SchedulerConfig(ServiceOptions):
 
     redis_url: str = option("redis://127.0.0.1:6379", "where Redis is")
     pool: str = option("smollm2-135m-instruct", "name of the pool, which is the model's name")
-    listen: str = option("127.0.0.1:0", "address of the gRPC server (health, reflection); port 0: any")
+    listen: str = option("127.0.0.1:0", "address of the gRPC server (KEDA's scaler, health, reflection); port 0: any")
     lease_ttl_ms: int = option(2_000, "how long leadership lasts unless renewed", minimum=200, maximum=60_000)
     lease_renew_ms: int = option(500, "how often leadership is renewed, or asked for", minimum=20, maximum=20_000)
     retention_ms: int = option(600_000, "how long the record of an ended request is kept", minimum=1_000)

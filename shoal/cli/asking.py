@@ -2,10 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TypeVar
 
 from services.common.errors import ShoalError
 from services.common.tls.files import Tls
 from shoal._async_client import AsyncClient
+from shoal._client import Client
 from shoal._gateways import parse_addresses
 from shoal._prompt import Options, ResponseFormat
 from shoal._retries import RetryPolicy
@@ -14,6 +16,8 @@ from shoal.cli.access import add_access_flags, tls_of
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
+
+C = TypeVar("C", Client, AsyncClient)
 
 FIRST_CONTACT = RetryPolicy(outage_limit_s=3)
 """A wrong address is to be told soon; once a gateway has answered, a fleet that is away is one that restarts."""
@@ -49,7 +53,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
-    return int(token_id), float(bias)
+    try:
+        return int(token_id), float(bias)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, as 42=-1.5") from error
 
 
 def answer_options(arguments: argparse.Namespace) -> Options:
@@ -78,20 +85,21 @@ async def client_in_contact(arguments: argparse.Namespace, retries: RetryPolicy 
 
     Raises FleetError if there is neither, ShoalError if none answers within seconds.
     """
-    async with _client_of(arguments, FIRST_CONTACT) as first:
+    async with client_of(AsyncClient, arguments, FIRST_CONTACT) as first:
         try:
             await first.list_models()
         except ShoalError as error:
             # What a gateway says has a reason: it is there, and says it again to the caller if that is to hear it.
             if not error.reason:
                 raise
-    return _client_of(arguments, retries)
+    return client_of(AsyncClient, arguments, retries)
 
 
-def _client_of(arguments: argparse.Namespace, retries: RetryPolicy | None) -> AsyncClient:
+def client_of(kind: type[C], arguments: argparse.Namespace, retries: RetryPolicy | None) -> C:
+    """A client of this kind, which has asked nobody yet. Raises FleetError if the flags name no fleet."""
     try:
         gateways, tls = gateways_of(arguments)
-        return AsyncClient(gateways, tls=tls, api_key=arguments.api_key, retries=retries)
+        return kind(gateways, tls=tls, api_key=arguments.api_key, retries=retries)
     except ValueError as error:
         raise FleetError(f"no client can be made: {error}") from error
 

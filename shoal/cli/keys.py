@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.environment import default
+from shoal.cli.numbers import whole_number
 from shoal.fleet.errors import FleetError
 from shoal.fleet.running import find_running
 from shoal.fleet.state_dir import find_state_dir
@@ -32,10 +33,11 @@ def add_to(commands: Any) -> None:
     create = actions.add_parser("create", help="make a key and tell it", allow_abbrev=False)
     create.add_argument("--tenant", required=True, help="whose requests the caller's are: 1 to 64 of A-Z a-z 0-9 . _ -")
     create.add_argument(
-        "--max-in-flight", type=_limit, default=0, metavar="N", help="most requests of the tenant at once (any number)"
-    )
+        "--max-in-flight", type=whole_number(1, 1_000_000), default=0, metavar="N",
+        help="most requests of the tenant at once (any number)",
+    )  # fmt: skip
     create.add_argument(
-        "--max-tokens-per-minute", type=_rate, default=0, metavar="N",
+        "--max-tokens-per-minute", type=whole_number(1, 1_000_000_000), default=0, metavar="N",
         help="most tokens that the tenant's requests take a minute (any number)",
     )  # fmt: skip
     create.add_argument(
@@ -109,21 +111,6 @@ def _shown(info: "KeyInfo") -> dict[str, Any]:
 
 def _time(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
-
-
-def _limit(text: str) -> int:
-    return _number(text, 1_000_000)
-
-
-def _rate(text: str) -> int:
-    return _number(text, 1_000_000_000)
-
-
-def _number(text: str, most: int) -> int:
-    number = int(text)
-    if not 1 <= number <= most:
-        raise argparse.ArgumentTypeError(f"{number} is not in 1 to {most}")
-    return number
 
 
 def _lifetime_ms(text: str) -> int:

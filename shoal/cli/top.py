@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -86,7 +87,10 @@ def _addresses(arguments: argparse.Namespace) -> list[str]:
 
 
 def _interval(text: str) -> float:
-    interval_s = float(text)
+    try:
+        interval_s = float(text)
+    except ValueError:
+        interval_s = math.nan
     if not 0.1 <= interval_s <= 3600:
-        raise argparse.ArgumentTypeError(f"{interval_s} is not in 0.1 to 3600")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0.1 to 3600")
     return interval_s

@@ -9,8 +9,7 @@ from typing import Any
 from shoal._client import Client
 from shoal._values import RequestInfo
 from shoal.cli.access import add_access_flags
-from shoal.cli.asking import FIRST_CONTACT, gateways_of
-from shoal.fleet.errors import FleetError
+from shoal.cli.asking import FIRST_CONTACT, client_of
 
 _ABOUT = """Prints each decision made about a request, when, and how long after the one before; and where its time went.
 It works while the request runs, and for as long as ended ones are kept (10 minutes), with or without OpenTelemetry."""
@@ -30,18 +29,10 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     """Ask a gateway and print."""
-    with _client_of(arguments) as client:
+    with client_of(Client, arguments, FIRST_CONTACT) as client:
         info = client.get_request(arguments.request_id)
     print(json.dumps(asdict(info)) if arguments.json else "\n".join(lines_of(info)))
     return 0
-
-
-def _client_of(arguments: argparse.Namespace) -> Client:
-    try:
-        gateways, tls = gateways_of(arguments)
-        return Client(gateways, tls=tls, api_key=arguments.api_key, retries=FIRST_CONTACT)
-    except ValueError as error:
-        raise FleetError(f"no client can be made: {error}") from error
 
 
 def lines_of(info: RequestInfo) -> list[str]:

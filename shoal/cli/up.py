@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.cli.device_flags import add_device_flags
+from shoal.cli.numbers import whole_number
 from shoal.fleet.detach import start_detached
 from shoal.fleet.dummy_model import with_tokenizer
 from shoal.fleet.errors import FleetError
@@ -33,30 +34,31 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "up", help="start a fleet on this machine", description=_ABOUT, allow_abbrev=False
     )
+    count, port = whole_number(1, 64), whole_number(0, 65_000)
     workers = parser.add_mutually_exclusive_group()
-    workers.add_argument("--workers", type=_count, default=1, metavar="N", help="number of workers (1)")
+    workers.add_argument("--workers", type=count, default=1, metavar="N", help="number of workers (1)")
     workers.add_argument(
         "--autoscale", type=_range, metavar="MIN:MAX", help="as many workers as there is work for; 0:N from none"
     )
     parser.add_argument(
-        "--shards", type=_count, default=1, metavar="N", help="processes that each worker's model is dealt out to (1)"
+        "--shards", type=count, default=1, metavar="N", help="processes that each worker's model is dealt out to (1)"
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what workers compute on: cuda is a GPU (cpu)"
     )
     add_device_flags(parser)
     for kind in ("gateways", "schedulers", "tokenizers"):
-        parser.add_argument(f"--{kind}", type=_count, default=1, metavar="N", help=f"number of {kind} (1)")
+        parser.add_argument(f"--{kind}", type=count, default=1, metavar="N", help=f"number of {kind} (1)")
     parser.add_argument(
         "--model", type=Path, metavar="PATH", help="a GGUF file, or a folder of Hugging Face (SmolLM2-135M-Instruct)"
     )
     parser.add_argument("--redis", default="", metavar="URL", help="a Redis or Valkey to use (an embedded one)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="data of the embedded Redis (in .shoal)")
     parser.add_argument(
-        "--port", type=_port, default=0, metavar="N", help="port of the first gateway; the next: above it (free ones)"
+        "--port", type=port, default=0, metavar="N", help="port of the first gateway; the next: above it (free ones)"
     )
     parser.add_argument(
-        "--http-port", type=_port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
+        "--http-port", type=port, default=0, metavar="N", help="the same of their OpenAI-compatible HTTP (free ones)"
     )
     parser.add_argument(
         "--tls", action="store_true", help="TLS for clients, mutual TLS between services, by a throw-away authority"
@@ -134,22 +136,8 @@ async def _run(plan: FleetPlan, state: StateDir) -> None:
     await supervisor.run(stop)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 64:
-        raise argparse.ArgumentTypeError(f"{number} is not in 1 to 64")
-    return number
-
-
 def _range(text: str) -> tuple[int, int]:
     least, _, most = text.partition(":")
     if not (least.isdecimal() and most.isdecimal() and int(least) <= int(most) and 1 <= int(most) <= 64):
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, as 1:4, with MIN from 0 and MAX from 1 to 64")
     return int(least), int(most)
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65_000:
-        raise argparse.ArgumentTypeError(f"{number} is not in 0 to 65000")
-    return number

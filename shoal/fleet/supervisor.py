@@ -133,7 +133,7 @@ class Supervisor:
         return KeptProcess(plan, self._changed.set, self._progress.loading)
 
     def _spare_workers(self, plan: SparePlan) -> "SpareWorkers":
-        # Imported here only: gRPC would take much of the time until anything is started.
+        # Imported here only: it needs what a service needs, and who only calls a fleet has not installed that.
         from shoal.fleet.spare import SpareWorkers
 
         return SpareWorkers(plan, self._kept, self._progress.say, self._changed.set)

@@ -183,7 +183,6 @@ class ClientCall:
     world: World
     client: Process
     gateway: "Gateway"
-    client_life: int = 0
     gateway_life: int = 0
     line: Line = field(init=False)
     open: bool = True

@@ -128,7 +128,6 @@ def _start(record: Record) -> Start:
         attempt=record.attempt,
         gateway=record.gateway,
         reader=record.reader,
-        reader_left=bool(record.reader_left_at_ms),
         payload=RequestPayload.FromString(record.payload),
         journal=record.journal,
         remaining_ms=record.deadline_at_ms,  # As read at time 0.

@@ -81,12 +81,8 @@ async def test_that_a_reader_left_is_noted_also_in_recovery(redis: Redis, pool: 
 async def test_a_restarted_redis_is_recovered_and_its_requests_go_on(own_redis_server: RedisServer) -> None:
     pool = "restarted"
     redis = await connect(own_redis_server.url)
-    lease = await a_placed_request(redis, pool)
     store = a_store(redis, pool)
-    await store.append([moves.Append(KEY, FIRST_ATTEMPT, 0, 0, (7, 8))])
-    await store.submit(a_submit(QUEUED_KEY))
-    await store.submit(a_submit(ENDED_KEY))
-    await store.cancel(moves.Cancel(ENDED_KEY, "enough"))
+    lease = await one_runs_one_waits_one_has_ended(redis, pool)
     recovered_before = await Recovery(redis, pool).generation()
     await command(redis, "WAITAOF", 1, 0, 5000)
 
@@ -133,6 +129,16 @@ async def test_a_restarted_redis_is_recovered_and_its_requests_go_on(own_redis_s
     assert (await store.place(a_place(lease, KEY, Attempt(7, "n7")))).verdict == Verdict.OK
     assert [one.attempt.number for one in await Inbox(redis, pool, WORKER).outstanding()] == [7]
     await redis.aclose()
+
+
+async def one_runs_one_waits_one_has_ended(redis: Redis, pool: str) -> Lease:
+    lease = await a_placed_request(redis, pool)
+    store = a_store(redis, pool)
+    await store.append([moves.Append(KEY, FIRST_ATTEMPT, 0, 0, (7, 8))])
+    await store.submit(a_submit(QUEUED_KEY))
+    await store.submit(a_submit(ENDED_KEY))
+    await store.cancel(moves.Cancel(ENDED_KEY, "enough"))
+    return lease
 
 
 async def a_leader_in_recovery(redis: Redis, pool: str, known_epoch: int) -> Lease:

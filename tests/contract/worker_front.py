@@ -21,10 +21,9 @@ from services.common.record.record import Attempt, Record
 from services.common.record.transitions import Verdict
 from services.common.store.events import Events
 from services.common.store.inbox import Inbox
-from services.common.store.keys import Keys
 from services.common.store.recovery import Recovery
 from services.common.store.requests import RequestStore
-from services.common.store.streams import last_id
+from services.common.store.streams import FIRST
 from services.common.store.workers import WorkerDirectory
 from services.common.telemetry.metrics import Metrics
 from services.common.telemetry.tracing import NoTracer, Tracer
@@ -359,7 +358,9 @@ class Bench:
 
     async def report_until(self, condition: Callable[[request_pb2.WorkerReport], bool]) -> request_pb2.WorkerReport:
         """The session's first report behind now of which the condition holds."""
-        events, after = Events(self.redis, self.pool), await last_id(self.redis, Keys(self.pool).events)
+        events = Events(self.redis, self.pool)
+        newest = await events.newest(1)
+        after = newest[0][0] if newest else FIRST
         async with asyncio.timeout(10):
             while True:
                 for entry_id, event in await events.read(after, 500, 100):

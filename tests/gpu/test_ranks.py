@@ -16,8 +16,8 @@ from services.worker.benchmark.options import Engine, add_engine_options
 from services.worker.benchmark.ranks import engine_of
 from services.worker.runner.models.shard import Shard
 from tests.gpu.devices import DEVICE, IS_CUDA
-from tests.gpu.test_cuda_runner import FinishingFront, generate, greedy, prompts
-from tests.unit.engine_builders import add, add_command
+from tests.gpu.test_cuda_runner import generate, greedy, prompts
+from tests.unit.engine_builders import FinishingFront, add, add_command
 from tests.unit.tiny_models import reference_greedy, save, tiny_model
 
 # The interpreter takes seconds a step.

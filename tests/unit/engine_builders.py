@@ -251,3 +251,12 @@ class PretendedFront:
     @property
     def outputs(self) -> list[engine_pb2.SequenceOutput]:
         return [output for done in self.steps_done for output in done.outputs]
+
+
+class FinishingFront(PretendedFront):
+    """Never goes, and says Shutdown when the loop has nothing left to compute."""
+
+    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
+        if self.looks:
+            return super().take(timeout_ms)
+        return [shutdown_command()] if timeout_ms is None else []

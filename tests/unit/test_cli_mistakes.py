@@ -46,3 +46,24 @@ def test_a_command_of_parts_alone_names_them(command: str, parts: str, capsys: p
         main([command])
     assert caught.value.code == 2
     assert parts in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("up", "--workers", "two"), "--workers: 'two' is not a whole number from 1 to 64"),
+        (("up", "--workers", "0"), "--workers: '0' is not a whole number from 1 to 64"),
+        (("up", "--port", "65001"), "--port: '65001' is not a whole number from 0 to 65000"),
+        (("up", "--autoscale", "3:1"), "--autoscale: '3:1' is not MIN:MAX, as 1:4"),
+        (("keys", "create", "--max-in-flight", "-1"), "--max-in-flight: '-1' is not a whole number from 1 to 1000000"),
+        (("top", "--interval-s", "soon"), "--interval-s: 'soon' is not a number from 0.1 to 3600"),
+        (("generate", "--logit-bias", "7"), "--logit-bias: '7' is not ID=BIAS, as 42=-1.5"),
+    ],
+)
+def test_a_flags_value_that_cannot_be_is_told_with_what_could_be(
+    command: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err

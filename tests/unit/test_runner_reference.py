@@ -30,7 +30,7 @@ from services.worker.runner.models.decoder import Decoder
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
-from tests.unit.engine_builders import PretendedFront, add, add_command, release_command, shutdown_command
+from tests.unit.engine_builders import FinishingFront, add, add_command, release_command
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 Case = dict[str, Any]
@@ -65,15 +65,6 @@ class Runs(Protocol):
 def default_model() -> DefaultModel:
     stored = open_gguf_decoder(read_gguf(default_model_path()))
     return DefaultModel(stored.config, Decoder(stored.config, load_decoder(stored, pack_float32, lambda share: None)))
-
-
-class FinishingFront(PretendedFront):
-    """Never goes, and says Shutdown when the loop has nothing left to compute."""
-
-    def take(self, timeout_ms: float | None) -> list[engine_pb2.EngineCommand]:
-        if self.looks:
-            return super().take(timeout_ms)
-        return [shutdown_command()] if timeout_ms is None else []
 
 
 Answer = tuple[list[int], engine_pb2.SequenceEnd.ValueType]

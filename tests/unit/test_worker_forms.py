@@ -17,7 +17,7 @@ DIGITS = inference_pb2.ResponseFormat(regex="[0-9]{3}")
 def a_request(journal: bytes, form: inference_pb2.ResponseFormat | None = DIGITS, max_tokens: int = 3) -> ActiveRequest:
     payload = request_pb2.RequestPayload(prompt_token_ids=[1], max_tokens=max_tokens, n=1, response_format=form)
     start = Start(
-        key=RequestKey("t/r"), attempt=Attempt(2, "nonce"), gateway="g", reader=1, reader_left=False, payload=payload,
+        key=RequestKey("t/r"), attempt=Attempt(2, "nonce"), gateway="g", reader=1, payload=payload,
         journal=(tuple(journal),), remaining_ms=0, suspect_until=0, accepted_at_ms=0, placed_at_ms=0,
     )  # fmt: skip
     return ActiveRequest(start, VOCABULARY, [1], AttemptSpans(NoTracer(), start, WorkerId("w")), now_s=0.0)

@@ -25,8 +25,6 @@ class Start:
     gateway: str
     """Id of the gateway to send to; `ids.fleet_address` says where it is."""
     reader: int
-    reader_left: bool
-    """Nobody reads at the moment."""
     payload: RequestPayload
     journal: tuple[tuple[int, ...], ...]
     """Tokens generated before, by choice."""
@@ -130,7 +128,6 @@ def _start(fields: Mapping[bytes, bytes], now_ms: int) -> Start:
         attempt=_attempt(fields),
         gateway=fields[b"gateway"].decode(),
         reader=int(fields[b"reader"]),
-        reader_left=fields[b"reader_left"] == b"1",
         payload=RequestPayload.FromString(fields[b"payload"]),
         journal=tuple(unpack_tokens(fields[f"journal{choice}".encode()]) for choice in range(int(fields[b"n"]))),
         remaining_ms=max(1, deadline_at_ms - now_ms) if deadline_at_ms else 0,

@@ -1,7 +1,7 @@
 """Blocking reads of streams; never polling. A reader keeps the id of the last entry that it has seen.
 
-An id is passed as `after`: `FIRST` reads from the beginning, what `last_id` gives from now on. No read waits longer
-than MAX_BLOCK_MS, and all raise StoreUnavailable. A repeated read gives the same entries again: nothing is consumed.
+An id is passed as `after`: `FIRST` reads from the beginning. No read waits longer than MAX_BLOCK_MS, and all raise
+StoreUnavailable. A repeated read gives the same entries again: nothing is consumed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,6 @@ async def read_many(redis: Redis, after: Mapping[str, str], block_ms: int, count
     streams = ("STREAMS", *after.keys(), *after.values())
     reply = await waiting_command(redis, "XREAD", "COUNT", count, *block, *streams)
     return {stream.decode(): _parsed(entries) for stream, entries in (reply or {}).items()}
-
-
-async def last_id(redis: Redis, stream: str) -> str:
-    """Id of the last entry that a stream has now; FIRST if it has none."""
-    newest = await read_newest(redis, stream, 1)
-    return newest[0].id if newest else FIRST
 
 
 async def read_newest(redis: Redis, stream: str, count: int) -> list[Entry]:

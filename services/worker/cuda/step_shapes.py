@@ -12,6 +12,7 @@ from itertools import pairwise
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.prefill_attention import TILE_TOKENS
+from services.worker.kernels.small_product import MOST_ROWS as MOST_ROWS_OF_FEW
 
 MOST_CHUNKS = 16
 """Prompts, or parts of prompts, in a step that is filled up."""
@@ -126,10 +127,11 @@ class StepShapes:
         return sorted([*alone, *chunks], key=lambda shape: (shape.num_decodes, shape.num_rows)) + sharing
 
     def forms(self) -> list[StepShape]:
-        """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows."""
-        sizes = _first_of_powers(self._decodes)
+        """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows, and
+        of few rows by thirty-twos (`cuda/matrix.py`)."""
+        sizes = _first_of_forms(self._decodes)
         sharing = [StepShape(size, size, shares=True) for size in sizes if self.may_share(size)]
-        sizes_of_chunks = _first_of_powers(self._chunks)
+        sizes_of_chunks = _first_of_forms(self._chunks)
         chunks = [StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in sizes_of_chunks]
         return [*(StepShape(size, size) for size in sizes), *sharing, *chunks]
 
@@ -140,5 +142,9 @@ def _least(sizes: Sequence[int], wanted: int) -> int | None:
     return sizes[index] if index < len(sizes) else None
 
 
-def _first_of_powers(sizes: Sequence[int]) -> list[int]:
-    return [size for below, size in pairwise([0, *sizes]) if below.bit_length() != size.bit_length()]
+def _first_of_forms(sizes: Sequence[int]) -> list[int]:
+    return [size for below, size in pairwise([0, *sizes]) if _form(below) != _form(size)]
+
+
+def _form(num_rows: int) -> tuple[int, int]:
+    return num_rows.bit_length(), (num_rows + 31) // 32 if num_rows <= MOST_ROWS_OF_FEW else 0

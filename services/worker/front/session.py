@@ -47,7 +47,6 @@ HAND_OVER_S = 10.0
 END_TRIES = 600
 SUSPECT_MARGIN_TOKENS = 2
 
-Ending = tuple[RequestState, str]
 GONE = frozenset({Verdict.STALE, Verdict.ENDED, Verdict.UNKNOWN})
 """Answers that say: this attempt is no longer ours."""
 

@@ -21,8 +21,7 @@ if record.placed_at_ms == 0 then record.placed_at_ms = NOW_MS end
 local v = redis.call('HMGET', record.name, 'payload', 'prompt_tokens', 'max_tokens', 'traceparent')
 local start = {'type', 'start', 'key', record.key, 'attempt', text(record.attempt), 'nonce', record.nonce,
   'gateway', record.gateway, 'reader', text(record.reader),
-  'reader_left', record.reader_left_at_ms > 0 and '1' or '0', 'payload', v[1], 'prompt_tokens', v[2],
-  'max_tokens', v[3], 'n', text(record.n), 'generated_tokens', text(generated_tokens(record)),
+  'payload', v[1], 'prompt_tokens', v[2], 'max_tokens', v[3], 'n', text(record.n), 'generated_tokens', text(generated_tokens(record)),
   'deadline_at_ms', text(record.deadline_at_ms), 'suspect_until', text(record.suspect_until),
   'accepted_at_ms', record.accepted_at_ms, 'placed_at_ms', text(record.placed_at_ms),
   'traceparent', v[4] or ''}
