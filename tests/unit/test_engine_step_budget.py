@@ -11,51 +11,53 @@ from services.worker.engine.step_time import StepTimeModel
 from tests.unit.engine_builders import add, limits_of
 
 BUDGET_MS = 40.0
-STEPS = st.lists(st.tuples(st.integers(0, 80), st.sampled_from([0.0, 30.0, 79.0, 81.0, 1000.0])), max_size=200)
-"""Decodes, and what waits to be prefilled, ms."""
+STEPS = st.lists(st.tuples(st.integers(0, 80), st.sampled_from([30.0, 79.0, 81.0, 1000.0])), max_size=200)
+"""Decodes, and what the first prompt would take alone, ms; nothing else waits."""
 
 
-def late_tokens(steps: list[tuple[int, float]]) -> list[int]:
-    """How many tokens each of some steps makes late, if all that may are long."""
-    budget, late = StepBudget(), []
-    for num_decodes, backlog_ms in steps:
-        is_long = budget.most_ms(BUDGET_MS, num_decodes, backlog_ms) is None and backlog_ms > 0
-        budget.count(num_decodes, backlog_ms, is_long=is_long)
-        late.append(num_decodes if is_long else 0)
-    return late
+def lengths_ms(steps: list[tuple[int, float]]) -> list[float | None]:
+    """How long each step may take."""
+    budget, most_ms = StepBudget(), []
+    for num_decodes, prompt_ms in steps:
+        budget.begin_step(num_decodes, prompt_ms)
+        most_ms.append(budget.spend(BUDGET_MS, num_decodes, prompt_ms))
+    return most_ms
 
 
 @given(steps=STEPS, repeated=st.integers(1, 5), window=st.tuples(st.integers(0, 999), st.integers(1, 999)))
 def test_of_any_tokens_in_a_row_less_than_one_in_a_hundred_are_late_but_for_those_saved(
     steps: list[tuple[int, float]], repeated: int, window: tuple[int, int]
 ) -> None:
+    rows = [
+        (num_decodes, most_ms)
+        for (num_decodes, _), most_ms in zip(steps * repeated, lengths_ms(steps * repeated), strict=True)
+    ]
     first, count = window
-    late = late_tokens(steps * repeated)[first : first + count]
-    tokens = [num_decodes for num_decodes, _ in steps * repeated][first : first + count]
-    assert sum(late) <= MOST_SAVED + LATE_SHARE * sum(tokens)
+    rows = rows[first : first + count]
+    late = sum(num_decodes for num_decodes, most_ms in rows if most_ms is None)
+    assert late <= MOST_SAVED + LATE_SHARE * sum(num_decodes for num_decodes, _ in rows)
 
 
 @given(steps=STEPS)
 def test_other_steps_keep_the_budget_or_what_it_is_stretched_to(steps: list[tuple[int, float]]) -> None:
-    budget = StepBudget()
-    for num_decodes, backlog_ms in steps:
-        most_ms = budget.most_ms(BUDGET_MS, num_decodes, backlog_ms)
-        assert most_ms is None or BUDGET_MS <= most_ms <= MOST_STRETCH * BUDGET_MS
-        assert most_ms is not None or num_decodes == 0 or backlog_ms > BUDGET_MS, "what a step can hold is no reason"
-        budget.count(num_decodes, backlog_ms, is_long=most_ms is None)
+    for (num_decodes, prompt_ms), most_ms in zip(steps, lengths_ms(steps), strict=True):
+        if most_ms is None:
+            assert num_decodes == 0 or prompt_ms > 2 * BUDGET_MS, "few steps would do"
+        else:
+            assert BUDGET_MS <= most_ms <= MOST_STRETCH * BUDGET_MS
 
 
 def test_a_backlog_that_lasts_stretches_the_budget_and_one_that_comes_and_goes_does_not() -> None:
     budget = StepBudget()
     for _ in range(10):
-        budget.count(80, 2 * BUDGET_MS, is_long=False)
-    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == BUDGET_MS
+        budget.begin_step(80, 2 * BUDGET_MS)
+    assert budget.stretched_ms(BUDGET_MS) == BUDGET_MS
     for _ in range(500):
-        budget.count(80, 2 * BUDGET_MS, is_long=False)
-    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == pytest.approx(MOST_STRETCH * BUDGET_MS)
+        budget.begin_step(80, 2 * BUDGET_MS)
+    assert budget.stretched_ms(BUDGET_MS) == pytest.approx(MOST_STRETCH * BUDGET_MS)
     for _ in range(500):
-        budget.count(80, 0.0, is_long=False)
-    assert budget.most_ms(BUDGET_MS, 80, 2 * BUDGET_MS) == BUDGET_MS
+        budget.begin_step(80, 0.0)
+    assert budget.stretched_ms(BUDGET_MS) == BUDGET_MS
 
 
 # In the planner: 30 ms a step, 1 ms a token, as the model thinks that no step has taught yet
@@ -103,6 +105,15 @@ def test_a_prompt_is_cut_to_the_budget_after_few_tokens_and_if_few_steps_do(num_
     engine = Decoding(1, num_steps)
     engine.ask(99, prompt_tokens)
     assert engine.prefilled() == pytest.approx(8, abs=2)
+
+
+def test_shorter_prompts_wait_for_no_long_step() -> None:
+    engine = Decoding(num_decodes=1, num_steps=300)
+    engine.ask(98, prompt_tokens=500)
+    engine.ask(99, prompt_tokens=4)
+    assert engine.prefilled() == pytest.approx(8, abs=2)
+    assert 99 in engine.ended
+    assert engine.prefilled() == MOST_PROMPT_TOKENS
 
 
 def test_beside_many_decodes_no_step_is_long() -> None:

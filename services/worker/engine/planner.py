@@ -122,12 +122,10 @@ class Planner:
 
     @property
     def next_prefill_ms(self) -> float:
-        """How long the next step may take by what waits to be prefilled. O(sequences that do not decode)."""
+        """How long the next step may take by what waits to be prefilled, if it is no long one. O(sequences that do not
+        decode)."""
         num_tokens = min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step)
-        took_ms = num_tokens * self._step_time.coefficients.ms_per_token
-        num_decodes = len(self._running) - len(self._begun)
-        most_ms = self._budget.most_ms(self._budget_ms, num_decodes, self._backlog_ms)
-        return took_ms if most_ms is None else min(took_ms, most_ms)
+        return min(self._ms(num_tokens), self._budget.stretched_ms(self._budget_ms))
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -380,27 +378,27 @@ class Planner:
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         decodes = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
-        backlog_ms = self._backlog_ms
-        most_ms = self._budget.most_ms(self._budget_ms, len(decodes), backlog_ms)
-        prefills = self._prefill_chunks(StepWork.of(decodes), most_ms, may_admit)
-        self._budget.count(len(decodes), backlog_ms, is_long=most_ms is None and bool(prefills))
-        return decodes + prefills
-
-    def _prefill_chunks(self, work: StepWork, most_ms: float | None, may_admit: bool) -> list[SequenceChunk]:
-        """Chunks for a step that has some work, until it takes so long."""
-        chunks: list[SequenceChunk] = []
+        self._budget.begin_step(len(decodes), self._ms(self.waiting_prefill_tokens))
         begun = [sequence for sequence in self._begun.values() if sequence.is_prefilling]
         if not begun and not self._waiting:
-            return chunks
+            return decodes
+        return decodes + self._prefills(decodes, self._prefilling(begun, may_admit))
+
+    def _prefills(self, decodes: list[SequenceChunk], sequences: Iterator[Sequence]) -> list[SequenceChunk]:
+        """Chunks of sequences, the first first, as many as a step takes besides."""
+        chunks: list[SequenceChunk] = []
+        work = StepWork.of(decodes)
         tokens_left = self._limits.max_prefill_tokens_per_step
-        for sequence in self._prefilling(begun, may_admit):
+        most_ms = None
+        for sequence in sequences:
+            if not chunks:
+                most_ms = self._budget.spend(self._budget_ms, len(decodes), self._ms(sequence.num_ready_tokens))
             if most_ms is not None:
                 within = self._step_time.tokens_within(
                     most_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
                 )
                 # Not less than a block for the first: a prompt goes on, however long the decodes alone take.
-                least = self._limits.block_size_tokens if work.num_prefill_tokens == 0 else 0
-                tokens_left = min(tokens_left, max(within, least))
+                tokens_left = min(tokens_left, max(within, 0 if chunks else self._limits.block_size_tokens))
             if tokens_left == 0:
                 break
             chunk = self._chunk(sequence, min(sequence.num_ready_tokens, tokens_left))
@@ -418,10 +416,9 @@ class Planner:
         """How long a step with decodes is to take. Cut any shorter, a prompt's launch would take longer."""
         return max(self._limits.step_budget_ms, self._step_time.launch_ms)
 
-    @property
-    def _backlog_ms(self) -> float:
-        """What all that waits to be prefilled would take."""
-        return self.waiting_prefill_tokens * self._step_time.coefficients.ms_per_token
+    def _ms(self, num_prefill_tokens: int) -> float:
+        """What so many tokens add to a step, by their number alone."""
+        return num_prefill_tokens * self._step_time.coefficients.ms_per_token
 
     def _prefilling(self, begun: list[Sequence], may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them

@@ -4,9 +4,10 @@ Whoever decodes gets no token before the step's end. So a step keeps a budget, b
 
 - While a backlog of prompts lasts, the budget is stretched: larger chunks cost less time a token, and first tokens that
   are late by many steps weigh more than tokens that are late by one.
-- One in a hundred intervals between tokens may be late. They are saved, and spent where a backlog would take several
-  steps, a long prompt say: one step takes as much of it as it can hold. So a prompt of 4,000 tokens beside eight
-  decodes is computed in two long steps, for 16 late tokens, instead of ten that take a fifth more time together.
+- One in a hundred intervals between tokens may be late. They are saved, and spent where the next prompt is a long one:
+  one step takes as much as it can hold. So a prompt of 4,000 tokens beside eight decodes is computed in two long steps,
+  for 16 late tokens, instead of ten that take a fifth more time together. Shorter ones go before it, in steps of their
+  own, and wait for no long one.
 """
 
 LATE_SHARE = 1 / 128
@@ -14,8 +15,8 @@ LATE_SHARE = 1 / 128
 for other reasons."""
 MOST_SAVED = 64
 """Late intervals that may be spent at once; so beside more decodes no step is long."""
-LONG_BACKLOG = 2.0
-"""Budgets that a backlog must take to be worth late tokens."""
+LONG_PROMPT = 2.0
+"""Budgets that a prompt must take to be worth late tokens."""
 LASTING_BACKLOG = 0.75
 """Of the budget: what the backlog may take in the mean of the last hundred steps; if more, the budget grows with it."""
 MOST_STRETCH = 2.5
@@ -30,18 +31,23 @@ class StepBudget:
         self._num_saved = 0.0
         self._mean_backlog_ms = 0.0
 
-    def most_ms(self, budget_ms: float, num_decodes: int, backlog_ms: float) -> float | None:
-        """Return how long the next step may take, if it has prompts; None: as long as it likes.
+    def begin_step(self, num_decodes: int, backlog_ms: float) -> None:
+        """Take in what another step has to do. `backlog_ms`: what all that waits to be prefilled would take alone."""
+        self._mean_backlog_ms += (1 - MEMORY) * (backlog_ms - self._mean_backlog_ms)
+        self._num_saved = min(MOST_SAVED, self._num_saved + LATE_SHARE * num_decodes)
 
-        `backlog_ms`: what all that waits to be prefilled would take alone.
-        """
-        if num_decodes <= self._num_saved and (num_decodes == 0 or backlog_ms > LONG_BACKLOG * budget_ms):
-            return None
+    def stretched_ms(self, budget_ms: float) -> float:
+        """Return how long the step may take, if it is no long one."""
         return min(MOST_STRETCH * budget_ms, max(budget_ms, self._mean_backlog_ms / LASTING_BACKLOG))
 
-    def count(self, num_decodes: int, backlog_ms: float, *, is_long: bool) -> None:
-        """Take in a step that is planned. `is_long`: it has prompts, and `most_ms` was None."""
-        self._mean_backlog_ms += (1 - MEMORY) * (backlog_ms - self._mean_backlog_ms)
-        if is_long:
+    def spend(self, budget_ms: float, num_decodes: int, prompt_ms: float) -> float | None:
+        """Return how long the step may take; None: as long as it likes, and its late intervals are paid for.
+
+        `prompt_ms`: what the first of its prompts would take alone.
+        """
+        if num_decodes == 0:
+            return None
+        if num_decodes <= self._num_saved and prompt_ms > LONG_PROMPT * budget_ms:
             self._num_saved -= num_decodes
-        self._num_saved = min(MOST_SAVED, self._num_saved + LATE_SHARE * num_decodes)
+            return None
+        return self.stretched_ms(budget_ms)
