@@ -91,7 +91,7 @@ def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves() -> None:
     needed = set().union(*map(forms, range(2, MOST_ROWS + 1)))
     assert set().union(*map(forms, ROWS_OF_FORMS)) == needed, "of steps that are computed as they are"
     filled_up_to = FilledUpTo(decode_sizes(512), chunk_sizes(8704))
-    shapes = StepShapes(filled_up_to, StepLayout(8192, 64, False, True, False), may_share=False).forms()
+    shapes = StepShapes(filled_up_to, StepLayout(8192, 64, False, True, False, 16), may_share=False).forms()
     for has_chunks in (False, True):
         sizes = filled_up_to.chunks if has_chunks else filled_up_to.decodes[1:]
         rehearsed = [shape.num_rows for shape in shapes if shape.has_chunks == has_chunks]

@@ -344,10 +344,7 @@ class DeviceDecoder:
         pdl: bool,
     ) -> None:
         if sizes.num_tiles:
-            is_invariant = self.is_batch_invariant
-            prefill_attention(
-                queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl, is_batch_invariant=is_invariant
-            )
+            prefill_attention(queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl)
         for run in sizes.dense_runs:
             out[run.rows].copy_(self._attend_densely(queries, run))
 

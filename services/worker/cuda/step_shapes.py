@@ -11,7 +11,6 @@ from itertools import pairwise
 
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
 from services.worker.engine.step_plan import SequenceChunk
-from services.worker.kernels.prefill_attention import TILE_TOKENS
 from services.worker.kernels.small_product import MOST_ROWS as MOST_ROWS_OF_FEW
 
 MOST_CHUNKS = 16
@@ -69,7 +68,7 @@ class StepShape:
             num_samples=num_samples if self.has_chunks else self.num_rows,
             num_pieces=layout.num_pieces(self.num_decodes),
             # Each prompt has one tile at most that is not full.
-            num_tiles=self.num_rows // TILE_TOKENS + MOST_CHUNKS if self.has_chunks else 0,
+            num_tiles=self.num_rows // layout.tile_tokens + MOST_CHUNKS if self.has_chunks else 0,
             table_blocks=layout.table_blocks,
             num_shared_pieces=num_shared_pieces_for(self.num_decodes) if self.shares else 0,
         )
