@@ -1,4 +1,4 @@
-"""When a worker's front writes journals: what is due at once, and what waits for an interval (DESIGN section 2)."""
+"""When a worker's front writes journals: what is due at once, and what waits for an interval."""
 
 from redis.asyncio import Redis
 

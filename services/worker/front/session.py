@@ -126,7 +126,8 @@ class Session:
             error = died.exceptions[0]
             reason, cause = str(error), "engine_died"
             self._metrics.engine_deaths.inc()
-            # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
+            # Only a death counts: a stopped, drained or lost worker has a step in flight too (docs/protocol.md, "Poison
+            # requests").
             if isinstance(error, EngineDiedError) and not error.on_request:
                 suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
