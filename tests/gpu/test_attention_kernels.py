@@ -18,33 +18,38 @@ from services.worker.kernels.decode_attention import (
     piece_results,
 )
 from services.worker.kernels.paged_kv import PagedLayer
-from services.worker.kernels.prefill_attention import cut_chunks, prefill_attention, prefill_attention_reference
+from services.worker.kernels.prefill_attention import (
+    cut_chunks,
+    prefill_attention,
+    prefill_attention_reference,
+    tile_tokens_for,
+)
 from tests.gpu.devices import DEVICE, DTYPES, IS_CUDA, assert_near, random, seeded
 
 BLOCK = 64 if IS_CUDA else 16
 # Query heads, key heads, length of a head.
-HEADS = [(32, 8, 128), (9, 3, 64), (4, 4, 80)] if IS_CUDA else [(4, 2, 16), (3, 1, 24)]
+HEADS = [(32, 8, 128), (9, 3, 64), (4, 4, 80)] if IS_CUDA else [(4, 2, 16), (3, 1, 48)]
 LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 7 * BLOCK + 5]
 KV_DTYPES = [*DTYPES, torch.float8_e4m3fn]
 
 
 def a_cache(
-    lengths: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1
+    lengths: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1, block: int = BLOCK
 ) -> tuple[PagedLayer, Tensor]:
     """A layer with contexts in blocks in random order, and NaN in every slot that is none of theirs."""
-    counts = [-(-length // BLOCK) for length in lengths]
+    counts = [-(-length // block) for length in lengths]
     num_blocks = sum(counts) + 3
     order = torch.randperm(num_blocks, generator=seeded(seed))
-    kv = torch.full((num_blocks, 2, num_kv_heads, BLOCK, head_dim), math.nan)
+    kv = torch.full((num_blocks, 2, num_kv_heads, block, head_dim), math.nan)
     tables = torch.full((len(lengths), max(counts)), num_blocks - 1, dtype=torch.int32)
     taken = 0
     for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         blocks = order[taken : taken + count]
         taken += count
         tables[row, :count] = blocks.to(torch.int32)
-        own = torch.randn((2, num_kv_heads, count * BLOCK, head_dim), generator=seeded(seed + row + 1))
+        own = torch.randn((2, num_kv_heads, count * block, head_dim), generator=seeded(seed + row + 1))
         own[:, :, length:] = math.nan
-        kv[blocks] = own.view(2, num_kv_heads, count, BLOCK, head_dim).permute(2, 0, 1, 3, 4)
+        kv[blocks] = own.view(2, num_kv_heads, count, block, head_dim).permute(2, 0, 1, 3, 4)
     return PagedLayer(kv.to(dtype).to(DEVICE)), tables.to(DEVICE)
 
 
@@ -130,25 +135,40 @@ def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> 
         assert (own[:-1, 2] - own[:-1, 1] >= 128).all()
 
 
+def attend_to_chunks(
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int | None, block: int
+) -> tuple[Tensor, Tensor]:
+    """What kernel and formula give for whole prompts, chunks behind cached tokens, and one token."""
+    num_heads, num_kv_heads, head_dim = heads
+    first_positions = np.array([0, 2 * block, 5, 0, block - 1], dtype=np.int32)
+    num_tokens = np.array([2 * block + 3, block, 70, 1, 2], dtype=np.int32)
+    first_rows = (np.cumsum(num_tokens) - num_tokens).astype(np.int32)
+    lengths = (first_positions + num_tokens).tolist()
+    layer, tables = a_cache(lengths, num_kv_heads, head_dim, dtype, block=block)
+    cut = cut_chunks(first_rows, num_tokens, first_positions, tile_tokens_for(num_heads, num_kv_heads))
+    tiles = torch.from_numpy(cut).to(DEVICE)
+    nothing = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
+    queries = random(seeded(7), int(num_tokens.sum()), num_heads, head_dim, dtype=queries_of(dtype))
+    out = torch.full_like(queries, math.nan)
+    prefill_attention(queries, layer, torch.cat((tiles, nothing)), tables, out, window)
+    return out, prefill_attention_reference(queries, layer, tiles, tables, window)
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("window", [None, BLOCK + 3])
 def test_chunks_attend_to_what_is_before_them_and_to_themselves(
     heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
 ) -> None:
-    num_heads, num_kv_heads, head_dim = heads
-    # Chunks of whole prompts, behind cached tokens, and of one token.
-    first_positions = np.array([0, 2 * BLOCK, 5, 0, BLOCK - 1], dtype=np.int32)
-    num_tokens = np.array([2 * BLOCK + 3, BLOCK, 70, 1, 2], dtype=np.int32)
-    first_rows = (np.cumsum(num_tokens) - num_tokens).astype(np.int32)
-    lengths = (first_positions + num_tokens).tolist()
-    layer, tables = a_cache(lengths, num_kv_heads, head_dim, dtype)
-    tiles = torch.from_numpy(cut_chunks(first_rows, num_tokens, first_positions)).to(DEVICE)
-    nothing = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
-    queries = random(seeded(7), int(num_tokens.sum()), num_heads, head_dim, dtype=queries_of(dtype))
-    out = torch.full_like(queries, math.nan)
-    prefill_attention(queries, layer, torch.cat((tiles, nothing)), tables, out, window)
-    assert_near(out, prefill_attention_reference(queries, layer, tiles, tables, window))
+    assert_near(*attend_to_chunks(heads, dtype, window, BLOCK))
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 256), (8, 1, 64), (15, 3, 32)])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_any_number_of_heads_may_share_keys_and_blocks_may_have_any_size(
+    heads: tuple[int, int, int], block: int
+) -> None:
+    assert_near(*attend_to_chunks(heads, DTYPES[1], None, block))
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
@@ -162,8 +182,8 @@ def test_a_row_attends_the_same_wherever_its_chunk_begins(dtype: torch.dtype) ->
         out = torch.full_like(queries, math.nan)
         for first, size in zip(np.cumsum(sizes) - sizes, sizes, strict=True):
             row, count = np.array([first], dtype=np.int32), np.array([size], dtype=np.int32)
-            tiles = torch.from_numpy(cut_chunks(row, count, row)).to(DEVICE)
-            prefill_attention(queries, layer, tiles, tables, out, is_batch_invariant=True)
+            cut = cut_chunks(row, count, row, tile_tokens_for(num_heads, num_kv_heads))
+            prefill_attention(queries, layer, torch.from_numpy(cut).to(DEVICE), tables, out)
         return out
 
     whole = attended(length)
@@ -177,7 +197,8 @@ def test_both_kernels_agree_on_one_token() -> None:
     contexts = torch.tensor(LENGTHS)
     queries = random(seeded(7), len(LENGTHS), num_heads, head_dim)
     rows = np.arange(len(LENGTHS), dtype=np.int32)
-    tiles = torch.from_numpy(cut_chunks(rows, np.ones_like(rows), np.array(LENGTHS, dtype=np.int32) - 1)).to(DEVICE)
+    cut = cut_chunks(rows, np.ones_like(rows), np.array(LENGTHS, dtype=np.int32) - 1, tile_tokens=1)
+    tiles = torch.from_numpy(cut).to(DEVICE)
     expected = decode_attention_reference(queries, layer, contexts, tables, None)
     assert_near(prefill_attention_reference(queries, layer, tiles, tables, None), expected)
 

@@ -11,7 +11,7 @@ import torch
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
 from services.common.model.folder import read_folder
-from services.worker.cuda import cuda_runner, matrix, shared_prefixes, step_shapes
+from services.worker.cuda import cuda_runner, decoder, matrix, shared_prefixes, step_shapes
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.made_up_steps import made_up_step
 from services.worker.cuda.shared_prefixes import SharedPrefix
@@ -22,6 +22,8 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
+from services.worker.kernels.rows import Rows
+from services.worker.kernels.small_product import small_product_swiglu
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
@@ -124,6 +126,32 @@ def test_long_steps_add_their_products_to_the_residual(tmp_path: Path, monkeypat
     monkeypatch.setattr(matrix, "_ADDING_FROM_ROWS", 8)
     assert told() == pytest.approx(in_norms, abs=2e-5)
     assert len(in_norms) == 6
+
+
+@pytest.mark.skipif(not IS_CUDA, reason="the interpreter does not multiply bf16")
+def test_few_rows_gates_open_in_their_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=2, hidden_size=256, intermediate_size=512)
+    limits, runner = a_runner(save(model, tmp_path), "bf16", has_graphs=False, max_prefill_tokens_per_step=64)
+    looks = [
+        [add_command(add(number, prompt, max_tokens=1, stop_token_ids=(), logprobs=3))]
+        for number, prompt in enumerate((prompts()[1], prompts()[3]), 1)
+    ]
+
+    def told() -> list[float]:
+        _, front = generate(limits, runner, *looks)
+        return [given.top[0].logprob for output in front.outputs for given in output.logprobs]
+
+    apart = told()
+    multiplied: list[int] = []
+
+    def watched(rows: Rows, *arguments: Any, **options: Any) -> None:
+        multiplied.append(len(rows.values))
+        small_product_swiglu(rows, *arguments, **options)
+
+    monkeypatch.setattr(decoder, "small_product_swiglu", watched)
+    monkeypatch.setattr(matrix, "_MANY_OUTPUTS", 1024)
+    assert told() == pytest.approx(apart, abs=0.1)
+    assert max(multiplied) > 16
 
 
 def test_what_is_prepared_between_requests_changes_nothing_of_theirs(tmp_path: Path) -> None:

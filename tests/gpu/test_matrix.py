@@ -3,12 +3,20 @@
 import pytest
 import torch
 
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, to_fp8, tuning_for
+from services.worker.cuda.made_up_steps import ROWS_OF_FORMS
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, swiglu_tuning_for, to_fp8, tuning_for
+from services.worker.cuda.step_inputs import StepLayout
+from services.worker.cuda.step_shapes import FilledUpTo, StepShapes, chunk_sizes, decode_sizes
 from services.worker.kernels.rows import FP8, Rows, round_rows
+from services.worker.kernels.small_product import MOST_ROWS, row_blocks
 from services.worker.weight_format import DeviceWeightFormat
-from tests.gpu.devices import DEVICE, DTYPES, random, seeded
+from tests.gpu.devices import DEVICE, DTYPES, IS_CUDA, random, seeded
 
 CPU = torch.device("cpu")
+QKV, DOWN, GATE_UP = (
+    torch.empty(shape, dtype=FP8, device="meta") for shape in ((6144, 4096), (4096, 14336), (28672, 4096))
+)
+"""Of an 8B."""
 
 
 def a_shape(num_outputs: int, num_inputs: int) -> DeviceMatrix:
@@ -40,6 +48,71 @@ def test_inputs_are_dealt_out_where_outputs_alone_leave_processors_idle() -> Non
     few, many = (a_shape(size, 14336).values for size in (4096, 8192))
     assert [tuning_for(1, weight, may_split=True).num_splits for weight in (few, many)] == [2, 1]  # type: ignore[union-attr]
     assert tuning_for(1, few, may_split=False).num_splits == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "deals_out", "activates"),
+    [
+        (64, True, True),
+        (65, True, True),
+        (128, True, True),
+        (160, True, False),
+        (192, True, True),
+        (224, False, False),
+        (256, False, True),
+    ],
+)
+def test_in_bf16_an_8bs_few_rows_are_multiplied_by_our_kernel_where_it_is_faster(
+    num_rows: int, deals_out: bool, activates: bool
+) -> None:
+    qkv, down, gate_up = (shape.to(torch.bfloat16) for shape in (QKV, DOWN, GATE_UP))
+    assert bool(tuning_for(num_rows, down, may_split=True)) is deals_out
+    assert bool(swiglu_tuning_for(num_rows, gate_up)) is activates
+    assert bool(tuning_for(num_rows, qkv, may_split=False)) is (num_rows <= 64)
+
+
+def test_in_fp8_an_8bs_gates_open_in_their_product_and_other_products_of_many_rows_are_cublas() -> None:
+    assert [bool(swiglu_tuning_for(num_rows, GATE_UP)) for num_rows in (16, 17, 96, 160, 192)] == [0, 1, 1, 0, 1]
+    assert all(tuning_for(65, weight, may_split=True) is None for weight in (QKV, DOWN, GATE_UP))
+
+
+def forms(num_rows: int) -> set[object]:
+    """What kernels of few rows are compiled for so many, of an 8B's matrices."""
+    chosen: set[object] = set()
+    for dtype in (torch.bfloat16, FP8):
+        for shape in (QKV, DOWN, GATE_UP):
+            weight = shape.to(dtype)
+            tunings = (tuning_for(num_rows, weight, may_split=True), swiglu_tuning_for(num_rows, weight))
+            chosen |= {(dtype, row_blocks(num_rows), *which) for which in enumerate(tunings) if which[1]}
+    return chosen
+
+
+def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves() -> None:
+    needed = set().union(*map(forms, range(2, MOST_ROWS + 1)))
+    assert set().union(*map(forms, ROWS_OF_FORMS)) == needed, "of steps that are computed as they are"
+    filled_up_to = FilledUpTo(decode_sizes(512), chunk_sizes(8704))
+    shapes = StepShapes(filled_up_to, StepLayout(8192, 64, False, True, False, 16), may_share=False).forms()
+    for has_chunks in (False, True):
+        sizes = filled_up_to.chunks if has_chunks else filled_up_to.decodes[1:]
+        rehearsed = [shape.num_rows for shape in shapes if shape.has_chunks == has_chunks]
+        assert set().union(*map(forms, rehearsed)) == set().union(*map(forms, sizes))
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8"])
+@pytest.mark.parametrize("num_rows", [2, 48, 64, 65, 96, 128, 160, 192, 200, 256] if IS_CUDA else [2, 65])
+def test_rows_are_multiplied_whichever_kernel_is_faster(num_rows: int, weights: DeviceWeightFormat) -> None:
+    num_outputs, num_inputs = (1024, 4096) if IS_CUDA else (64, 32)
+    generator = seeded(num_rows)
+    values = random(generator, num_rows, num_inputs, dtype=DTYPES[1])
+    weight = random(generator, num_outputs, num_inputs, dtype=DTYPES[1])
+    rows, matrix = (round_rows(values), to_fp8(weight)) if weights == "fp8" else (Rows(values), DeviceMatrix(weight))
+    expected = rows.dequantized() @ weight.float().T
+    # What is to be scaled is beyond float16.
+    dtype = DTYPES[1] if IS_CUDA or weights == "bf16" else torch.float32
+    out = torch.empty((num_rows, num_outputs), dtype=dtype, device=DEVICE)
+    product = Multiplier(num_outputs, DEVICE)(rows, matrix, out, may_split=True, pdl=IS_CUDA).dequantized()
+    error = float((product - expected).norm() / expected.norm())
+    assert error < (0.06 if weights == "fp8" else 0.006)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])

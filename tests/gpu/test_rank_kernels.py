@@ -145,7 +145,7 @@ def test_a_product_of_one_row_is_given_while_it_is_made(weight_dtype: torch.dtyp
         assert_a_norm_takes_what_was_given(out, meeting, number)
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 33] if IS_CUDA else [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 90] if IS_CUDA else [1, 3, 65])
 @pytest.mark.parametrize("weight_dtype", [DTYPES[1], FP8])
 def test_a_product_of_few_rows_is_given_with_its_scales_in(weight_dtype: torch.dtype, num_rows: int) -> None:
     dtype = DTYPES[1]

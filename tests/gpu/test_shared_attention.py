@@ -62,7 +62,7 @@ def attend(
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
     width = max(map(len, tables))
-    layout = StepLayout(width * BLOCK, BLOCK, layer.is_fp8, False, False)
+    layout = StepLayout(width * BLOCK, BLOCK, layer.is_fp8, False, False, BLOCK)
     chunks = [
         SequenceChunk(SequenceId(number), (1,), context - 1, tuple(map(BlockId, table)), SamplingParameters(), 1)
         for number, (table, context) in enumerate(zip(tables, contexts, strict=True))

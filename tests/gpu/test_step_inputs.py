@@ -18,7 +18,7 @@ def a_chunk(number: int, first_position: int, num_tokens: int) -> SequenceChunk:
 
 
 def a_layout(*, is_batch_invariant: bool = False) -> StepLayout:
-    return StepLayout(2048, 64, False, not is_batch_invariant, is_batch_invariant)
+    return StepLayout(2048, 64, False, not is_batch_invariant, is_batch_invariant, 64)
 
 
 def test_whole_prompts_of_one_length_are_taken_together_in_powers_of_two() -> None:

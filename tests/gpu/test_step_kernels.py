@@ -22,7 +22,12 @@ from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.rope_kv import HeadWeights, rope_and_write, rope_and_write_reference
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled, round_rows
-from services.worker.kernels.small_product import ProductTuning, small_product, small_product_reference
+from services.worker.kernels.small_product import (
+    ProductTuning,
+    small_product,
+    small_product_reference,
+    small_product_swiglu,
+)
 from services.worker.kernels.swiglu import swiglu, swiglu_reference
 from services.worker.runner.noise import noise_key
 from services.worker.runner.rope import rotary_table
@@ -232,26 +237,65 @@ def test_one_row_is_multiplied(num_outputs: int, num_inputs: int, weight_dtype: 
     assert_near(out, gemv_swiglu_reference(row, halves, scales))
 
 
-@pytest.mark.parametrize("num_rows", [2, 16, 33, 64] if IS_CUDA else [2, 17])
+# Of each form: one block of rows, and two, also of rows that are not all there.
+FEW_ROWS = [2, 16, 33, 64, 65, 96, 128, 130, 192, 256] if IS_CUDA else [2, 17, 40, 65]
+
+
+def few_rows(generator: torch.Generator, num_rows: int, size: int, dtype: torch.dtype, *, have_others: bool) -> Tensor:
+    """Rows, behind which in memory are others, as in a step's room, or nothing."""
+    rows = random(generator, num_rows, size, dtype=dtype)
+    if not have_others:
+        return rows
+    others = torch.full((300, size), math.nan, device=DEVICE).to(dtype)
+    return torch.cat([rows, others])[:num_rows]
+
+
+@pytest.mark.parametrize("have_others", [False, True])
+@pytest.mark.parametrize("num_rows", FEW_ROWS)
 @pytest.mark.parametrize("dtype", [DTYPES[1], FP8])
 @pytest.mark.parametrize(("outputs", "num_splits"), [(64, 1), (128, 1), (64, 2)])
 def test_few_rows_are_multiplied_and_their_parts_added_by_the_norm(
-    num_rows: int, dtype: torch.dtype, outputs: int, num_splits: int
+    num_rows: int, dtype: torch.dtype, outputs: int, num_splits: int, have_others: bool
 ) -> None:
     num_outputs, num_inputs = (4096, 14336) if IS_CUDA else (128, 512)
-    tuning = ProductTuning(outputs, 256, 4, num_splits=num_splits)
+    tuning = ProductTuning(outputs, 128, 4, num_warps=8 if num_rows > 64 else 4, num_splits=num_splits)
     generator = seeded(9)
-    rows = random(generator, num_rows, num_inputs, dtype=dtype)
+    rows = few_rows(generator, num_rows, num_inputs, dtype, have_others=have_others)
     weight = random(generator, num_outputs, num_inputs, dtype=dtype)
-    out = torch.full((num_splits, num_rows, num_outputs), math.nan, device=DEVICE)
+    out = torch.full((num_splits, num_rows + 1, num_outputs), math.nan, device=DEVICE).flatten()
+    out, behind = out[: num_splits * num_rows * num_outputs], out[num_splits * num_rows * num_outputs :]
+    out = out.view(num_splits, num_rows, num_outputs)
     small_product(rows, weight, out, tuning, pdl=IS_CUDA)
     expected = small_product_reference(rows, weight, num_splits)
     assert_near(out, expected, DTYPES[1] if dtype != FP8 else torch.bfloat16)
+    assert behind.isnan().all()
 
     residual = torch.zeros((num_rows, num_outputs), device=DEVICE)
     normed = rows_like(num_rows, num_outputs, torch.float32, to_fp8=False)
     add_rms_norm(Scaled(out), residual, torch.ones(num_outputs, device=DEVICE), 1e-5, normed)
     assert_near(residual, expected.sum(dim=0), torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_rows", FEW_ROWS)
+@pytest.mark.parametrize("dtype", [DTYPES[1], FP8])
+@pytest.mark.parametrize("outputs", [128, 256] if IS_CUDA else [128])
+def test_a_gate_opens_where_few_rows_are_multiplied(num_rows: int, dtype: torch.dtype, outputs: int) -> None:
+    size, num_inputs = (2048, 4096) if IS_CUDA else (128, 256)
+    generator = seeded(5)
+    rows = Rows(few_rows(generator, num_rows, num_inputs, dtype, have_others=True))
+    weight, channel_scales = random(generator, 2 * size, num_inputs) / math.sqrt(num_inputs), None
+    if dtype == FP8:
+        rounded = round_rows(weight)
+        weight, channel_scales = rounded.values, rounded.scales
+        rows = Rows(rows.values, random(generator, num_rows).abs())
+    else:
+        weight = weight.to(dtype)
+    out = torch.full((num_rows + 1, size), math.nan, device=DEVICE).to(DTYPES[1])
+    tuning = ProductTuning(outputs, 128, 3, num_warps=8)
+    small_product_swiglu(rows, weight, channel_scales, out[:-1], tuning, pdl=IS_CUDA)
+    product = Scaled(rows.values.float() @ weight.float().T, rows.scales, channel_scales)
+    assert_near(out[:-1], swiglu_reference(product, to_fp8=False).values, DTYPES[1])
+    assert out[-1].isnan().all()
 
 
 VOCABULARY = 128256 if IS_CUDA else 5000

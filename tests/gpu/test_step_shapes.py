@@ -33,7 +33,7 @@ def a_chunk(number: int, first_position: int, num_tokens: int, sample_index: int
 
 
 def a_layout(*, is_batch_invariant: bool = False) -> StepLayout:
-    return StepLayout(4096, BLOCK, False, not is_batch_invariant, is_batch_invariant)
+    return StepLayout(4096, BLOCK, False, not is_batch_invariant, is_batch_invariant, tile_tokens=16)
 
 
 def shapes(layout: StepLayout) -> StepShapes:
@@ -86,7 +86,7 @@ def test_a_step_is_filled_up_to_a_shape_with_room_for_it_or_not_at_all(
     inputs = views(numbers, sizes)
     places = np.arange(len(chunks), dtype=np.int32)
     tables = np.zeros((len(chunks), layout.table_blocks), dtype=np.int32)
-    tiles = chunk_tiles(chunks, num_decodes, leaves_dense=False) if shape.has_chunks else None
+    tiles = chunk_tiles(chunks, num_decodes, layout.tile_tokens, leaves_dense=False) if shape.has_chunks else None
     fill(inputs, chunks, places, tables, tiles, (), layout)
     attended = sorted(inputs.pieces[inputs.pieces[:, 0] >= 0, 0].tolist())
     assert sorted({*attended}) == list(range(num_decodes))

@@ -31,8 +31,15 @@ from services.worker.kernels.decode_attention import (
 )
 from services.worker.kernels.gemv import gemv
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
-from services.worker.kernels.small_product import ProductTuning, fits, small_product
+from services.worker.kernels.small_product import (
+    MOST_ROWS,
+    ProductTuning,
+    fits,
+    small_product,
+    small_product_swiglu,
+)
 from services.worker.kernels.swiglu import swiglu
 from services.worker.kernels.tile_product import product_swiglu
 
@@ -44,6 +51,22 @@ MATRICES = {
     "head": (128256, 4096),
 }
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
+TUNINGS = [
+    ProductTuning(outputs, num_bytes, stages, num_splits=splits)
+    for outputs, num_bytes, stages, splits in product((64, 128), (256, 512), (3, 4, 6, 8), (1, 2))
+]
+TUNINGS_OF_MORE_ROWS = [
+    ProductTuning(outputs, num_bytes, stages, warps, splits)
+    for (outputs, num_bytes, stages, warps), splits in product(
+        (
+            *((64, 128, 4, 4), (64, 128, 6, 4), (64, 128, 8, 4), (64, 128, 5, 8), (64, 256, 3, 4), (64, 256, 4, 4)),
+            *((128, 128, 3, 4), (128, 128, 4, 4), (128, 128, 5, 4), (128, 128, 4, 8), (128, 128, 5, 8)),
+            *((128, 256, 3, 4), (128, 256, 4, 4), (128, 256, 3, 8), (256, 128, 3, 8), (256, 128, 4, 8)),
+        ),
+        (1, 2),
+    )
+]
+"""Of products of few rows: to 64, and above."""
 ROTATED_BYTES = 200 << 20
 """More than three times the second-level cache."""
 Call = Callable[[int], object]
@@ -74,10 +97,6 @@ def us_a_call(call: Call, num_operands: int) -> float:
 
 def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
     """Few rows times each of a layer's matrices."""
-    tunings = [
-        ProductTuning(outputs, num_bytes, stages, num_splits=splits)
-        for outputs, num_bytes, stages, splits in product((64, 128), (256, 512), (3, 4, 6, 8), (1, 2))
-    ]
     for dtype, (name, (outputs, inputs)) in product((torch.bfloat16, FP8), MATRICES.items()):
         if dtype == FP8 and name == "head":
             continue
@@ -85,12 +104,12 @@ def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
         weights = [torch.randn((outputs, inputs), device="cuda").to(dtype) for _ in range(count)]
         for num_rows in rows_of:
             shape = {"kernel": "product", "matrix": name, "dtype": str(dtype), "rows": num_rows}
-            rows = torch.randn((num_rows, inputs), device="cuda").to(dtype)
+            rows = _rows(num_rows, inputs, dtype)
             yield {**shape, "how": "cuBLAS", "us": us_a_call(_cublas(rows, weights), count)}
             if num_rows == 1:
                 plain = rows.to(torch.bfloat16)
                 yield {**shape, "how": "gemv", "us": us_a_call(_gemv(plain, weights), count)}
-            for tuning in tunings:
+            for tuning in TUNINGS if num_rows <= 64 else TUNINGS_OF_MORE_ROWS:
                 if not fits(num_rows, weights[0], tuning) or (tuning.num_splits > 1 and name not in ("o", "down")):
                     continue
                 try:
@@ -101,7 +120,7 @@ def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
 
 
 def activations(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
-    """Many rows times a gate's and an up's matrix, with SwiGLU and, of fp8, rounding behind: together and apart."""
+    """Rows times a gate's and an up's matrix, with SwiGLU and, of fp8, rounding behind: together and apart."""
     for dtype, num_rows in product((torch.bfloat16, FP8), rows_of):
         shape = {"kernel": "activation", "matrix": "gate_up", "dtype": str(dtype), "rows": num_rows}
         for how, call in _ways_to_activate(dtype, num_rows):
@@ -113,7 +132,7 @@ def activations(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
 
 def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, Call]]:
     outputs, inputs = MATRICES["gate_up"]
-    x, w = (torch.randn((count, inputs), device="cuda").to(dtype) for count in (num_rows, outputs))
+    x, w = _rows(num_rows, inputs, dtype), torch.randn((outputs, inputs), device="cuda").to(dtype)
     gate_up = torch.empty((num_rows, outputs), dtype=torch.bfloat16, device="cuda")
     plain = Rows(torch.empty((num_rows, outputs // 2), dtype=torch.bfloat16, device="cuda"))
     one, row_scales, channel_scales = (torch.ones(size, device="cuda") for size in ((), num_rows, outputs))
@@ -125,6 +144,16 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
 
     def tiles(_: int) -> None:
         product_swiglu(x, w, plain.values)
+
+    def few(tuning: ProductTuning) -> Call:
+        def call(_: int) -> None:
+            if dtype == FP8:
+                small_product_swiglu(Rows(x, row_scales), w, channel_scales, plain.values, tuning, pdl=True)
+                round_rows_into(plain.values, rounded, pdl=True)
+            else:
+                small_product_swiglu(Rows(x), w, None, plain.values, tuning, pdl=True)
+
+        return call
 
     def scaled(row: Tensor, channel: Tensor, product: Scaled) -> Call:
         def call(_: int) -> None:
@@ -139,6 +168,14 @@ def _ways_to_activate(dtype: torch.dtype, num_rows: int) -> Iterator[tuple[str, 
     else:
         yield "cuBLAS", library
         yield "tiles", tiles
+    for tuning in TUNINGS_OF_MORE_ROWS if num_rows <= MOST_ROWS else ():
+        if tuning.num_splits == 1 and tuning.outputs >= 128:
+            yield f"few rows, {tuning}", few(tuning)
+
+
+def _rows(num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Rows with others behind them in memory, as in a step's room."""
+    return torch.randn((num_rows + MOST_ROWS, size), device="cuda").to(dtype)[:num_rows]
 
 
 def _cublas(rows: Tensor, weights: Sequence[Tensor]) -> Call:
@@ -212,8 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Time all of it; return the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="every tuning's time")
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64], help="of products")
-    parser.add_argument("--many-rows", type=int, nargs="*", default=[256, 1024, 2048, 8192], help="of activations")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 16, 32, 64, 96, 128, 192], help="of products")
+    parser.add_argument(
+        "--many-rows", type=int, nargs="*", default=[32, 96, 128, 192, 256, 1024, 2048, 8192], help="of activations"
+    )
     parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
     shapes = (

@@ -34,6 +34,7 @@ from services.worker.cuda.step_inputs import (
 from services.worker.cuda.step_shapes import MOST_CHUNKS, NEVER, FilledUpTo, StepShape, StepShapes
 from services.worker.cuda.transfer import HostCopy, pinned, to_device
 from services.worker.engine.step_plan import ChunkResult, SequenceChunk, StepPlan, StepResult
+from services.worker.kernels.prefill_attention import tile_tokens_for
 from services.worker.kernels.shared_attention import members_of_piece
 
 _STEPS_IN_FLIGHT = 3
@@ -104,6 +105,7 @@ class CudaRunner:
             has_fp8_cache=cache.is_fp8,
             may_be_dense=model.may_be_dense,
             is_batch_invariant=model.is_batch_invariant,
+            tile_tokens=tile_tokens_for(model.config.num_heads, model.config.num_kv_heads),
         )
         self._places = Places(most.num_places, self._layout.table_blocks)
         largest = _most_numbers(most, self._layout)
@@ -159,7 +161,9 @@ class CudaRunner:
             self._attend(inputs, sizes)
         else:
             sizes = shape.sizes(self._layout, sum(chunk.sample_index is not None for chunk in chunks))
-            tiles = chunk_tiles(chunks, num_decodes, leaves_dense=False) if shape.has_chunks else None
+            tiles = None
+            if shape.has_chunks:
+                tiles = chunk_tiles(chunks, num_decodes, self._layout.tile_tokens, leaves_dense=False)
             inputs = self._give_inputs(chunks, sizes, tiles, prefixes)
             self._graphs.launch(shape)
         if shape is None or shape.has_chunks:
@@ -262,7 +266,7 @@ def _most_numbers(most: MostWork, layout: StepLayout) -> int:
         num_chunks=sequences + MOST_CHUNKS,
         num_samples=sequences,
         num_pieces=layout.num_pieces(sequences),
-        num_tiles=most.num_rows // 2 + sequences + MOST_CHUNKS,
+        num_tiles=most.num_rows + MOST_CHUNKS,
         table_blocks=layout.table_blocks,
         num_shared_pieces=num_shared_pieces_for(sequences),
     ).num_numbers

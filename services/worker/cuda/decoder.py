@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, swiglu_tuning_for
 from services.worker.cuda.ranks import DeviceRanks
 from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
@@ -32,6 +32,7 @@ from services.worker.kernels.rope_kv import HeadWeights, rope_and_write
 from services.worker.kernels.round_rows import round_rows_into
 from services.worker.kernels.rows import FP8, Rows, Scaled
 from services.worker.kernels.shared_attention import shared_attention, shared_results
+from services.worker.kernels.small_product import small_product_swiglu
 from services.worker.kernels.swiglu import swiglu
 from services.worker.kernels.tile_product import product_swiglu, tile_product
 from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights
@@ -257,6 +258,13 @@ class DeviceDecoder:
         how = self._multiplier.how_to_activate(normed, matrix, to_fp8=to_fp8)
         if how == "gemv":
             gemv_swiglu(normed.values, matrix.values, matrix.channel_scales, activated.values, pdl=pdl)
+        elif how == "few":
+            tuning = swiglu_tuning_for(num_rows, matrix.values)
+            assert tuning
+            plain = Rows(room.activated[:num_rows])
+            small_product_swiglu(normed, matrix.values, matrix.channel_scales, plain.values, tuning, pdl=pdl)
+            if to_fp8:
+                round_rows_into(plain.values, activated, pdl=pdl)
         elif how == "tiles":
             product_swiglu(normed.values, matrix.values, activated.values, pdl=pdl)
         else:
@@ -336,10 +344,7 @@ class DeviceDecoder:
         pdl: bool,
     ) -> None:
         if sizes.num_tiles:
-            is_invariant = self.is_batch_invariant
-            prefill_attention(
-                queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl, is_batch_invariant=is_invariant
-            )
+            prefill_attention(queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl)
         for run in sizes.dense_runs:
             out[run.rows].copy_(self._attend_densely(queries, run))
 

@@ -10,6 +10,8 @@ from services.worker.engine.step_plan import SeenTokens, SequenceChunk, StepPlan
 GREEDY = SamplingParameters()
 _SHARED_TOKENS = 1024
 """Of a prefix that is worth reading once for some 20 decodes."""
+ROWS_OF_FORMS = (7, 24, 48, 80, 112, 176, 240)
+"""Rows that together have all forms of products of few rows."""
 _USUAL_ROWS = (1024, 512, 256, 128)
 """Of steps with prompts whose times are taken at the start; what others take is thought to lie between."""
 _DRAWN = SamplingParameters(temperature=1.0)
@@ -70,9 +72,12 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     """
     most, max_sequences, size = limits.longest_chunk_tokens, limits.max_sequences, limits.block_size_tokens
     yield from every_way_to_choose(limits)
-    for num_rows in (7, 24, 48):
+    for num_rows in ROWS_OF_FORMS:
         if num_rows <= most:
             yield made_up_step(0, [num_rows], size)
+            if max_sequences > 1:
+                # Beside decodes they do not overlap.
+                yield made_up_step(1, [num_rows - 1], size)
     shared_tokens = -(-_SHARED_TOKENS // size) * size
     # Few rows, whose kernels overlap, and many.
     for num_tokens in sorted({min(100, most), min(600, most)}):

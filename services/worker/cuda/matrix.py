@@ -36,6 +36,9 @@ _SWIGLU_IN_TILES_FROM_ROWS = 8192
 """Of bf16: from there on SwiGLU in its product's tiles spares more than cuBLAS is ahead of them."""
 _ADDING_FROM_ROWS = 4096
 """From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
+_FEW_ROWS = 64
+_SWIGLU_IN_FP8_FROM_ROWS = 17
+"""Of fewer it was not compared with SwiGLU in the kernel that rounds."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
 _GIVING_MOST_BYTES = 8192
@@ -61,8 +64,8 @@ class DeviceMatrix:
         return self.values.numel() * self.values.element_size()
 
 
-Activation = Literal["gemv", "tiles", "apart"]
-"""SwiGLU in a product of one row, in one of many, or in a kernel behind it."""
+Activation = Literal["gemv", "few", "tiles", "apart"]
+"""SwiGLU in a product of one row, in one of few, in one of many, or in a kernel behind it."""
 
 
 class Multiplier:
@@ -156,6 +159,8 @@ class Multiplier:
         if num_rows == 1 and rows.scales is None and not to_fp8:
             return "gemv"
         is_half = gate_up.values.is_cuda and gate_up.values.element_size() == 2
+        if gate_up.values.is_cuda and swiglu_tuning_for(num_rows, gate_up.values):
+            return "few"
         if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS and tile_product.fits(gate_up.values, rows.values.dtype):
             return "tiles"
         return "apart"
@@ -171,21 +176,48 @@ def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuni
 
     By `python -m services.worker.benchmark.tune`; within 2 % of the best of each shape.
     """
-    if num_rows > MOST_ROWS:
-        return None
-    is_fp8 = weight.element_size() == 1
+    choose = _tuning_for_few if num_rows <= _FEW_ROWS else _tuning_for_some
+    tuning = choose(num_rows, weight, may_split)
+    return tuning if tuning and fits(num_rows, weight, tuning) else None
+
+
+def _tuning_for_few(num_rows: int, weight: Tensor, may_split: bool) -> ProductTuning:
     num_outputs, num_inputs = weight.shape
     if num_outputs >= _MANY_OUTPUTS:
+        return ProductTuning(128, 256, 4)
+    if num_outputs > num_inputs:
+        return ProductTuning(64, 256, 4)
+    if not may_split or num_outputs >= _OUTPUTS_OF_ALL_PROCESSORS:
+        return ProductTuning(64, 256, 6)
+    if num_rows > 32:
+        return ProductTuning(64, 256, 6, num_splits=2)
+    return ProductTuning(64, 512, 4 if weight.element_size() == 1 or num_rows <= 16 else 3, num_splits=2)
+
+
+def _tuning_for_some(num_rows: int, weight: Tensor, may_split: bool) -> ProductTuning | None:
+    """Of more rows: in bf16 where inputs are dealt out."""
+    num_outputs, num_inputs = weight.shape
+    deals_out = may_split and num_outputs <= num_inputs and num_outputs < _OUTPUTS_OF_ALL_PROCESSORS
+    if weight.element_size() == 1 or not deals_out or num_rows > 192:
+        return None
+    return ProductTuning(64, 256, 4, num_splits=2) if num_rows <= 128 else ProductTuning(64, 128, 6, num_splits=2)
+
+
+def swiglu_tuning_for(num_rows: int, gate_up: Tensor) -> ProductTuning | None:
+    """Return how the kernel for few rows is to multiply with SwiGLU in it; None: apart they are faster."""
+    is_fp8 = gate_up.element_size() == 1
+    if len(gate_up) < _MANY_OUTPUTS or (is_fp8 and num_rows < _SWIGLU_IN_FP8_FROM_ROWS):
+        return None
+    if num_rows <= _FEW_ROWS:
         tuning = ProductTuning(128, 256, 4)
-    elif num_outputs > num_inputs:
-        tuning = ProductTuning(64, 256, 4)
-    elif not may_split or num_outputs >= _OUTPUTS_OF_ALL_PROCESSORS:
-        tuning = ProductTuning(64, 256, 6)
-    elif num_rows > 32:
-        tuning = ProductTuning(64, 256, 6, num_splits=2)
+    elif num_rows <= 128:
+        tuning = ProductTuning(128, 128, 3)
+    elif (num_rows - 1) % 64 < 32:
+        # Such a number cuBLAS fills up by less than this kernel.
+        return None
     else:
-        tuning = ProductTuning(64, 512, 4 if is_fp8 or num_rows <= 16 else 3, num_splits=2)
-    return tuning if fits(num_rows, weight, tuning) else None
+        tuning = ProductTuning(128, 128, 5) if num_rows <= 192 else ProductTuning(128, 128, 4, num_warps=8)
+    return tuning if fits(num_rows, gate_up, tuning) else None
 
 
 def to_fp8(weight: Tensor, bias: Tensor | None = None) -> DeviceMatrix:

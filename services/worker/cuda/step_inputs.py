@@ -144,6 +144,8 @@ class StepLayout:
     """Whether whole prompts may be attended by cuDNN."""
     is_batch_invariant: bool
     """Whether a sequence is attended in the same pieces and by the same kernel, whatever else is in its steps."""
+    tile_tokens: int
+    """Most queries of a tile of `prefill_attention`"""
 
     @property
     def table_blocks(self) -> int:
@@ -183,7 +185,7 @@ def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: 
     `shares`: some of the decodes have a prefix in common.
     """
     num_decodes = layout.num_decodes(chunks)
-    tiles = chunk_tiles(chunks, num_decodes, leaves_dense=layout.may_be_dense)
+    tiles = chunk_tiles(chunks, num_decodes, layout.tile_tokens, leaves_dense=layout.may_be_dense)
     sizes = StepSizes(
         num_rows=sum(len(chunk.token_ids) for chunk in chunks),
         num_decodes=num_decodes,
@@ -199,7 +201,7 @@ def mixed_sizes(chunks: Sequence[SequenceChunk], layout: StepLayout, *, shares: 
     return sizes, tiles
 
 
-def chunk_tiles(chunks: Sequence[SequenceChunk], num_decodes: int, *, leaves_dense: bool) -> Numbers:
+def chunk_tiles(chunks: Sequence[SequenceChunk], num_decodes: int, tile_tokens: int, *, leaves_dense: bool) -> Numbers:
     """Return the tiles of all chunks behind the decodes, but, if `leaves_dense`, for those that cuDNN attends."""
     counts = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int32)
     first_rows = np.cumsum(counts) - counts
@@ -207,7 +209,7 @@ def chunk_tiles(chunks: Sequence[SequenceChunk], num_decodes: int, *, leaves_den
         [i for i in range(num_decodes, len(chunks)) if not (leaves_dense and is_dense(chunks[i]))], dtype=np.int64
     )
     first_positions = np.array([chunk.first_position for chunk in chunks], dtype=np.int32)
-    tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled])
+    tiles = cut_chunks(first_rows[tiled].astype(np.int32), counts[tiled], first_positions[tiled], tile_tokens)
     tiles[:, 3] = tiled[tiles[:, 3]]
     return tiles
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
 from services.worker.engine.step_plan import SequenceChunk
-from services.worker.kernels.prefill_attention import TILE_TOKENS
+from services.worker.kernels.small_product import MOST_ROWS as MOST_ROWS_OF_FEW
 
 MOST_CHUNKS = 16
 """Prompts, or parts of prompts, in a step that is filled up."""
@@ -68,7 +68,7 @@ class StepShape:
             num_samples=num_samples if self.has_chunks else self.num_rows,
             num_pieces=layout.num_pieces(self.num_decodes),
             # Each prompt has one tile at most that is not full.
-            num_tiles=self.num_rows // TILE_TOKENS + MOST_CHUNKS if self.has_chunks else 0,
+            num_tiles=self.num_rows // layout.tile_tokens + MOST_CHUNKS if self.has_chunks else 0,
             table_blocks=layout.table_blocks,
             num_shared_pieces=num_shared_pieces_for(self.num_decodes) if self.shares else 0,
         )
@@ -126,10 +126,11 @@ class StepShapes:
         return sorted([*alone, *chunks], key=lambda shape: (shape.num_decodes, shape.num_rows)) + sharing
 
     def forms(self) -> list[StepShape]:
-        """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows."""
-        sizes = _first_of_powers(self._decodes)
+        """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows, and
+        of few rows by thirty-twos (`cuda/matrix.py`)."""
+        sizes = _first_of_forms(self._decodes)
         sharing = [StepShape(size, size, shares=True) for size in sizes if self.may_share(size)]
-        sizes_of_chunks = _first_of_powers(self._chunks)
+        sizes_of_chunks = _first_of_forms(self._chunks)
         chunks = [StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in sizes_of_chunks]
         return [*(StepShape(size, size) for size in sizes), *sharing, *chunks]
 
@@ -140,5 +141,9 @@ def _least(sizes: Sequence[int], wanted: int) -> int | None:
     return sizes[index] if index < len(sizes) else None
 
 
-def _first_of_powers(sizes: Sequence[int]) -> list[int]:
-    return [size for below, size in pairwise([0, *sizes]) if below.bit_length() != size.bit_length()]
+def _first_of_forms(sizes: Sequence[int]) -> list[int]:
+    return [size for below, size in pairwise([0, *sizes]) if _form(below) != _form(size)]
+
+
+def _form(num_rows: int) -> tuple[int, int]:
+    return num_rows.bit_length(), (num_rows + 31) // 32 if num_rows <= MOST_ROWS_OF_FEW else 0

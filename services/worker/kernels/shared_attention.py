@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.worker.kernels.attend import attend
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
 
@@ -170,13 +169,25 @@ def _shared_attention(
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     # Whole blocks, which all members see: nothing is masked.
+    tokens = tl.arange(0, TILE)
+    within = tokens[:, None] * HEAD_DIM + dims[None, :]
     for position in range(begin, end, TILE):
         block = tl.load(table + position // BLOCK_SIZE).to(tl.int64)
         place = head_kv + block * kv_block_stride + (position % BLOCK_SIZE) * HEAD_DIM
-        best, total, mixed = attend(
-            q, place, position, end, rows, best, total, mixed, scale,
-            HEAD_DIM, BLOCK_DIM, VALUES, TILE, 0, False, PRECISION,
-        )  # fmt: skip
+        if HEAD_DIM == BLOCK_DIM:
+            k = tl.load(place + within).to(KIND)
+            v = tl.load(place + VALUES + within).to(KIND)
+        else:
+            k = tl.load(place + within, (dims < HEAD_DIM)[None, :], other=0.0).to(KIND)
+            v = tl.load(place + VALUES + within, (dims < HEAD_DIM)[None, :], other=0.0).to(KIND)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        # Online softmax: Milakov and Gimelshein, 2018.
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, axis=1)
+        mixed = tl.dot(weights.to(KIND), v, mixed * shrink[:, None], input_precision=PRECISION)
+        best = new_best
 
     slot = (piece * MOST_MEMBERS + member) * NUM_HEADS + heads
     tl.store(sums + slot[:, None] * HEAD_DIM + dims[None, :], mixed / total[:, None], inside)
