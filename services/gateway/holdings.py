@@ -1,4 +1,7 @@
-"""What this gateway knows of its open streams, stated for the leader after Redis lost its last writes (DESIGN 4.9)."""
+"""What this gateway knows of its open streams, stated for the leader after Redis lost its last writes.
+
+docs/protocol.md, "Lost writes".
+"""
 
 import asyncio
 import logging

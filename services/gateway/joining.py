@@ -1,4 +1,4 @@
-"""Whether what a client says it holds joins what the fleet knows (DESIGN 4.3).
+"""Whether what a client says it holds joins what the fleet knows (docs/protocol.md, "Whose tokens count").
 
 Tokens that a client holds and does not state are taken from the fleet: from the journal, and from a stream of this
 gateway. Where those end before the first token that is stated, the request would be continued over a gap, perhaps with

@@ -1,4 +1,4 @@
-"""How many workers are wanted: the pool's work, over the time in which it shall be done (DESIGN section 6). Pure.
+"""How many workers are wanted: the pool's work, over the time in which it shall be done (ADR 17). Pure.
 
 Up at once, down only after a quiet time: what is added too early costs a little, what is missing costs every caller.
 """

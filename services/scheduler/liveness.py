@@ -1,4 +1,4 @@
-"""Which workers are lost: those that have work and make no progress (DESIGN 4.7).
+"""Which workers are lost: those that have work and make no progress (docs/protocol.md, "Time"; ADR 5 and 8).
 
 A worker that only waits is never lost by silence; its registration expires instead. A gateway's hint that its stream
 from a worker broke only shortens the patience with its silence: whoever reports on is not lost by it. A stall of the

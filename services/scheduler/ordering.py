@@ -1,8 +1,7 @@
-"""Which request is next.
+"""Which request is next: by the time of acceptance.
 
-Now: by the time of acceptance, so that a requeued request, accepted before those that wait, is first. Classes,
-tenants' virtual counters and deadlines (DESIGN section 6) will change `Queue.in_order` and what `Queue.add` sorts by,
-and nothing outside this file.
+So a requeued request, accepted before those that wait, is first. Another order changes `Queue.in_order` and what
+`Queue.add` sorts by, and nothing outside this file.
 """
 
 from bisect import bisect_left, insort

@@ -1,4 +1,4 @@
-"""Which worker takes the next request. Now: the one with most room; predicted cost later (DESIGN section 6)."""
+"""Which worker takes the next request: the one with most room."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

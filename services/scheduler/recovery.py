@@ -1,9 +1,11 @@
-"""After Redis restarted: nothing is placed until what processes hold is above what Redis may have lost (DESIGN 4.9).
+"""After Redis restarted: nothing is placed until what processes hold is above what Redis may have lost.
+
+The steps are those of docs/protocol.md, "Lost writes".
 
 A pool with earlier life is given a window, in which workers and gateways state what they hold. Earlier life is: Redis
 knows a generation, this process has seen one, or somebody states a request. Without it (the first start of a fleet) a
 moment is enough. What is then overlooked: a Redis that kept nothing at all, and every scheduler started anew with it,
-and all holders silent for that moment; such a Redis promises nothing of what was accepted (DESIGN 5.1).
+and all holders silent for that moment; such a Redis promises nothing of what was accepted.
 """
 
 import asyncio

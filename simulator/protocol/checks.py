@@ -1,4 +1,4 @@
-"""The invariants (DESIGN section 5), checked from outside: by what Redis stores and by what clients see."""
+"""The invariants of docs/protocol.md, checked from outside: by what Redis stores and by what clients see."""
 
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING

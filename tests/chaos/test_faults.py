@@ -1,4 +1,7 @@
-"""An accepted request ends exactly once, at the next token, whichever process dies or freezes (DESIGN section 5)."""
+"""An accepted request ends exactly once, at the next token, whichever process dies or freezes.
+
+docs/protocol.md, "Invariants".
+"""
 
 from collections.abc import Callable
 from typing import Any

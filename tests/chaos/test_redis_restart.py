@@ -1,4 +1,7 @@
-"""Redis dies and comes back: nothing that was accepted before its window is lost (DESIGN 4.9, section 5)."""
+"""Redis dies and comes back: nothing that was accepted before its window is lost.
+
+docs/protocol.md, "Lost writes".
+"""
 
 import asyncio
 import os

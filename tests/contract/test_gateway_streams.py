@@ -1,4 +1,4 @@
-"""A client sees each token once, in order, and always one consistent text (DESIGN 4.3, 4.6; invariants 1 to 3)."""
+"""A client sees each token once, in order, and always one consistent text (docs/protocol.md, invariants 1 to 3)."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A worker's front keeps its side of the protocol (DESIGN 4.3, 4.4, 4.5, 4.8)."""
+"""A worker's front keeps its side of the protocol (docs/protocol.md)."""
 
 import asyncio
 import gc

@@ -1,8 +1,9 @@
-"""When a worker's front writes journals: what is due at once, and what waits for an interval (DESIGN section 2)."""
+"""When a worker's front writes journals: what is due at once, and what waits for an interval."""
 
 from redis.asyncio import Redis
 
 from services.common.record.states import RequestState
+from services.common.store.keys import Keys
 from tests.contract.worker_front import Bench, served
 
 NEVER_MS = 600_000
@@ -41,3 +42,14 @@ async def test_all_that_is_missing_is_journaled_each_interval(redis: Redis, pool
         bench.engine.step()
         for key in keys:
             await bench.record_until(key, lambda record: record.journal == ((10,),))
+
+
+async def test_an_end_brings_all_that_redis_lost_of_the_journal(redis: Redis, pool: str) -> None:
+    async with served(Bench(redis, pool)) as bench:
+        key, seen = await bench.run("a", max_tokens=3)
+        bench.engine.steps(2)
+        await bench.record_until(key, lambda _: bench.session.active[key].run.tails() == ((2, ()),))
+        await redis.delete(Keys(pool).journal(key, 0))
+        bench.engine.step()
+        await bench.gateway.until(lambda: seen.end is not None)
+        assert (await bench.record(key)).journal == ((10, 11, 12),)

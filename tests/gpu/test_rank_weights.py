@@ -1,14 +1,19 @@
 """Each rank's device holds its part of the weights, and little more."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from services.common.model.stored_model import read_stored_model
 from services.worker.cuda.weights import DeviceWeights, dummy_weights, weights_bytes
 from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
+from services.worker.weights.open_decoder import open_decoder
 from tests.gpu.devices import DEVICE
+from tests.gpu.test_weights import on_the_device
+from tests.unit.tiny_models import save, tiny_model
 
 LLAMA_8B = DecoderConfig(
     num_layers=32,
@@ -38,12 +43,22 @@ def test_a_ranks_weights_are_its_share(config: DecoderConfig, weights: DeviceWei
 
 @pytest.mark.parametrize("weights", ["float32", "bf16", "fp8"])
 @pytest.mark.parametrize("shard", [Shard(), Shard(0, 2), Shard(1, 2)])
-def test_what_is_thought_to_fit_is_what_is_held(weights: DeviceWeightFormat, shard: Shard) -> None:
-    assert held_bytes(dummy_weights(SMALL, weights, shard, DEVICE)) == weights_bytes(SMALL, weights, shard)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_thought_to_fit_is_what_is_held(weights: DeviceWeightFormat, shard: Shard, is_tied: bool) -> None:
+    config = replace(SMALL, is_tied=is_tied)
+    assert held_bytes(dummy_weights(config, weights, shard, DEVICE)) == weights_bytes(config, weights, shard)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied-llama3-rope"])
+def test_what_is_thought_to_fit_is_what_files_bring(tmp_path: Path, name: str) -> None:
+    path = save(tiny_model(name), tmp_path)
+    config = open_decoder(read_stored_model(path)).config
+    assert held_bytes(on_the_device(path, "bf16")) == weights_bytes(config, "bf16", Shard())
 
 
 def held_bytes(weights: DeviceWeights) -> int:
-    tensors = [weights.embedding, weights.lm_head.values]
+    is_tied = weights.lm_head.values.data_ptr() == weights.embedding.data_ptr()
+    tensors = [weights.embedding] if is_tied else [weights.embedding, weights.lm_head.values]
     for layer in weights.layers:
         matrices = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
         tensors += [matrix.values for matrix in matrices]

@@ -1,4 +1,4 @@
-"""What each move does to a request's record, and what it refuses: DESIGN section 4, rule by rule."""
+"""What each move does to a request's record, and what it refuses: docs/protocol.md, rule by rule."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The request record: one protocol, as pure code (DESIGN section 4).
+"""The request record: one protocol, as pure code; docs/protocol.md says it in words.
 
 `states`       where a request stands, and which moves between states exist
 `record`       the record itself: what Redis holds of a request

@@ -37,9 +37,9 @@ class _Choice:
 class Reader:
     """One reader of one request. Changed only by the gateway's delivery, one call at a time.
 
-    Frames are taken only from the attempt opened last (DESIGN 4.3): an open from an older attempt, or from one of the
-    same number with another nonce, is refused. What is accepted here counts as delivered: it stands in this reader's
-    stream, in order.
+    Frames are taken only from the attempt opened last (docs/protocol.md, "Whose tokens count"): an open from an older
+    attempt, or from one of the same number with another nonce, is refused. What is accepted here counts as delivered:
+    it stands in this reader's stream, in order.
     """
 
     def __init__(self, number: int, num_choices: int, held: Sequence[Held] = ()) -> None:

@@ -35,7 +35,8 @@ class Run:
     """One attempt, as the front of its worker knows it. Changed only by the front, one call at a time.
 
     An attempt after the first samples nothing until the reader's gateway has stated what was delivered, or the grace
-    has passed with nobody there (DESIGN 4.3). What goes beyond the journal is forced, not sampled.
+    has passed with nobody there (docs/protocol.md, "Whose tokens count"). What goes beyond the journal is forced, not
+    sampled.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The protocol: record + move -> record + effects + answer. Pure; DESIGN section 4 in code.
+"""The protocol: record + move -> record + effects + answer. Pure; docs/protocol.md in code.
 
 Redis runs the same, one Lua script a move (`services/common/store/lua/<move>.lua`); random histories test the two
 against each other, and `simulator/protocol` tests this code under crashes, delays and lost writes.

@@ -1,4 +1,4 @@
-"""Which pool owns a request id: idempotency over the whole fleet (DESIGN 4.1)."""
+"""Which pool owns a request id: idempotency over the whole fleet (docs/protocol.md, "Identity")."""
 
 from redis.asyncio import Redis
 

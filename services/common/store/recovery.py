@@ -1,4 +1,4 @@
-"""After Redis restarted: it may have lost its last writes (DESIGN 4.9).
+"""After Redis restarted: it may have lost its last writes (docs/protocol.md, "Lost writes").
 
 Every move's script refuses (Recovering) while the server's run id is not the pool's recovered generation. The leader
 then collects what workers and gateways hold, raises the attempts of live requests (`RequestStore.recover`), notes that

@@ -42,7 +42,9 @@ def load_weights(
 def dummy_weights(
     config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard, device: torch.device
 ) -> DeviceWeights:
-    """Make a rank's part of random weights: as fast to compute with as trained ones, zeros would be faster."""
+    """Make a rank's part of random weights: as large as trained ones, and as fast to compute with, where zeros would be
+    faster.
+    """
     config, vocabulary = shard.config(config), len(shard.vocabulary(config))
     kind = ACTIVATIONS[weights]
     generator = torch.Generator(device).manual_seed(0)
@@ -70,9 +72,9 @@ def dummy_weights(
         for _ in range(config.num_layers)
     )
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return DecoderWeights(
-        random(vocabulary, hidden), layers, ones, DeviceMatrix(random(vocabulary, hidden)), frequencies
-    )
+    embedding = random(vocabulary, hidden)
+    head = embedding if config.is_tied else random(vocabulary, hidden)
+    return DecoderWeights(embedding, layers, ones, DeviceMatrix(head), frequencies)
 
 
 def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard) -> int:
@@ -82,7 +84,7 @@ def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat, shard: Sha
     """
     part, hidden = shard.config(config), config.hidden_size
     layer = hidden * (2 * part.q_size + 2 * part.kv_size + 3 * part.intermediate_size)
-    tables = 2 * len(shard.vocabulary(config)) * hidden
+    tables = (1 if config.is_tied else 2) * len(shard.vocabulary(config)) * hidden
     return config.num_layers * layer * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + (
         tables * ACTIVATIONS[weights].itemsize
     )

@@ -7,11 +7,20 @@ from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common import log
 from services.common.record.run import Frame, Run
+from services.common.record.states import RequestState
 from services.common.store.inbox import Start
 from services.common.text.stop import StopText, stop_texts
 from services.common.text.text_stream import TextStream
 from services.common.text.vocabulary import Vocabulary
 from services.worker.front.spans import AttemptSpans
+
+_STATES = {
+    RequestState.FINISHED: inference_pb2.REQUEST_STATE_FINISHED,
+    RequestState.CANCELLED: inference_pb2.REQUEST_STATE_CANCELLED,
+    RequestState.EXPIRED: inference_pb2.REQUEST_STATE_EXPIRED,
+    RequestState.FAILED: inference_pb2.REQUEST_STATE_FAILED,
+}
+"""Ends that a worker writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +212,22 @@ class ActiveRequest:
             if self.payload.HasField("logprobs")
             else [],
             prompt_logprobs=self.prompt_logprobs,
+        )
+
+    def end_frame(self, state: RequestState, error: str, outcome: request_pb2.Outcome) -> delivery_pb2.EndFrame:
+        """Its end, as a message."""
+        return delivery_pb2.EndFrame(
+            key=self.run.key,
+            attempt=attempt_id(self.run),
+            state=_STATES[state],
+            finished=inference_pb2.Finished(
+                reason=outcome.reasons[0],
+                further_reasons=outcome.reasons[1:],
+                usage=outcome.usage,
+                timings=outcome.timings,
+                prompt_logprobs=outcome.prompt_logprobs,
+            ),
+            error=error,
         )
 
     def _since_acceptance_ms(self, at_s: float) -> int:

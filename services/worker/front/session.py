@@ -12,15 +12,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
 from gen.shoal.fleet.v1 import delivery_pb2, engine_pb2, request_pb2
-from gen.shoal.inference.v1 import inference_pb2
 from services.common.alone import alone
-from services.common.ids import RequestKey, WorkerId, fleet_address, new_nonce, new_worker_id
-from services.common.record import moves
+from services.common.ids import RequestKey, WorkerId, fleet_address, new_worker_id
 from services.common.record.history import Held
 from services.common.record.record import Attempt
 from services.common.record.run import Diverged, MaySample
 from services.common.record.states import RequestState
-from services.common.record.transitions import Answer, Verdict
+from services.common.record.transitions import Verdict
 from services.common.store.connection import Recovering, StoreUnavailable
 from services.common.store.inbox import CancelAttempt, Drain, Inbox, InboxMessage, Redirect, Start
 from services.common.store.requests import RequestStore
@@ -29,8 +27,9 @@ from services.common.telemetry.conventions import STATE
 from services.common.telemetry.tracing import Tracer
 from services.common.text.vocabulary import Vocabulary
 from services.worker.config import WorkerConfig
-from services.worker.front.active import ActiveRequest, attempt_id
+from services.worker.front.active import ActiveRequest
 from services.worker.front.engine_client import EngineClient, EngineDiedError, EngineUnfitError
+from services.worker.front.exits import TRIES, Exits
 from services.worker.front.gateway_links import GatewayLinks
 from services.worker.front.journal import Journal
 from services.worker.front.metrics import WorkerMetrics
@@ -41,10 +40,8 @@ logger = logging.getLogger(__name__)
 INBOX_BLOCK_MS = 1000
 INBOX_BATCH = 64
 RETRY_S = 0.2
-HAND_BACK_TRIES = 5
 HAND_OVER_S = 10.0
 """Longest that a session takes to hand over; what is left then, the leader finds."""
-END_TRIES = 600
 SUSPECT_MARGIN_TOKENS = 2
 
 GONE = frozenset({Verdict.STALE, Verdict.ENDED, Verdict.UNKNOWN})
@@ -71,7 +68,6 @@ class Session:
         tracer: Tracer,
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
-        self.ready = ready
         self.steps = 0
         self.predicted_step_ms = 0
         self.free_blocks = ready.num_blocks
@@ -87,7 +83,7 @@ class Session:
         self.journal = Journal(store, self.active, config.journal_interval_ms, self._journaled, metrics)
         self._config = config
         self._engine = engine
-        self._store = store
+        self._exits = Exits(store, metrics)
         self._inbox = inbox(self.worker)
         self._vocabulary = vocabulary
         self._metrics = metrics
@@ -126,7 +122,8 @@ class Session:
             error = died.exceptions[0]
             reason, cause = str(error), "engine_died"
             self._metrics.engine_deaths.inc()
-            # Only a death counts: a stopped, drained or lost worker has a step in flight too (DESIGN 4.8).
+            # Only a death counts: a stopped, drained or lost worker has a step in flight too (docs/protocol.md, "Poison
+            # requests").
             if isinstance(error, EngineDiedError) and not error.on_request:
                 suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
             raise
@@ -146,6 +143,29 @@ class Session:
             self._links = GatewayLinks(self.worker, tls, self._tasks, self._on_resume, self._on_refusal)
             for part in (self._read_inbox, self._read_engine, self.journal.run, *others):
                 self._tasks.create_task(_awaited(part))
+
+    async def _depart(
+        self, close: Callable[[], Awaitable[None]], why: str, cause: str, suspects: Sequence[int]
+    ) -> None:
+        self._departing = True
+        try:
+            async with asyncio.timeout(HAND_OVER_S):
+                await close()
+                await self._hand_back(why, cause, suspects)
+                for unread in await self._inbox.outstanding():
+                    await self._exits.give_back(unread.key, unread.attempt, why, cause)
+        except (StoreUnavailable, TimeoutError) as error:
+            logger.warning("left requests to the leader", extra={"error": str(error)})
+
+    async def _hand_back(self, why: str, cause: str, suspected: Sequence[int]) -> None:
+        """Everything held goes back to the queue; what has a suspected sequence goes as suspect."""
+        suspects = {self._sequences[number][0].run.key for number in suspected if number in self._sequences}
+        await self.journal.flush()
+        # Those whose end was being written too: if it was stored, giving them back changes nothing.
+        for active in list(self.active.values()):
+            known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
+            await self._drop(active, cause)
+            await self._exits.give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
 
     # What comes in
 
@@ -238,7 +258,7 @@ class Session:
             await self._drop(active, "stale")
             why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
             # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
-            await self._give_back(run.key, run.attempt, why, "stale", floor=floor, tries=END_TRIES)
+            await self._exits.give_back(run.key, run.attempt, why, "stale", floor=floor, tries=TRIES)
 
     async def _release(self, active: ActiveRequest, begin: MaySample) -> None:
         for number, (choice, forced) in enumerate(zip(active.choices, begin.forced, strict=True)):
@@ -253,10 +273,7 @@ class Session:
         logger.warning("the reader holds another history", extra=active.about())
         key, attempt = active.run.key, active.run.attempt
         await self._drop(active, "rebased")
-        # A nonce of its own for each try: Redis may make one, lose it, and make the next.
-        await self._until_stored(
-            lambda: self._store.rebase(moves.Rebase(key, attempt, new_nonce(), histories)), END_TRIES
-        )
+        await self._exits.rebase(key, attempt, histories)
 
     # What the engine says
 
@@ -339,37 +356,20 @@ class Session:
         """Store the end, and only then tell it."""
         await self._abort_all(active)
         outcome = active.outcome(time.monotonic())
-
-        async def finish() -> Answer:
-            run = active.run
-            move = moves.Finish(run.key, run.attempt, state, run.tails(), outcome.SerializeToString(), error)
-            answer = await self._store.finish(move)
-            if answer.verdict == Verdict.GAP:
-                run.journal_is(answer.choice, answer.index)
-            if answer.verdict == Verdict.ENDED and await self._ended_by_us(active, state):
-                # The reply of an earlier try was lost.
-                return Answer(Verdict.OK)
-            return answer
-
         span = active.spans.finish()
-        answer = await self._until_stored(finish, END_TRIES)
-        if answer and answer.verdict == Verdict.OK:
+        verdict = await self._exits.finish(active.run, state, outcome, error)
+        if verdict == Verdict.OK:
             self._metrics.request_ended(state, outcome.usage.prompt_tokens, outcome.usage.cached_tokens)
             if state is RequestState.FINISHED:
                 self.num_ended_choices += len(active.choices)
                 self.num_ended_choice_tokens += sum(len(known) for known in active.run.known)
-            self._links.end(active, _end_frame(active, state, error, outcome))
+            self._links.end(active, active.end_frame(state, error, outcome))
         else:
             self._links.forget(active)
         self._forget(active)
-        told = answer.verdict if answer else "nobody"
         span.end({STATE: state})
-        active.end_spans("" if told == Verdict.OK else "stale")
-        logger.info("ended", extra={**active.about(), "state": state, "answer": told})
-
-    async def _ended_by_us(self, active: ActiveRequest, state: RequestState) -> bool:
-        found = await self._store.read(active.run.key)
-        return found is not None and found[0].attempt == active.run.attempt and found[0].state == state
+        active.end_spans("" if verdict == Verdict.OK else "stale")
+        logger.info("ended", extra={**active.about(), "state": state, "answer": verdict or "nobody"})
 
     async def _journaled(self, active: ActiveRequest, verdict: Verdict) -> None:
         """Act on what an append was answered: the attempt is over, or somebody asked for its end."""
@@ -395,43 +395,6 @@ class Session:
         self._unbegun.difference_update(choice.sequence_id for choice in active.choices)
         self.progress.set()
 
-    async def _depart(
-        self, close: Callable[[], Awaitable[None]], why: str, cause: str, suspects: Sequence[int]
-    ) -> None:
-        self._departing = True
-        try:
-            async with asyncio.timeout(HAND_OVER_S):
-                await close()
-                await self._hand_back(why, cause, suspects)
-                for unread in await self._inbox.outstanding():
-                    await self._give_back(unread.key, unread.attempt, why, cause)
-        except (StoreUnavailable, TimeoutError) as error:
-            logger.warning("left requests to the leader", extra={"error": str(error)})
-
-    async def _hand_back(self, why: str, cause: str, suspected: Sequence[int]) -> None:
-        """Everything held goes back to the queue; what has a suspected sequence goes as suspect."""
-        suspects = {self._sequences[number][0].run.key for number in suspected if number in self._sequences}
-        await self.journal.flush()
-        # Those whose end was being written too: if it was stored, giving them back changes nothing.
-        for active in list(self.active.values()):
-            known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
-            await self._drop(active, cause)
-            await self._give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
-
-    async def _give_back(
-        self, key: RequestKey, attempt: Attempt, why: str, cause: str, floor: int = 0, suspect_until: int = 0,
-        tries: int = HAND_BACK_TRIES,
-    ) -> None:  # fmt: skip
-        """`why`: for the record. `cause`: the same in a word, one of few."""
-        answer = await self._until_stored(
-            lambda: self._store.requeue(
-                moves.Requeue(key, attempt, new_nonce(), why, floor=floor, suspect_until=suspect_until)
-            ),
-            tries,
-        )
-        if answer and answer.verdict == Verdict.OK:
-            self._metrics.requeues.labels(cause).inc()
-
     # Small parts
 
     def _holding(self, key: RequestKey, attempt: Attempt) -> ActiveRequest | None:
@@ -449,44 +412,6 @@ class Session:
             return  # The engine ends next; one that is stuck reads nothing, and would be waited for without end.
         abort = engine_pb2.AbortSequence(sequence_id=sequence_id)
         await self._engine.send(engine_pb2.EngineCommand(abort=abort))
-
-    async def _until_stored(self, move: Callable[[], Awaitable[Answer]], tries: int) -> Answer | None:
-        """Make a move, waiting while Redis is away. None: given up; the leader finds the request then."""
-        for _ in range(tries):
-            try:
-                answer = await move()
-            except (StoreUnavailable, Recovering):
-                await asyncio.sleep(RETRY_S)
-                continue
-            if answer.verdict != Verdict.GAP:
-                return answer
-        return None
-
-
-def _end_frame(
-    active: ActiveRequest, state: RequestState, error: str, outcome: request_pb2.Outcome
-) -> delivery_pb2.EndFrame:
-    return delivery_pb2.EndFrame(
-        key=active.run.key,
-        attempt=attempt_id(active.run),
-        state=STATES[state],
-        finished=inference_pb2.Finished(
-            reason=outcome.reasons[0],
-            further_reasons=outcome.reasons[1:],
-            usage=outcome.usage,
-            timings=outcome.timings,
-            prompt_logprobs=outcome.prompt_logprobs,
-        ),
-        error=error,
-    )
-
-
-STATES = {
-    RequestState.FINISHED: inference_pb2.REQUEST_STATE_FINISHED,
-    RequestState.CANCELLED: inference_pb2.REQUEST_STATE_CANCELLED,
-    RequestState.EXPIRED: inference_pb2.REQUEST_STATE_EXPIRED,
-    RequestState.FAILED: inference_pb2.REQUEST_STATE_FAILED,
-}
 
 
 async def to_the_end(work: Coroutine[object, object, None]) -> None:

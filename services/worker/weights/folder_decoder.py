@@ -41,7 +41,6 @@ def open_folder_decoder(folder: ModelFolder) -> StoredDecoder:
         family=family,
         names=FOLDER_NAMES,
         tensors=FolderTensors(SafetensorsFiles(folder.path), scheme),
-        is_tied=folder.config.optional("tie_word_embeddings", bool, False),
     )
 
 
@@ -90,6 +89,7 @@ def _read_config(config: JsonFile, family: Family) -> DecoderConfig:
         rope_scaling=rope_scaling,
         sliding_window=window if slides else None,
         sliding_layers=sliding_layers if slides else frozenset(),
+        is_tied=config.optional("tie_word_embeddings", bool, False),
     )
     check_sizes(config.path, read)
     return read

@@ -46,7 +46,6 @@ def open_gguf_decoder(file: GgufFile) -> StoredDecoder:
         family=family,
         names=GGUF_NAMES,
         tensors=GgufTensors(file),
-        is_tied=GGUF_NAMES.lm_head not in file.tensors,
         # The converter reorders the rows of these alone.
         has_rotary_pairs=architecture == "llama",
         rotary_divisors=_ROTARY_DIVISORS if _ROTARY_DIVISORS in file.tensors else None,
@@ -90,6 +89,7 @@ def _read_config(keys: "_Keys", window: int) -> DecoderConfig:
         rope_theta=keys.optional("rope.freq_base", float, 10000.0),
         sliding_window=window if has_window else None,
         sliding_layers=frozenset(range(num_layers) if has_window else ()),
+        is_tied=GGUF_NAMES.lm_head not in file.tensors,
     )
     check_sizes(file.path, config)
     return config

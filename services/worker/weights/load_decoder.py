@@ -94,10 +94,10 @@ class _Part:
 def _head(stored: StoredDecoder, part: _Part, embedding: Tensor) -> Tensor:
     """The head's matrix. Some files of tied models hold it all the same."""
     config, name = stored.config, stored.names.lm_head
-    if stored.is_tied and name not in stored.tensors:
+    if config.is_tied and name not in stored.tensors:
         return embedding
     head = stored.tensors.table(part.tokens(name), config.hidden_size)
-    if not stored.is_tied:
+    if not config.is_tied:
         return head
     if not torch.equal(head, embedding):
         raise ModelFileError(

@@ -150,8 +150,6 @@ class StoredDecoder:
     family: Family
     names: TensorNames
     tensors: StoredTensors
-    is_tied: bool
-    """The embedding is the head too."""
     has_rotary_pairs: bool = False
     """What the rotary embedding turns together is neighbours, (2i, 2i + 1); else it is (i, i + head_dim / 2)."""
     rotary_divisors: str | None = None

@@ -29,6 +29,8 @@ class DecoderConfig:
     sliding_window: int | None = None
     """Tokens that a sliding layer's token sees, itself included. None: no layer slides."""
     sliding_layers: frozenset[int] = frozenset()
+    is_tied: bool = False
+    """The embedding is the head too; a GPU holds it once."""
 
     @property
     def q_size(self) -> int:
