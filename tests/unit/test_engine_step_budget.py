@@ -107,7 +107,7 @@ def test_a_prompt_is_cut_to_the_budget_after_few_tokens_and_if_few_steps_do(num_
     assert engine.prefilled() == pytest.approx(8, abs=2)
 
 
-def test_shorter_prompts_wait_for_no_long_step() -> None:
+def test_shorter_prompts_go_before_a_long_step() -> None:
     engine = Decoding(num_decodes=1, num_steps=300)
     engine.ask(98, prompt_tokens=500)
     engine.ask(99, prompt_tokens=4)

@@ -6,8 +6,8 @@ Whoever decodes gets no token before the step's end. So a step keeps a budget, b
   are late by many steps weigh more than tokens that are late by one.
 - One in a hundred intervals between tokens may be late. They are saved, and spent where the next prompt is a long one:
   one step takes as much as it can hold. So a prompt of 4,000 tokens beside eight decodes is computed in two long steps,
-  for 16 late tokens, instead of ten that take a fifth more time together. Shorter ones go before it, in steps of their
-  own, and wait for no long one.
+  for 16 late tokens, instead of ten that take a fifth more time together. Shorter ones that wait with it go
+  first, in a step of their own.
 """
 
 LATE_SHARE = 1 / 128
