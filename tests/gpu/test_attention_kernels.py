@@ -15,6 +15,7 @@ from services.worker.kernels.decode_attention import (
     decode_attention,
     decode_attention_reference,
     even_length,
+    num_pieces_for,
     piece_results,
 )
 from services.worker.kernels.paged_kv import PagedLayer
@@ -133,6 +134,24 @@ def test_contexts_are_cut_into_pieces_that_cover_them_once(most_pieces: int) -> 
         assert (own[1:, 1] == own[:-1, 2]).all()
         assert (own[:, 1] % 64 == 0).all()
         assert (own[:-1, 2] - own[:-1, 1] >= 128).all()
+
+
+def test_the_longest_contexts_pieces_begin_first_and_the_shortest_last() -> None:
+    contexts = np.array([90, 700, 64, 4096], dtype=np.int32)
+    pieces, splits = cut_contexts(np.zeros_like(contexts), contexts, 512)
+    assert pieces[:, 0].tolist() == [3] * 8 + [1] * 2 + [0, 2]
+    assert splits.tolist() == [[10, 1], [8, 2], [11, 1], [0, 8]]
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_few_contexts_have_pieces_to_spare_so_that_a_long_one_is_cut(is_fp8: bool) -> None:
+    contexts = np.array([400] * 9 + [4096], dtype=np.int32)
+    assert even_length(contexts, num_pieces_for(len(contexts), is_fp8), 64, 64) <= 512
+
+
+def test_some_contexts_of_one_length_are_a_piece_each() -> None:
+    contexts = np.full(32, 768, dtype=np.int32)
+    assert even_length(contexts, num_pieces_for(len(contexts), is_fp8=False), 64, 64) >= 768
 
 
 def attend_to_chunks(

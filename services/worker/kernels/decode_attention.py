@@ -26,6 +26,7 @@ from services.worker.kernels.shared_attention import MOST_MEMBERS, SharedResults
 _LEAST_ROWS = 16
 """Of an operand of the tensor cores."""
 _LOG2_E = math.log2(math.e)
+_MORE_PIECES = 16
 
 PIECE_COLUMNS = 4
 """Of a piece: the sequence's row, its first and its end position, and the context's length. Row -1: there is none."""
@@ -98,13 +99,13 @@ def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
 def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
     """Return into how many pieces the contexts of so many rows are cut at most, by the same.
 
-    One more for every four, so that a context much longer than the others is not the last one alone. fp8 costs a
-    conversion a value, which a few more programs share.
+    One more for every four, and not less than 16 more, so that a context much longer than the others is not the last
+    one alone. fp8 costs a conversion a value, which a few more programs share.
     """
     if num_rows == 0:
         return 0
-    least = min(2 * num_rows, 64) if is_fp8 else 0
-    return max(16 if not is_fp8 else 48, least, num_rows + num_rows // 4)
+    least = max(48, min(2 * num_rows, 64)) if is_fp8 else 0
+    return max(least, num_rows + max(_MORE_PIECES, num_rows // 4))
 
 
 def even_length(own_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int) -> int:
@@ -126,11 +127,16 @@ def cut_contexts(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Cut contexts, from `first_tokens` on, into pieces of `length` tokens, but for each one's last.
 
-    Returns pieces as in DecodeBatch, but with none filled up, and each context's first piece and number of pieces.
+    Returns pieces as in DecodeBatch, but with none filled up, and each context's first piece and number of pieces. The
+    longest contexts come first: programs begin in this order, and what the last ones have to do is to be short (Graham,
+    1969, longest processing time first).
     """
-    counts = -(-(context_tokens - first_tokens) // length)
-    first_piece = np.cumsum(counts) - counts
-    rows = np.repeat(np.arange(len(context_tokens), dtype=np.int32), counts)
+    own_tokens = context_tokens - first_tokens
+    counts = -(-own_tokens // length)
+    order = np.argsort(-own_tokens, kind="stable")
+    first_piece = np.empty_like(counts)
+    first_piece[order] = np.cumsum(counts[order]) - counts[order]
+    rows = np.repeat(order.astype(np.int32), counts[order])
     begins = first_tokens[rows] + (np.arange(len(rows)) - first_piece[rows]) * length
     contexts = context_tokens[rows]
     pieces = np.stack((rows, begins, np.minimum(begins + length, contexts), contexts), axis=1)
