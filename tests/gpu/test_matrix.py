@@ -87,10 +87,14 @@ def forms(num_rows: int) -> set[object]:
     return chosen
 
 
-def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves() -> None:
+def test_all_forms_of_few_rows_are_compiled_for_steps_that_are_computed_as_they_are() -> None:
     needed = set().union(*map(forms, range(2, MOST_ROWS + 1)))
-    assert set().union(*map(forms, ROWS_OF_FORMS)) == needed, "of steps that are computed as they are"
-    filled_up_to = FilledUpTo(decode_sizes(512), chunk_sizes(8704))
+    assert set().union(*map(forms, ROWS_OF_FORMS)) == needed
+
+
+@pytest.mark.parametrize("max_sequences", [5, 17, 20, 31, 33, 65, 100, 129, 250, 512])
+def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves(max_sequences: int) -> None:
+    filled_up_to = FilledUpTo(decode_sizes(max_sequences), chunk_sizes(8192 + max_sequences))
     shapes = StepShapes(filled_up_to, StepLayout(8192, 64, False, True, False, 16), may_share=False).forms()
     for has_chunks in (False, True):
         sizes = filled_up_to.chunks if has_chunks else filled_up_to.decodes[1:]

@@ -12,6 +12,7 @@ from itertools import pairwise
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.small_product import MOST_ROWS as MOST_ROWS_OF_FEW
+from services.worker.kernels.small_product import row_blocks
 
 MOST_CHUNKS = 16
 """Prompts, or parts of prompts, in a step that is filled up."""
@@ -127,7 +128,7 @@ class StepShapes:
 
     def forms(self) -> list[StepShape]:
         """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows, and
-        of few rows by thirty-twos (`cuda/matrix.py`)."""
+        of few rows by their blocks and by thirty-twos (`cuda/matrix.py`)."""
         sizes = _first_of_forms(self._decodes)
         sharing = [StepShape(size, size, shares=True) for size in sizes if self.may_share(size)]
         sizes_of_chunks = _first_of_forms(self._chunks)
@@ -145,5 +146,8 @@ def _first_of_forms(sizes: Sequence[int]) -> list[int]:
     return [size for below, size in pairwise([0, *sizes]) if _form(below) != _form(size)]
 
 
-def _form(num_rows: int) -> tuple[int, int]:
-    return num_rows.bit_length(), (num_rows + 31) // 32 if num_rows <= MOST_ROWS_OF_FEW else 0
+def _form(num_rows: int) -> tuple[object, ...]:
+    if num_rows > MOST_ROWS_OF_FEW:
+        return (num_rows.bit_length(),)
+    # By blocks too: 16 rows fill theirs, and 17 to 31, as long in bits, are of the next one.
+    return num_rows.bit_length(), row_blocks(num_rows), (num_rows + 31) // 32
