@@ -130,7 +130,7 @@ def test_long_steps_add_their_products_to_the_residual(tmp_path: Path, monkeypat
 
 @pytest.mark.skipif(not IS_CUDA, reason="the interpreter does not multiply bf16")
 def test_few_rows_gates_open_in_their_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen3", num_hidden_layers=2, hidden_size=256, intermediate_size=512)
+    model = tiny_model("qwen3", num_hidden_layers=2, hidden_size=256, intermediate_size=512, head_dim=16)
     limits, runner = a_runner(save(model, tmp_path), "bf16", has_graphs=False, max_prefill_tokens_per_step=64)
     looks = [
         [add_command(add(number, prompt, max_tokens=1, stop_token_ids=(), logprobs=3))]
@@ -214,9 +214,22 @@ def test_in_the_batch_invariant_mode_neighbours_change_nothing(weights: DeviceWe
 
 
 def test_the_batch_invariant_mode_refuses_a_model_that_it_does_not_take(tmp_path: Path) -> None:
-    folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1), tmp_path)
-    with pytest.raises(ConfigError, match="multiples of 16 bytes"):
+    folder = save(tiny_model("llama-9-heads-of-3", num_hidden_layers=1, head_dim=8), tmp_path)
+    with pytest.raises(ConfigError, match=r"does not take a matrix of .* multiples of 16 bytes"):
         a_runner(folder, "float32", is_batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ({"head_dim": 18}, "a key of the model's heads takes 72 bytes; on a GPU it is to fill multiples of 16"),
+        ({"head_dim": 4, "num_attention_heads": 65}, "65 query heads share a key head; on a GPU at most 64 can"),
+    ],
+)
+def test_heads_that_chunks_are_not_attended_with_are_refused(heads: dict[str, int], said: str, tmp_path: Path) -> None:
+    folder = save(tiny_model("qwen3", num_hidden_layers=1, **heads), tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        a_runner(folder)
 
 
 def test_kernels_are_compiled_of_few_layers_and_then_all_are_computed(tmp_path: Path) -> None:

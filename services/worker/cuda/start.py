@@ -16,6 +16,7 @@ from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, dec
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
+from services.worker.kernels.prefill_attention import COPY_BYTES, MOST_SHARING_HEADS
 from services.worker.kernels.rows import FP8
 from services.worker.kernels.tile_product import fits
 from services.worker.rank_file import RankFile
@@ -67,9 +68,11 @@ def start_cuda_runner(
 
     The KV cache has as many blocks as fit into what a step of the largest size leaves, which is made to see; of ranks,
     the one with least room says how many. Raises ConfigError if that is not one, if the model cannot be dealt out, if
-    the batch-invariant mode does not take it, or if ranks cannot reach each other, and NcclError.
+    its heads are not attended with, if the batch-invariant mode does not take it, or if ranks cannot reach each other,
+    and NcclError.
     """
     rank_config = shard.config(config)
+    _check_heads(rank_config, options.kv_dtype)
     context_tokens = min(options.context_tokens, config.context_tokens)
     most = MostWork(
         num_rows=options.max_prefill_tokens_per_step + options.max_sequences,
@@ -126,6 +129,16 @@ def _filled_up_to(options: DeviceOptions, most: MostWork, ranks: DeviceRanks | N
     # Sums of more rows are NCCL's, and were not measured in a graph with prompts.
     chunks = (size for size in chunk_sizes(most.num_rows) if ranks is None or ranks.are_few(size))
     return FilledUpTo(decode_sizes(options.max_sequences), tuple(chunks))
+
+
+def _check_heads(config: DecoderConfig, kv_dtype: torch.dtype) -> None:
+    key_bytes, group = config.head_dim * kv_dtype.itemsize, config.num_heads // config.num_kv_heads
+    if key_bytes % COPY_BYTES:
+        raise ConfigError(
+            f"a key of the model's heads takes {key_bytes} bytes; on a GPU it is to fill multiples of {COPY_BYTES}"
+        )
+    if group > MOST_SHARING_HEADS:
+        raise ConfigError(f"{group} query heads share a key head; on a GPU at most {MOST_SHARING_HEADS} can")
 
 
 def _check_invariant(weights: DeviceWeights, kind: torch.dtype) -> None:

@@ -23,7 +23,9 @@ _LOG2_E = math.log2(math.e)
 _LEAST_ROWS = 16
 _TILE_ROWS = 64
 """Of 128 dimensions, with the keys and values on their way, so many that a processor has two programs."""
-_COPY_BYTES = 16
+MOST_SHARING_HEADS = _TILE_ROWS
+"""Query heads of a key head."""
+COPY_BYTES = 16
 """What a key is a multiple of, for bulk copies."""
 
 TILE_COLUMNS = 4
@@ -33,7 +35,7 @@ TILE_COLUMNS = 4
 def tile_tokens_for(num_heads: int, num_kv_heads: int) -> int:
     """Return of how many tokens a tile has queries: their heads of a key head fill a product's rows."""
     group = num_heads // num_kv_heads
-    assert group <= _TILE_ROWS, f"{group} query heads share a key head; at most {_TILE_ROWS} can"
+    assert group <= MOST_SHARING_HEADS
     return _TILE_ROWS // group
 
 
@@ -88,7 +90,7 @@ def prefill_attention(
     num_blocks, _, num_kv_heads, block_size_tokens, _ = layer.kv.shape
     assert queries.is_contiguous()
     assert out.is_contiguous()
-    assert head_dim * layer.kv.element_size() % _COPY_BYTES == 0, "bulk copies take no such keys"
+    assert head_dim * layer.kv.element_size() % COPY_BYTES == 0, "bulk copies take no such keys"
     block_dim = max(_LEAST_ROWS, triton.next_power_of_2(head_dim))
     # As many as there is shared memory for.
     tile_keys = min(64 if block_dim <= 128 else 32, block_size_tokens)
