@@ -128,8 +128,8 @@ async def _run(plan: FleetPlan, state: StateDir) -> None:
         if stop.is_set():
             supervisor.kill_all()
         else:
-            progress.say("shoal: stopping (again to kill)")
             stop.set()
+            progress.say("shoal: stopping (again to kill)")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, end)

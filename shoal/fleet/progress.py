@@ -1,5 +1,6 @@
 """What a person sees on standard error while a fleet starts."""
 
+from contextlib import suppress
 from typing import TextIO
 
 _STEPS_SHOWN = 4
@@ -42,5 +43,7 @@ class Progress:
         self._open_line = True
 
     def _print(self, text: str) -> None:
-        self._out.write(("\r\x1b[K" if self._open_line else "") + text)
-        self._out.flush()
+        # Who read it may have gone, as `| tee` at Ctrl-C; the fleet goes on, and is to be stopped.
+        with suppress(BrokenPipeError):
+            self._out.write(("\r\x1b[K" if self._open_line else "") + text)
+            self._out.flush()
