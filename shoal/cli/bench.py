@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise FleetError(f"--{flag.replace('_', '-')} is {value}; the least is {least}")
-    if arguments.rate is not None and arguments.rate <= 0:
-        raise FleetError(f"--rate is {arguments.rate}; it must be above 0")
+    if arguments.rate is not None and not 0 < arguments.rate < math.inf:
+        raise FleetError(f"--rate is {arguments.rate}; it must be a number above 0")
     if arguments.url and not arguments.url.startswith(("http://", "https://")):
         raise FleetError(f"--url is {arguments.url}; it looks like http://127.0.0.1:8000")
     for flag, file in (("json", arguments.json), ("plot", arguments.plot)):

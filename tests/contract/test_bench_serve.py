@@ -233,6 +233,7 @@ async def test_a_failed_request_is_the_commands_failure(
     ("flags", "problem"),
     [
         (["--rate", "0"], "--rate is 0.0"),
+        (["--rate", "nan"], "--rate is nan"),
         (["--url", "127.0.0.1:8000"], "--url is 127.0.0.1:8000; it looks like http://127.0.0.1:8000"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json: there is no folder /nowhere"),
         (["--plot", "/nowhere/out.svg"], "--plot /nowhere/out.svg: there is no folder /nowhere"),

@@ -52,6 +52,7 @@ def test_a_command_of_parts_alone_names_them(command: str, parts: str, capsys: p
     ("command", "said"),
     [
         (("up", "--workers", "two"), "--workers: 'two' is not a whole number from 1 to 64"),
+        (("up", "--workers", "٣"), "--workers: '٣' is not a whole number from 1 to 64"),
         (("up", "--workers", "0"), "--workers: '0' is not a whole number from 1 to 64"),
         (("up", "--port", "65001"), "--port: '65001' is not a whole number from 0 to 65000"),
         (("up", "--autoscale", "3:1"), "--autoscale: '3:1' is not MIN:MAX, as 1:4"),
