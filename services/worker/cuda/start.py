@@ -16,9 +16,9 @@ from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, dec
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
-from services.worker.kernels.prefill_attention import COPY_BYTES, MOST_SHARING_HEADS
+from services.worker.kernels.prefill_attention import MOST_SHARING_HEADS
 from services.worker.kernels.rows import FP8
-from services.worker.kernels.tile_product import fits
+from services.worker.kernels.tile_product import COPY_BYTES, fits
 from services.worker.rank_file import RankFile
 from services.worker.runner.cache_blocks import kv_block_bytes
 from services.worker.runner.models.decoder_weights import DecoderConfig

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
+from services.worker.kernels.tile_product import COPY_BYTES
 
 _LOG2_E = math.log2(math.e)
 _LEAST_ROWS = 16
@@ -25,8 +26,6 @@ _TILE_ROWS = 64
 """Of 128 dimensions, with the keys and values on their way, so many that a processor has two programs."""
 MOST_SHARING_HEADS = _TILE_ROWS
 """Query heads of a key head."""
-COPY_BYTES = 16
-"""What a key is a multiple of, for bulk copies."""
 
 TILE_COLUMNS = 4
 """Of a tile: the row of its first query, number of queries, position of the first, row of its block table."""

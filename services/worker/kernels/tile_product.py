@@ -20,7 +20,7 @@ from services.worker.kernels.rows import Rows
 _PROCESSORS = 132
 _ROW_TILES_TOGETHER = 16
 """Neighbouring row tiles that are taken before the next outputs: their weights are in the second-level cache then."""
-_COPY_BYTES = 16
+COPY_BYTES = 16
 """What rows are multiples of, for bulk copies."""
 
 
@@ -45,7 +45,7 @@ FEW_ROWS = TileTuning(64, 64, 256, 6, 4)
 def fits(weight: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether the kernel takes a matrix: bulk copies begin at multiples of 16 bytes."""
     num_outputs, num_inputs = weight.shape
-    return num_inputs * weight.element_size() % _COPY_BYTES == 0 == num_outputs * out_dtype.itemsize % _COPY_BYTES
+    return num_inputs * weight.element_size() % COPY_BYTES == 0 == num_outputs * out_dtype.itemsize % COPY_BYTES
 
 
 def tile_tuning_for(num_rows: int, dtype: torch.dtype) -> TileTuning:
