@@ -49,6 +49,13 @@ def a_product(num_rows: int, size: int, dtype: torch.dtype, *, has_scales: bool,
     return Scaled((product / row_scales[:, None] / channel_scales).to(dtype), row_scales, channel_scales)
 
 
+def in_parts(given: Scaled, num_parts: int) -> Scaled:
+    """The same product, to be added up."""
+    product = given.product.float()
+    parts = random(seeded(4), num_parts - 1, *product.shape)
+    return Scaled(torch.cat((parts, (product - parts.sum(dim=0))[None])), given.row_scales, given.channel_scales)
+
+
 def rows_like(num_rows: int, size: int, dtype: torch.dtype, *, to_fp8: bool) -> Rows:
     """Room that holds NaN."""
     values = torch.full((num_rows, size), math.nan, device=DEVICE).to(FP8 if to_fp8 else dtype)
@@ -141,8 +148,16 @@ HEADS = [(32, 8, 128), (9, 3, 64), (5, 1, 20)] if IS_CUDA else [(4, 2, 16), (9, 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("has_scales", "has_bias", "has_norm", "kv_dtype"),
-    [(False, False, False, None), (True, True, True, FP8), (False, True, False, None), (True, False, True, None)],
+    ("has_scales", "has_bias", "has_norm", "kv_dtype", "num_parts"),
+    [
+        (False, False, False, None, 1),
+        (True, True, True, FP8, 1),
+        (False, True, False, None, 1),
+        (True, False, True, None, 1),
+        (False, False, False, None, 2),
+        (True, True, True, FP8, 2),
+        (True, False, False, None, 4),
+    ],
 )
 def test_queries_are_turned_and_keys_and_values_written(
     heads: tuple[int, int, int],
@@ -151,6 +166,7 @@ def test_queries_are_turned_and_keys_and_values_written(
     has_bias: bool,
     has_norm: bool,
     kv_dtype: torch.dtype | None,
+    num_parts: int,
 ) -> None:
     num_heads, num_kv_heads, head_dim = heads
     generator = seeded(5)
@@ -163,6 +179,8 @@ def test_queries_are_turned_and_keys_and_values_written(
         1e-6,
     )
     qkv = a_product(num_tokens, size, dtype, has_scales=has_scales)
+    if num_parts > 1:
+        qkv = in_parts(qkv, num_parts)
     positions = torch.tensor([0, 1, 299, 7, 8], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([5, 63, -1, 16, 17], dtype=torch.int32, device=DEVICE)
     shape = (num_blocks, 2, num_kv_heads, block_size, head_dim)
@@ -171,7 +189,7 @@ def test_queries_are_turned_and_keys_and_values_written(
     queries = torch.full((num_tokens, num_heads, head_dim), math.nan, device=DEVICE).to(dtype)
     rope_and_write(qkv, weights, positions, slots, PagedLayer(kv), queries)
     expected = rope_and_write_reference(qkv, weights, positions, slots, PagedLayer(expected_kv))
-    assert_near(queries, expected)
+    assert_near(queries, expected.to(dtype))
     difference = (kv.float() - expected_kv.float()).norm() / expected_kv.float().norm()
     assert float(difference) < (0.04 if kv_dtype else 1e-5 if dtype == torch.float32 else 2e-3)
     untouched = torch.ones(num_blocks * block_size, dtype=torch.bool, device=DEVICE)
@@ -182,6 +200,10 @@ def test_queries_are_turned_and_keys_and_values_written(
 
     assert torch.equal(by_slot(kv)[untouched], by_slot(expected_kv)[untouched])
 
+    if num_parts > 1:
+        with pytest.raises(AssertionError):
+            rope_and_write(qkv, weights, positions, slots, PagedLayer(kv), queries, keeps_dense=True)
+        return
     rope_and_write(qkv, weights, positions, slots, PagedLayer(kv), queries, keeps_dense=True)
     dense = qkv.product.view(num_tokens, -1, head_dim)[slots >= 0, num_heads:].float()
     cached = by_slot(expected_kv).view(num_blocks * block_size, -1, head_dim)[slots[slots >= 0].long()]

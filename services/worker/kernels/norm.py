@@ -51,7 +51,7 @@ def add_rms_norm(
             add_rms_norm(delta.of(rows), residual[rows], weight, epsilon, out.of(rows), seat, pdl=pdl)
         return
     block = triton.next_power_of_2(size)
-    parts = len(delta.product) if delta is not None and delta.product.ndim == 3 else 1
+    parts = delta.num_parts if delta else 1
     _add_rms_norm[(num_rows,)](
         delta.product if delta else None,
         delta.row_scales if delta else None,

@@ -1,6 +1,7 @@
 """Rotary embedding (Su et al., 2021) of queries and keys, and the write of keys and values into the paged cache.
 
-One pass over a fused product of queries, keys and values, with what some families add: a bias, a norm of each head.
+One pass over a fused product of queries, keys and values, or over its parts, with what some families add: a bias, a
+norm of each head.
 Bound by bytes; at few rows by the launch.
 """
 
@@ -33,7 +34,8 @@ class HeadWeights:
 def rope_and_write_reference(
     qkv: Scaled, weights: HeadWeights, positions: Tensor, slots: Tensor, layer: PagedLayer
 ) -> Tensor:
-    """Write keys and values into `layer`; return the turned queries, [num_tokens, num_heads, head_dim].
+    """Write keys and values into `layer`; return the turned queries, [num_tokens, num_heads, head_dim], in the product's
+    type.
 
     A token's slot is block * block_size_tokens + its place in the block; below 0: it is not written.
     """
@@ -70,11 +72,13 @@ def rope_and_write(
 ) -> None:
     """As the reference; the queries go into `queries`, [num_tokens, num_heads, head_dim].
 
-    `keeps_dense`: the product's keys and values are overwritten by what goes into the cache, in the product's type.
+    `keeps_dense`: the product's keys and values are overwritten by what goes into the cache, in the product's type. It
+    must be whole then.
     """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = layer.kv.shape[2]
-    assert qkv.product.shape == (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+    assert qkv.product.shape[-2:] == (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
+    assert qkv.product.ndim == 2 or not keeps_dense
     assert qkv.product.is_contiguous()
     assert queries.is_contiguous()
     _rope_and_write[(num_tokens, num_kv_heads)](
@@ -88,6 +92,7 @@ def rope_and_write(
         slots,
         queries,
         layer.kv,
+        num_tokens,
         weights.epsilon,
         layer.kv.stride(0),
         NUM_HEADS=num_heads,
@@ -98,6 +103,7 @@ def rope_and_write(
         BLOCK_PAIRS=triton.next_power_of_2(head_dim) // 2,
         BLOCK_SIZE=layer.block_size_tokens,
         FP8_LIMIT=FP8_MAX if layer.is_fp8 else 0.0,
+        PARTS=qkv.num_parts,
         KEEPS_DENSE=keeps_dense,
         PDL=pdl,
         launch_pdl=pdl,
@@ -106,12 +112,28 @@ def rope_and_write(
 
 
 @triton.jit
-def _heads(qkv, bias, row_scale, channel_scales, row, first_head, heads, is_head, NUM_COLUMNS, HEAD_DIM, BLOCK_PAIRS):
+def _heads(
+    qkv,
+    bias,
+    row_scale,
+    channel_scales,
+    row,
+    num_rows,
+    first_head,
+    heads,
+    is_head,
+    NUM_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """Load heads from `first_head` on, as pairs of neighbours: two of [heads, BLOCK_PAIRS] float32."""
     dims = tl.arange(0, 2 * BLOCK_PAIRS)
     columns = (first_head + heads)[:, None] * HEAD_DIM + dims[None, :]
     inside = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     x = tl.load(qkv + row * NUM_COLUMNS + columns, inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(qkv + (part * num_rows + row) * NUM_COLUMNS + columns, inside, other=0.0)
     if channel_scales is not None:
         x = x * row_scale * tl.load(channel_scales + columns, inside, other=0.0)
     if bias is not None:
@@ -140,7 +162,7 @@ def _rounded(even, odd, out, FP8_LIMIT: tl.constexpr):
     return x.to(out.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rope_and_write(
     qkv,
     row_scales,
@@ -152,6 +174,7 @@ def _rope_and_write(
     slots,
     queries,
     kv,
+    num_rows,
     epsilon,
     kv_block_stride,
     NUM_HEADS: tl.constexpr,
@@ -162,6 +185,7 @@ def _rope_and_write(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
+    PARTS: tl.constexpr,
     KEEPS_DENSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -185,8 +209,9 @@ def _rope_and_write(
 
     first = kv_head * GROUP
     even, odd = _heads(
-        qkv, bias, row_scale, channel_scales, row, first, group, in_group, columns, HEAD_DIM, BLOCK_PAIRS
-    )
+        qkv, bias, row_scale, channel_scales, row, num_rows, first, group, in_group, columns, HEAD_DIM, BLOCK_PAIRS,
+        PARTS,
+    )  # fmt: skip
     even, odd = _normed(even, odd, qk_norm, first, group, in_group, epsilon, HEAD_DIM, BLOCK_PAIRS)
     x = _rounded(even * cosine - odd * sine, odd * cosine + even * sine, queries, 0.0)
     places = (row * NUM_HEADS + first + group)[:, None] * HEAD_DIM + dims[None, :]
@@ -197,8 +222,9 @@ def _rope_and_write(
         place = kv + block * kv_block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM
         key = NUM_HEADS + kv_head
         key_even, key_odd = _heads(
-            qkv, bias, row_scale, channel_scales, row, key, one, one == 0, columns, HEAD_DIM, BLOCK_PAIRS
-        )
+            qkv, bias, row_scale, channel_scales, row, num_rows, key, one, one == 0, columns, HEAD_DIM, BLOCK_PAIRS,
+            PARTS,
+        )  # fmt: skip
         key_even, key_odd = _normed(key_even, key_odd, qk_norm, key, one, one == 0, epsilon, HEAD_DIM, BLOCK_PAIRS)
         k = _rounded(key_even * cosine - key_odd * sine, key_odd * cosine + key_even * sine, kv, FP8_LIMIT)
         tl.store(place + dims[None, :], k, in_head)
@@ -207,8 +233,9 @@ def _rope_and_write(
             tl.store(qkv + row * columns + key * HEAD_DIM + dims[None, :], dense_k, in_head)
         value = NUM_HEADS + NUM_KV_HEADS + kv_head
         value_even, value_odd = _heads(
-            qkv, bias, row_scale, channel_scales, row, value, one, one == 0, columns, HEAD_DIM, BLOCK_PAIRS
-        )
+            qkv, bias, row_scale, channel_scales, row, num_rows, value, one, one == 0, columns, HEAD_DIM, BLOCK_PAIRS,
+            PARTS,
+        )  # fmt: skip
         v = _rounded(value_even, value_odd, kv, FP8_LIMIT)
         tl.store(place + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM + dims[None, :], v, in_head)
         if KEEPS_DENSE:

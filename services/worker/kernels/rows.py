@@ -46,6 +46,11 @@ class Scaled:
     is_given: bool = False
     """Whether other ranks were given it already, for a sum over ranks; then it has no scales, and one part."""
 
+    @property
+    def num_parts(self) -> int:
+        """How many are to be added up."""
+        return len(self.product) if self.product.ndim == 3 else 1
+
     def dequantized(self) -> Tensor:
         """Return what it stands for, in float32."""
         product = self.product.float() if self.product.ndim == 2 else self.product.sum(dim=0)
