@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
@@ -14,6 +15,7 @@ from services.common.model.folder import read_folder
 from services.worker.cuda import cuda_runner, decoder, matrix, shared_prefixes, step_shapes
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.made_up_steps import made_up_step
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader
 from services.worker.cuda.shared_prefixes import SharedPrefix
 from services.worker.cuda.start import DeviceOptions, start_cuda_runner
 from services.worker.cuda.weights import load_weights
@@ -22,8 +24,9 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
-from services.worker.kernels.rows import Rows
-from services.worker.kernels.small_product import small_product_swiglu
+from services.worker.kernels.rope_kv import rope_and_write
+from services.worker.kernels.rows import Rows, Scaled
+from services.worker.kernels.small_product import small_product_reference, small_product_swiglu
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
 from services.worker.weights.folder_decoder import open_folder_decoder
@@ -126,6 +129,61 @@ def test_long_steps_add_their_products_to_the_residual(tmp_path: Path, monkeypat
     monkeypatch.setattr(matrix, "_ADDING_FROM_ROWS", 8)
     assert told() == pytest.approx(in_norms, abs=2e-5)
     assert len(in_norms) == 6
+
+
+def test_products_in_parts_are_added_up_by_the_kernels_behind_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3", num_hidden_layers=2)
+    limits, runner = a_runner(save(model, tmp_path), has_graphs=False)
+    multiply, readers = Multiplier.__call__, list[PartsReader]()
+
+    def in_parts(
+        multiplier: Multiplier,
+        rows: Rows,
+        weight: DeviceMatrix,
+        out: Tensor,
+        *,
+        parts_for: PartsReader | None = None,
+        **options: Any,
+    ) -> Scaled:
+        if parts_for is None:
+            return multiply(multiplier, rows, weight, out, **options)
+        readers.append(parts_for)
+        return Scaled(small_product_reference(rows.values, weight.values, num_splits=2))
+
+    monkeypatch.setattr(Multiplier, "__call__", in_parts)
+    answers, _ = generate(limits, runner, [greedy(1, prompts()[0], 2)])
+    assert answers == {1: reference_greedy(model, prompts()[0], 2)}
+    assert readers == ["rope", "norm", "norm"] * 4, "two layers, twice"
+
+
+@pytest.mark.skipif(not IS_CUDA, reason="the interpreter does not multiply bf16")
+def test_few_rows_heads_are_turned_out_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 512, "head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = tiny_model("qwen3", num_hidden_layers=2, **sizes)
+    limits, runner = a_runner(save(model, tmp_path), "bf16", has_graphs=False, max_prefill_tokens_per_step=64)
+    num_parts: set[int] = set()
+
+    def watched(qkv: Scaled, *arguments: Any, **options: Any) -> None:
+        num_parts.add(qkv.num_parts)
+        rope_and_write(qkv, *arguments, **options)
+
+    def told() -> list[float]:
+        asked = [
+            add_command(add(number, prompt, max_tokens=1, stop_token_ids=(), logprobs=3))
+            for number, prompt in enumerate(prompts()[:2], 1)
+        ]
+        _, front = generate(limits, runner, asked)
+        return [given.top[0].logprob for output in front.outputs for given in output.logprobs]
+
+    monkeypatch.setattr(decoder, "rope_and_write", watched)
+    out_of_parts = told()
+    assert 2 in num_parts
+    num_parts.clear()
+    monkeypatch.setattr(matrix, "_MOST_ROWS_TURNED_IN_PARTS", 0)
+    assert told() == pytest.approx(out_of_parts, abs=0.1)
+    assert num_parts == {1}
 
 
 @pytest.mark.skipif(not IS_CUDA, reason="the interpreter does not multiply bf16")

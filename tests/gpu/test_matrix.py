@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from services.worker.cuda.made_up_steps import ROWS_OF_FORMS
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, swiglu_tuning_for, to_fp8, tuning_for
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader, swiglu_tuning_for, to_fp8, tuning_for
 from services.worker.cuda.step_inputs import StepLayout
 from services.worker.cuda.step_shapes import FilledUpTo, StepShapes, chunk_sizes, decode_sizes
 from services.worker.kernels.rows import FP8, Rows, round_rows
@@ -40,14 +40,27 @@ def test_one_row_is_rounded_to_fp8_for_matrices_of_many_weights(
     what: str, num_outputs: int, num_inputs: int, is_rounded: bool
 ) -> None:
     matrix = a_shape(num_outputs, num_inputs)
-    assert Multiplier(1, CPU).wants_fp8(matrix, 1) is is_rounded, what
-    assert Multiplier(1, CPU).wants_fp8(matrix, 2), "several rows always are"
+    assert Multiplier(1, 1, CPU).wants_fp8(matrix, 1) is is_rounded, what
+    assert Multiplier(1, 1, CPU).wants_fp8(matrix, 2), "several rows always are"
 
 
 def test_inputs_are_dealt_out_where_outputs_alone_leave_processors_idle() -> None:
     few, many = (a_shape(size, 14336).values for size in (4096, 8192))
-    assert [tuning_for(1, weight, may_split=True).num_splits for weight in (few, many)] == [2, 1]  # type: ignore[union-attr]
-    assert tuning_for(1, few, may_split=False).num_splits == 1  # type: ignore[union-attr]
+    assert [tuning_for(1, weight, "norm").num_splits for weight in (few, many)] == [2, 1]  # type: ignore[union-attr]
+    assert tuning_for(1, few).num_splits == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
+def test_queries_keys_and_values_of_few_rows_come_in_parts_for_the_kernel_that_turns_them(dtype: torch.dtype) -> None:
+    # An 8B's, half of them, and a 70B's.
+    for shape in ((6144, 4096), (3072, 4096), (10240, 8192)):
+        weight = torch.empty(shape, dtype=dtype, device="meta")
+        assert [tuning_for(num_rows, weight, "rope").num_splits for num_rows in (2, 32, 33)] == [2, 2, 1]  # type: ignore[union-attr]
+        assert tuning_for(96, weight, "rope") is None
+    # Of many outputs, and of inputs that cannot be halved.
+    for shape in ((28672, 4096), (6144, 4096 + 128)):
+        weight = torch.empty(shape, dtype=dtype, device="meta")
+        assert tuning_for(2, weight, "rope") == tuning_for(2, weight)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +79,14 @@ def test_in_bf16_an_8bs_few_rows_are_multiplied_by_our_kernel_where_it_is_faster
     num_rows: int, deals_out: bool, activates: bool
 ) -> None:
     qkv, down, gate_up = (shape.to(torch.bfloat16) for shape in (QKV, DOWN, GATE_UP))
-    assert bool(tuning_for(num_rows, down, may_split=True)) is deals_out
+    assert bool(tuning_for(num_rows, down, "norm")) is deals_out
     assert bool(swiglu_tuning_for(num_rows, gate_up)) is activates
-    assert bool(tuning_for(num_rows, qkv, may_split=False)) is (num_rows <= 64)
+    assert bool(tuning_for(num_rows, qkv)) is (num_rows <= 64)
 
 
 def test_in_fp8_an_8bs_gates_open_in_their_product_and_other_products_of_many_rows_are_cublas() -> None:
     assert [bool(swiglu_tuning_for(num_rows, GATE_UP)) for num_rows in (16, 17, 96, 160, 192)] == [0, 1, 1, 0, 1]
-    assert all(tuning_for(65, weight, may_split=True) is None for weight in (QKV, DOWN, GATE_UP))
+    assert all(tuning_for(65, weight, "norm") is None for weight in (QKV, DOWN, GATE_UP))
 
 
 def forms(num_rows: int) -> set[object]:
@@ -82,8 +95,11 @@ def forms(num_rows: int) -> set[object]:
     for dtype in (torch.bfloat16, FP8):
         for shape in (QKV, DOWN, GATE_UP):
             weight = shape.to(dtype)
-            tunings = (tuning_for(num_rows, weight, may_split=True), swiglu_tuning_for(num_rows, weight))
+            products = [tuning_for(num_rows, weight, reader) for reader in (None, "norm", "rope")]
+            tunings = (*products, swiglu_tuning_for(num_rows, weight))
             chosen |= {(dtype, row_blocks(num_rows), *which) for which in enumerate(tunings) if which[1]}
+        turned = tuning_for(num_rows, QKV.to(dtype), "rope")
+        chosen.add((dtype, "turned from so many parts", turned.num_splits if turned else 1))
     return chosen
 
 
@@ -102,9 +118,12 @@ def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves(max_sequences
         assert set().union(*map(forms, rehearsed)) == set().union(*map(forms, sizes))
 
 
+@pytest.mark.parametrize("parts_for", ["norm", "rope"])
 @pytest.mark.parametrize("weights", ["bf16", "fp8"])
-@pytest.mark.parametrize("num_rows", [2, 48, 64, 65, 96, 128, 160, 192, 200, 256] if IS_CUDA else [2, 65])
-def test_rows_are_multiplied_whichever_kernel_is_faster(num_rows: int, weights: DeviceWeightFormat) -> None:
+@pytest.mark.parametrize("num_rows", [2, 32, 48, 64, 65, 96, 128, 160, 192, 200, 256] if IS_CUDA else [2, 65])
+def test_rows_are_multiplied_whichever_kernel_is_faster(
+    num_rows: int, weights: DeviceWeightFormat, parts_for: PartsReader
+) -> None:
     num_outputs, num_inputs = (1024, 4096) if IS_CUDA else (64, 32)
     generator = seeded(num_rows)
     values = random(generator, num_rows, num_inputs, dtype=DTYPES[1])
@@ -114,8 +133,12 @@ def test_rows_are_multiplied_whichever_kernel_is_faster(num_rows: int, weights: 
     # What is to be scaled is beyond float16.
     dtype = DTYPES[1] if IS_CUDA or weights == "bf16" else torch.float32
     out = torch.empty((num_rows, num_outputs), dtype=dtype, device=DEVICE)
-    product = Multiplier(num_outputs, DEVICE)(rows, matrix, out, may_split=True, pdl=IS_CUDA).dequantized()
-    error = float((product - expected).norm() / expected.norm())
+    # Room for the parts of one reader.
+    multiplier = Multiplier(*((num_outputs, 0) if parts_for == "norm" else (0, num_outputs)), DEVICE)
+    product = multiplier(rows, matrix, out, parts_for=parts_for, pdl=IS_CUDA)
+    if parts_for == "rope":
+        assert product.num_parts == (2 if IS_CUDA and num_rows <= 32 else 1)
+    error = float((product.dequantized() - expected).norm() / expected.norm())
     assert error < (0.06 if weights == "fp8" else 0.006)
 
 
@@ -127,10 +150,10 @@ def test_a_long_product_is_added_to_the_residual_where_it_is_made(weights: Devic
     weight = random(generator, num_outputs, num_inputs, dtype=DTYPES[1])
     residual = random(generator, num_rows, num_outputs, dtype=DTYPES[1])
     rows, matrix = (round_rows(values), to_fp8(weight)) if weights == "fp8" else (Rows(values), DeviceMatrix(weight))
-    multiplier = Multiplier(1, DEVICE)
+    multiplier = Multiplier(1, 1, DEVICE)
     assert multiplier.may_add(rows, matrix)
     assert not multiplier.may_add(rows.of(slice(4095)), matrix), "the norm's sum takes less than a kernel's begin"
-    assert not Multiplier(1, DEVICE, is_batch_invariant=True).may_add(rows, matrix)
+    assert not Multiplier(1, 1, DEVICE, is_batch_invariant=True).may_add(rows, matrix)
     expected = residual.float() + values.float() @ weight.float().T
     multiplier.add(rows, matrix, residual)
     error = float((residual.float() - expected).norm() / expected.norm())

@@ -110,7 +110,7 @@ def products(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
                 plain = rows.to(torch.bfloat16)
                 yield {**shape, "how": "gemv", "us": us_a_call(_gemv(plain, weights), count)}
             for tuning in TUNINGS if num_rows <= 64 else TUNINGS_OF_MORE_ROWS:
-                if not fits(num_rows, weights[0], tuning) or (tuning.num_splits > 1 and name not in ("o", "down")):
+                if not fits(num_rows, weights[0], tuning) or (tuning.num_splits > 1 and name in ("gate_up", "head")):
                     continue
                 try:
                     us = us_a_call(_small(rows, weights, tuning), count)

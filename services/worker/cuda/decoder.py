@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, swiglu_tuning_for
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader, swiglu_tuning_for
 from services.worker.cuda.ranks import DeviceRanks
 from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
@@ -92,7 +92,9 @@ class DeviceDecoder:
             is_fp8=is_fp8,
             is_batch_invariant=is_batch_invariant,
         )
-        self._multiplier = Multiplier(config.hidden_size, self._device, is_batch_invariant=is_batch_invariant)
+        self._multiplier = Multiplier(
+            config.hidden_size, self._room.qkv.shape[1], self._device, is_batch_invariant=is_batch_invariant
+        )
         may_choose = self._device.type == "cuda" and not is_batch_invariant
         self.may_be_dense = may_choose and kind != torch.float32 and config.sliding_window is None
         """Whether whole prompts may be attended by cuDNN."""
@@ -150,7 +152,7 @@ class DeviceDecoder:
                 values, weight = normed.values, layer.qkv_proj.values
                 gemv_rope(values, weight, scales, heads, step.positions, step.slots, kv, queries, pdl=pdl)
             else:
-                qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl)
+                qkv = self._multiply(normed, layer.qkv_proj, room.qkv, pdl, parts_for="rope")
                 rope_and_write(
                     qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
                 )
@@ -278,11 +280,13 @@ class DeviceDecoder:
             self._multiplier.add(rows, matrix, residual)
             return None
         seat, out = self._seat(len(rows.values)), self._room.hidden[: len(rows.values)]
-        may_split = self.ranks is None or seat is not None
-        return self._over_ranks(self._multiplier(rows, matrix, out, may_split=may_split, pdl=pdl, seat=seat), pdl)
+        parts_for: PartsReader | None = "norm" if self.ranks is None or seat is not None else None
+        return self._over_ranks(self._multiplier(rows, matrix, out, parts_for=parts_for, pdl=pdl, seat=seat), pdl)
 
-    def _multiply(self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool) -> Scaled:
-        return self._multiplier(rows, matrix, out[: len(rows.values)], may_split=False, pdl=pdl)
+    def _multiply(
+        self, rows: Rows, matrix: DeviceMatrix, out: Tensor, pdl: bool, parts_for: PartsReader | None = None
+    ) -> Scaled:
+        return self._multiplier(rows, matrix, out[: len(rows.values)], parts_for=parts_for, pdl=pdl)
 
     def _attended(
         self,

@@ -37,6 +37,9 @@ _SWIGLU_IN_TILES_FROM_ROWS = 8192
 _ADDING_FROM_ROWS = 4096
 """From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
 _FEW_ROWS = 64
+_MOST_ROWS_TURNED_IN_PARTS = 32
+"""Of queries, keys and values: of more, reading parts costs the rotary kernel what their product gains."""
+_TURNED_IN_PARTS = ProductTuning(64, 256, 3, num_splits=2)
 _SWIGLU_IN_FP8_FROM_ROWS = 17
 """Of fewer it was not compared with SwiGLU in the kernel that rounds."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
@@ -64,6 +67,8 @@ class DeviceMatrix:
         return self.values.numel() * self.values.element_size()
 
 
+PartsReader = Literal["norm", "rope"]
+"""The kernel behind a product, if it adds up what comes in parts: `add_rms_norm` or `rope_and_write`."""
 Activation = Literal["gemv", "few", "tiles", "apart"]
 """SwiGLU in a product of one row, in one of few, in one of many, or in a kernel behind it."""
 
@@ -71,8 +76,11 @@ Activation = Literal["gemv", "few", "tiles", "apart"]
 class Multiplier:
     """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu.md, for one H200."""
 
-    def __init__(self, largest_split: int, device: torch.device, *, is_batch_invariant: bool = False) -> None:
-        """`largest_split`: outputs of the largest matrix whose product may come in parts.
+    def __init__(
+        self, normed_outputs: int, turned_outputs: int, device: torch.device, *, is_batch_invariant: bool = False
+    ) -> None:
+        """`normed_outputs`, `turned_outputs`: of the largest matrices whose products may come in parts, to a norm and
+        to the rotary kernel.
 
         `is_batch_invariant`: all products by the one kernel that gives a row the same among any others.
         """
@@ -80,12 +88,24 @@ class Multiplier:
         # To few rows cuBLAS is to apply no scales. With some it takes 13 us at the least and cannot split the inputs,
         # so they are left to whoever reads the product.
         self._one = torch.ones((), dtype=torch.float32, device=device)
-        self._parts = torch.zeros(MOST_PARTS * MOST_ROWS * largest_split, dtype=torch.float32, device=device)
+        # One room for all products in parts, since each is read by the kernel directly behind it. Kernels may begin
+        # early, but touch it only when the one in front has ended, which had waited so for the one before it: by the
+        # time that a product writes parts, all readers of those before have ended (`kernels/launch.py`).
+        size = MOST_PARTS * max(MOST_ROWS * normed_outputs, _MOST_ROWS_TURNED_IN_PARTS * turned_outputs)
+        self._parts = torch.zeros(size, dtype=torch.float32, device=device)
 
     def __call__(
-        self, rows: Rows, matrix: DeviceMatrix, out: Tensor, *, may_split: bool, pdl: bool, seat: Seat | None = None
+        self,
+        rows: Rows,
+        matrix: DeviceMatrix,
+        out: Tensor,
+        *,
+        parts_for: PartsReader | None = None,
+        pdl: bool,
+        seat: Seat | None = None,
     ) -> Scaled:
-        """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts.
+        """Multiply rows; into `out`, [num_rows, num_outputs], unless the product comes in parts, for the kernel
+        directly behind.
 
         With a `seat` where the norm behind sums it over ranks, it is given there, if that is done while it is made.
         """
@@ -99,7 +119,7 @@ class Multiplier:
                 return Scaled(out, is_given=True)
             gemv(rows.values, weight, matrix.channel_scales, out, pdl=pdl)
             return Scaled(out)
-        tuning = tuning_for(num_rows, weight, may_split=may_split) if weight.is_cuda else None
+        tuning = tuning_for(num_rows, weight, parts_for) if weight.is_cuda else None
         if tuning and tuning.num_splits == 1 and seat and num_rows <= seat.num_places:
             small_product_and_give(rows, weight, matrix.channel_scales, out, tuning, seat, pdl=pdl)
             return Scaled(out, is_given=True)
@@ -171,13 +191,16 @@ def _takes_scales(num_rows: int, weight: Tensor) -> bool:
     return num_rows >= (_CUBLAS_SCALES_FROM_ROWS_OF_MANY_OUTPUTS if has_many_outputs else _CUBLAS_SCALES_FROM_ROWS)
 
 
-def tuning_for(num_rows: int, weight: Tensor, *, may_split: bool) -> ProductTuning | None:
+def tuning_for(num_rows: int, weight: Tensor, parts_for: PartsReader | None = None) -> ProductTuning | None:
     """Return how the kernel for few rows is to multiply; None: cuBLAS is faster.
 
     By `python -m services.worker.benchmark.tune`; within 2 % of the best of each shape.
     """
+    may_turn_parts = num_rows <= _MOST_ROWS_TURNED_IN_PARTS and len(weight) < _MANY_OUTPUTS
+    if parts_for == "rope" and may_turn_parts and fits(num_rows, weight, _TURNED_IN_PARTS):
+        return _TURNED_IN_PARTS
     choose = _tuning_for_few if num_rows <= _FEW_ROWS else _tuning_for_some
-    tuning = choose(num_rows, weight, may_split)
+    tuning = choose(num_rows, weight, parts_for == "norm")
     return tuning if tuning and fits(num_rows, weight, tuning) else None
 
 

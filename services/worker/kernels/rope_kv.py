@@ -34,8 +34,8 @@ class HeadWeights:
 def rope_and_write_reference(
     qkv: Scaled, weights: HeadWeights, positions: Tensor, slots: Tensor, layer: PagedLayer
 ) -> Tensor:
-    """Write keys and values into `layer`; return the turned queries, [num_tokens, num_heads, head_dim], in the product's
-    type.
+    """Write keys and values into `layer`; return the turned queries, [num_tokens, num_heads, head_dim], in the type of
+    the product.
 
     A token's slot is block * block_size_tokens + its place in the block; below 0: it is not written.
     """
