@@ -85,7 +85,8 @@ def test_in_bf16_an_8bs_few_rows_are_multiplied_by_our_kernel_where_it_is_faster
 
 
 def test_in_fp8_an_8bs_gates_open_in_their_product_and_other_products_of_many_rows_are_cublas() -> None:
-    assert [bool(swiglu_tuning_for(num_rows, GATE_UP)) for num_rows in (16, 17, 96, 160, 192)] == [0, 1, 1, 0, 1]
+    assert [bool(swiglu_tuning_for(num_rows, GATE_UP)) for num_rows in (1, 2, 96, 160, 192)] == [0, 1, 1, 0, 1]
+    assert [swiglu_tuning_for(num_rows, GATE_UP).input_bytes for num_rows in (2, 16, 17, 64)] == [128, 128, 256, 256]  # type: ignore[union-attr]
     assert all(tuning_for(65, weight, "norm") is None for weight in (QKV, DOWN, GATE_UP))
 
 

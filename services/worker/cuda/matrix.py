@@ -40,8 +40,6 @@ _FEW_ROWS = 64
 _MOST_ROWS_TURNED_IN_PARTS = 32
 """Of queries, keys and values: of more, reading parts costs the rotary kernel what their product gains."""
 _TURNED_IN_PARTS = ProductTuning(64, 256, 3, num_splits=2)
-_SWIGLU_IN_FP8_FROM_ROWS = 17
-"""Of fewer it was not compared with SwiGLU in the kernel that rounds."""
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
 _GIVING_MOST_BYTES = 8192
@@ -229,9 +227,12 @@ def _tuning_for_some(num_rows: int, weight: Tensor, may_split: bool) -> ProductT
 def swiglu_tuning_for(num_rows: int, gate_up: Tensor) -> ProductTuning | None:
     """Return how the kernel for few rows is to multiply with SwiGLU in it; None: apart they are faster."""
     is_fp8 = gate_up.element_size() == 1
-    if len(gate_up) < _MANY_OUTPUTS or (is_fp8 and num_rows < _SWIGLU_IN_FP8_FROM_ROWS):
+    # One row in fp8 is left to `gemv_swiglu`, or to SwiGLU in the kernel that rounds.
+    if len(gate_up) < _MANY_OUTPUTS or (is_fp8 and num_rows == 1):
         return None
-    if num_rows <= _FEW_ROWS:
+    if is_fp8 and num_rows <= 16:
+        tuning = ProductTuning(128, 128, 3)
+    elif num_rows <= _FEW_ROWS:
         tuning = ProductTuning(128, 256, 4)
     elif num_rows <= 128:
         tuning = ProductTuning(128, 128, 3)
