@@ -9,7 +9,7 @@ from torch import Tensor
 
 from services.worker.cuda.dense_attention import DenseRun, dense_attention
 from services.worker.cuda.kv_cache import DeviceKvCache
-from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader, swiglu_tuning_for
+from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader
 from services.worker.cuda.ranks import DeviceRanks
 from services.worker.cuda.step_inputs import StepInputs, StepSizes, decode_batch, num_shared_pieces_for
 from services.worker.cuda.weights import DeviceWeights
@@ -260,17 +260,15 @@ class DeviceDecoder:
         how = self._multiplier.how_to_activate(normed, matrix, to_fp8=to_fp8)
         if how == "gemv":
             gemv_swiglu(normed.values, matrix.values, matrix.channel_scales, activated.values, pdl=pdl)
-        elif how == "few":
-            tuning = swiglu_tuning_for(num_rows, matrix.values)
-            assert tuning
-            plain = Rows(room.activated[:num_rows])
-            small_product_swiglu(normed, matrix.values, matrix.channel_scales, plain.values, tuning, pdl=pdl)
-            if to_fp8:
-                round_rows_into(plain.values, activated, pdl=pdl)
         elif how == "tiles":
             product_swiglu(normed.values, matrix.values, activated.values, pdl=pdl)
-        else:
+        elif how == "apart":
             swiglu(self._multiply(normed, matrix, room.gate_up, pdl), activated, pdl=pdl)
+        else:
+            plain = Rows(room.activated[:num_rows])
+            small_product_swiglu(normed, matrix.values, matrix.channel_scales, plain.values, how, pdl=pdl)
+            if to_fp8:
+                round_rows_into(plain.values, activated, pdl=pdl)
         return activated
 
     def _back(self, rows: Rows, matrix: DeviceMatrix, residual: Tensor, pdl: bool) -> Scaled | None:

@@ -67,8 +67,8 @@ class DeviceMatrix:
 
 PartsReader = Literal["norm", "rope"]
 """The kernel behind a product, if it adds up what comes in parts: `add_rms_norm` or `rope_and_write`."""
-Activation = Literal["gemv", "few", "tiles", "apart"]
-"""SwiGLU in a product of one row, in one of few, in one of many, or in a kernel behind it."""
+Activation = Literal["gemv", "tiles", "apart"] | ProductTuning
+"""SwiGLU in a product of one row, in one of many, in a kernel behind it, or in a product of few rows, so tuned."""
 
 
 class Multiplier:
@@ -177,8 +177,8 @@ class Multiplier:
         if num_rows == 1 and rows.scales is None and not to_fp8:
             return "gemv"
         is_half = gate_up.values.is_cuda and gate_up.values.element_size() == 2
-        if gate_up.values.is_cuda and swiglu_tuning_for(num_rows, gate_up.values):
-            return "few"
+        if gate_up.values.is_cuda and (tuning := swiglu_tuning_for(num_rows, gate_up.values)):
+            return tuning
         if is_half and num_rows >= _SWIGLU_IN_TILES_FROM_ROWS and tile_product.fits(gate_up.values, rows.values.dtype):
             return "tiles"
         return "apart"
