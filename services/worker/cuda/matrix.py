@@ -38,7 +38,7 @@ _ADDING_FROM_ROWS = 4096
 """From there on a product that is added to the residual by itself spares the norm more than it takes longer."""
 _FEW_ROWS = 64
 _MOST_ROWS_TURNED_IN_PARTS = 32
-"""Of queries, keys and values: of more, reading parts costs the rotary kernel what their product gains."""
+"""Of queries, keys and values: of 64 rows their product gains nothing by parts in bf16, and 0.4 us in fp8."""
 _TURNED_IN_PARTS = ProductTuning(64, 256, 3, num_splits=2)
 _GEMV_MOST_FP8_WEIGHTS = 32 << 20
 """Of a matrix of fp8 that `gemv` multiplies as fast as the tensor cores do, with the rounding that these want."""
