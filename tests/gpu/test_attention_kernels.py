@@ -149,9 +149,11 @@ def test_few_contexts_have_pieces_to_spare_so_that_a_long_one_is_cut(is_fp8: boo
     assert even_length(contexts, num_pieces_for(len(contexts), is_fp8), 64, 64) <= 512
 
 
-def test_some_contexts_of_one_length_are_a_piece_each() -> None:
-    contexts = np.full(32, 768, dtype=np.int32)
-    assert even_length(contexts, num_pieces_for(len(contexts), is_fp8=False), 64, 64) >= 768
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_more_contexts_never_have_fewer_pieces_so_that_what_fills_up_a_step_has_room_for_fewer(is_fp8: bool) -> None:
+    pieces = [num_pieces_for(num_rows, is_fp8) for num_rows in range(600)]
+    assert pieces == sorted(pieces)
+    assert all(count > num_rows for num_rows, count in enumerate(pieces) if num_rows)
 
 
 def attend_to_chunks(

@@ -1,8 +1,12 @@
 """What a worker computes before it serves is as long as what will be asked of it."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 
 from services.worker.cuda.made_up_steps import every_kind, largest
+from services.worker.kernels.decode_attention import tuning_for
 from tests.unit.engine_builders import limits_of
 
 
@@ -32,3 +36,14 @@ def test_kernels_of_the_longest_steps_are_compiled_beforehand(
     assert len(step.chunks) <= max_sequences
     assert max(len(chunk.token_ids) for chunk in step.chunks) <= context_tokens
     assert max(plan.num_tokens for plan in every_kind(limits)) == num_rows
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("max_sequences", [1, 5, 8, 20, 50, 65, 97, 128, 200, 230, 512])
+def test_attention_of_any_number_of_decodes_is_compiled_beforehand(max_sequences: int, is_fp8: bool) -> None:
+    def forms(numbers: Iterable[int]) -> set[object]:
+        return {replace(tuning_for(number, is_fp8), more_pieces=0) for number in numbers if number}
+
+    limits = limits_of(num_blocks=1, max_sequences=max_sequences, max_prefill_tokens_per_step=1024, context_tokens=4096)
+    decodes = [sum(len(chunk.token_ids) == 1 for chunk in plan.chunks) for plan in every_kind(limits)]
+    assert forms(decodes) == forms(range(1, max_sequences + 1))

@@ -1,5 +1,7 @@
 """Which kernel multiplies follows docs/gpu.md, "Tunings"."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from services.worker.cuda.made_up_steps import ROWS_OF_FORMS
 from services.worker.cuda.matrix import DeviceMatrix, Multiplier, PartsReader, swiglu_tuning_for, to_fp8, tuning_for
 from services.worker.cuda.step_inputs import StepLayout
 from services.worker.cuda.step_shapes import FilledUpTo, StepShapes, chunk_sizes, decode_sizes
+from services.worker.kernels.decode_attention import tuning_for as attention_tuning_for
 from services.worker.kernels.rows import FP8, Rows, round_rows
 from services.worker.kernels.small_product import MOST_ROWS, row_blocks
 from services.worker.weight_format import DeviceWeightFormat
@@ -117,6 +120,13 @@ def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves(max_sequences
         sizes = filled_up_to.chunks if has_chunks else filled_up_to.decodes[1:]
         rehearsed = [shape.num_rows for shape in shapes if shape.has_chunks == has_chunks]
         assert set().union(*map(forms, rehearsed)) == set().union(*map(forms, sizes))
+    alone = [shape.num_rows for shape in shapes if not shape.has_chunks]
+    for is_fp8 in (False, True):
+        rehearsed, used = (
+            {replace(attention_tuning_for(number, is_fp8), more_pieces=0) for number in numbers}
+            for numbers in (alone, filled_up_to.decodes)
+        )
+        assert rehearsed == used
 
 
 @pytest.mark.parametrize("parts_for", ["norm", "rope"])

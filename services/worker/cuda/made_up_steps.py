@@ -81,12 +81,13 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     shared_tokens = -(-_SHARED_TOKENS // size) * size
     # Few rows, whose kernels overlap, and many.
     for num_tokens in sorted({min(100, most), min(600, most)}):
-        for num_decodes in (6, 23, 47, 99):
+        for num_decodes in (6, 8, 47, 65, 128, 225):
             if num_decodes < max_sequences:
                 yield made_up_step(num_decodes, [num_tokens], size)
         for num_decodes in (24, 100):
             if num_decodes < max_sequences and shared_tokens < limits.context_tokens:
                 yield made_up_step(num_decodes, [num_tokens], size, cached_tokens=shared_tokens)
+    yield made_up_step(max_sequences, [], size)
     # The longest have products of their own.
     yield largest(limits)
 

@@ -15,8 +15,8 @@ from services.worker.weights.stored_decoder import Destination, StoredDecoder, W
 
 DeviceWeights = DecoderWeights[DeviceMatrix]
 
-# As transformers initializes a Llama: products of random weights stay in the range of trained ones.
-_DUMMY_DEVIATION = 0.02
+_DUMMY_MAGNITUDE = 1e-3
+"""As vLLM's dummy weights are drawn. Long steps are bound by power, which goes by the bits: 1 to 3 % of such a step."""
 
 
 def load_weights(
@@ -51,7 +51,7 @@ def dummy_weights(
 
     def random(num_outputs: int, num_inputs: int) -> Tensor:
         values = torch.empty((num_outputs, num_inputs), dtype=kind, device=device)
-        return values.normal_(0.0, _DUMMY_DEVIATION, generator=generator)
+        return values.uniform_(-_DUMMY_MAGNITUDE, _DUMMY_MAGNITUDE, generator=generator)
 
     def matrix(num_outputs: int, num_inputs: int) -> DeviceMatrix:
         values = random(num_outputs, num_inputs)

@@ -26,7 +26,6 @@ from services.worker.kernels.shared_attention import MOST_MEMBERS, SharedResults
 _LEAST_ROWS = 16
 """Of an operand of the tensor cores."""
 _LOG2_E = math.log2(math.e)
-_MORE_PIECES = 16
 
 PIECE_COLUMNS = 4
 """Of a piece: the sequence's row, its first and its end position, and the context's length. Row -1: there is none."""
@@ -79,33 +78,48 @@ class DecodeTuning:
     num_warps: int
     num_stages: int
     """Twice the tiles in flight, and one: a tile's block is looked up a stage before it."""
+    more_pieces: int = 0
+    """Than rows: how finely contexts are cut."""
 
 
 INVARIANT_TUNING = DecodeTuning(64, 4, 5)
 """For any number of rows, where the order of additions must not depend on it."""
 INVARIANT_PIECE_TOKENS = 1024
 """Length of pieces, there."""
+_TUNINGS = {
+    1: DecodeTuning(64, 2, 7, more_pieces=32),
+    8: DecodeTuning(64, 4, 3, more_pieces=48),
+    28: DecodeTuning(64, 4, 3, more_pieces=32),
+    48: DecodeTuning(64, 4, 3, more_pieces=24),
+    65: DecodeTuning(64, 4, 5, more_pieces=24),
+    97: DecodeTuning(64, 4, 3, more_pieces=24),
+}
+_TUNINGS_FP8 = {
+    1: DecodeTuning(64, 4, 5, more_pieces=48),
+    48: DecodeTuning(64, 4, 5, more_pieces=24),
+    128: DecodeTuning(64, 2, 5, more_pieces=24),
+    225: DecodeTuning(32, 2, 5, more_pieces=24),
+}
+"""From so many rows on, by `python -m services.worker.benchmark.tune`: within 3 % of the best in the mean. How
+the kernel is compiled changes only where products do (`StepShapes.forms`)."""
 
 
 def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
-    """Return a tuning within 2 % of the best, by `python -m services.worker.benchmark.tune`."""
-    if is_fp8:
-        return DecodeTuning(64, 4, 7) if 16 <= num_rows < 128 else DecodeTuning(32, 2, 5)
-    if num_rows < 16:
-        return DecodeTuning(64, 4, 5)
-    return DecodeTuning(64, 2, 7 if num_rows <= 64 else 3)
+    """Return how the kernel is fast for so many rows of any lengths."""
+    tunings = _TUNINGS_FP8 if is_fp8 else _TUNINGS
+    return tunings[max(first for first in tunings if first <= num_rows)]
 
 
 def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
-    """Return into how many pieces the contexts of so many rows are cut at most, by the same.
+    """Return into how many pieces the contexts of so many rows are cut at most: of more rows, never into fewer.
 
-    One more for every four, and not less than 16 more, so that a context much longer than the others is not the last
-    one alone. fp8 costs a conversion a value, which a few more programs share.
+    So many more than rows, so that a context much longer than the others is not the last one alone.
     """
     if num_rows == 0:
         return 0
-    least = max(48, min(2 * num_rows, 64)) if is_fp8 else 0
-    return max(least, num_rows + max(_MORE_PIECES, num_rows // 4))
+    tunings = _TUNINGS_FP8 if is_fp8 else _TUNINGS
+    before = [last for last in (first - 1 for first in tunings) if 0 < last < num_rows]
+    return max(rows + tuning_for(rows, is_fp8).more_pieces for rows in (*before, num_rows))
 
 
 def even_length(own_tokens: NDArray[np.int32], most_pieces: int, granule_tokens: int, least_tokens: int) -> int:
@@ -211,6 +225,7 @@ def decode_attention(
         BLOCK_DIM=block_dim,
         GROUP=group,
         BLOCK_GROUP=max(_LEAST_ROWS, triton.next_power_of_2(group)),
+        MERGED_GROUP=triton.next_power_of_2(group),
         BLOCK_SIZE=layer.block_size_tokens,
         TILE=tile,
         WINDOW=window or 0,
@@ -246,6 +261,7 @@ def _decode_attention(
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    MERGED_GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -262,6 +278,11 @@ def _decode_attention(
     begin = tl.load(pieces + 4 * piece + 1)
     end = tl.load(pieces + 4 * piece + 2)
     context = tl.load(pieces + 4 * piece + 3)
+    split = splits + 4 * tl.maximum(row, 0)
+    first_part = tl.load(split)
+    num_splits = tl.load(split + 1)
+    first_shared = tl.load(split + 2)
+    num_shared = tl.load(split + 3)
     after_previous(PDL)
     # An empty one must not count as done.
     if (row < 0) | (begin >= end):
@@ -326,8 +347,6 @@ def _decode_attention(
     if PAIRS:
         mixed = tl.reshape(tl.join(mixed, mixed_second), (BLOCK_GROUP, BLOCK_DIM))
 
-    num_splits = tl.load(splits + 4 * row + 1)
-    is_last = 1
     if num_splits > 1:
         part = mixed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(sums + (piece * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :], part, inside)
@@ -336,21 +355,17 @@ def _decode_attention(
         # All of the program's threads have stored before one of them says so, to the whole device.
         tl.debug_barrier()
         counter = num_done + row * NUM_KV_HEADS + kv_head
-        is_last = (tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1).to(tl.int32)
-        if is_last:
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
             tl.store(counter, 0)
-            best = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_GROUP], tl.float32)
-            mixed = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-            best, total, mixed = _with_parts(
-                sums, log_weights, tl.load(splits + 4 * row), num_splits, 1, heads, group < GROUP, best, total, mixed,
-                NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+            _merge(
+                out, row, kv_head, sums, log_weights, first_part, num_splits, shared_sums, shared_log_weights,
+                first_shared, num_shared, NUM_HEADS, HEAD_DIM, BLOCK_DIM, GROUP, MERGED_GROUP, MOST_MEMBERS,
             )  # fmt: skip
-    if is_last:
+    else:
         if shared_sums is not None:
             best, total, mixed = _with_parts(
-                shared_sums, shared_log_weights, tl.load(splits + 4 * row + 2), tl.load(splits + 4 * row + 3),
-                MOST_MEMBERS, heads, group < GROUP, best, total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+                shared_sums, shared_log_weights, first_shared, num_shared, MOST_MEMBERS, heads, group < GROUP, best,
+                total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
         mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
@@ -370,23 +385,77 @@ def _unpacked(pairs, SECOND: tl.constexpr, IN_PTX: tl.constexpr):
 
 
 @triton.jit
+def _merge(
+    out, row, kv_head, sums, log_weights, first_part, num_splits, shared_sums, shared_log_weights, first_shared,
+    num_shared, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, GROUP: tl.constexpr,
+    MERGED_GROUP: tl.constexpr, MOST_MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Store what all pieces of a context have together. No product wants more rows than there are heads here."""
+    group = tl.arange(0, MERGED_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    heads = kv_head * GROUP + group
+    best = tl.full([MERGED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([MERGED_GROUP], tl.float32)
+    mixed = tl.zeros([MERGED_GROUP, BLOCK_DIM], tl.float32)
+    best, total, mixed = _with_parts(
+        sums, log_weights, first_part, num_splits, 1, heads, group < GROUP, best, total, mixed,
+        NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+    )  # fmt: skip
+    if shared_sums is not None:
+        best, total, mixed = _with_parts(
+            shared_sums, shared_log_weights, first_shared, num_shared, MOST_MEMBERS, heads, group < GROUP, best, total,
+            mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
+        )  # fmt: skip
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out + places, mixed.to(out.dtype.element_ty), (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
 def _with_parts(
     sums, log_weights, first, count, step, heads, in_group, best, total, mixed,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Add parts from `first` on, each weighted by its share of the exponentials."""
-    dims = tl.arange(0, BLOCK_DIM)
-    inside = in_group[:, None] & (dims < HEAD_DIM)[None, :]
-    for index in range(count):
-        # Past the first-level cache, which other processors' stores do not reach.
-        place = (first + index * step) * NUM_HEADS + heads
-        log_weight = tl.load(log_weights + place, in_group, other=0.0, cache_modifier=".cg")
-        part = tl.load(sums + place[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0, cache_modifier=".cg")
-        new_best = tl.maximum(best, log_weight)
+    """Add parts from `first` on, each weighted by its share of the exponentials; four are on their way at once."""
+    for index in range(0, count, 4):
+        weight0, part0 = _part(
+            sums, log_weights, first, index, count, step, heads, in_group, NUM_HEADS, HEAD_DIM, BLOCK_DIM
+        )
+        weight1, part1 = _part(
+            sums, log_weights, first, index + 1, count, step, heads, in_group, NUM_HEADS, HEAD_DIM, BLOCK_DIM
+        )
+        weight2, part2 = _part(
+            sums, log_weights, first, index + 2, count, step, heads, in_group, NUM_HEADS, HEAD_DIM, BLOCK_DIM
+        )
+        weight3, part3 = _part(
+            sums, log_weights, first, index + 3, count, step, heads, in_group, NUM_HEADS, HEAD_DIM, BLOCK_DIM
+        )
+        new_best = tl.maximum(tl.maximum(tl.maximum(weight0, weight1), tl.maximum(weight2, weight3)), best)
         base = tl.where(new_best == float("-inf"), 0.0, new_best)
         shrink = tl.exp2(best - base)
-        weight = tl.exp2(log_weight - base)
-        total = total * shrink + weight
-        mixed = mixed * shrink[:, None] + part * weight[:, None]
+        weight0 = tl.exp2(weight0 - base)
+        weight1 = tl.exp2(weight1 - base)
+        weight2 = tl.exp2(weight2 - base)
+        weight3 = tl.exp2(weight3 - base)
+        total = total * shrink + (weight0 + weight1) + (weight2 + weight3)
+        mixed = mixed * shrink[:, None] + part0 * weight0[:, None] + part1 * weight1[:, None]
+        mixed += part2 * weight2[:, None] + part3 * weight3[:, None]
         best = new_best
     return best, total, mixed
+
+
+@triton.jit
+def _part(
+    sums, log_weights, first, index, count, step, heads, in_group,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Load a part, or one that weighs nothing."""
+    dims = tl.arange(0, BLOCK_DIM)
+    is_there = in_group & (heads * 0 + index < count)
+    place = (first + index * step) * NUM_HEADS + heads
+    # Past the first-level cache, which other processors' stores do not reach.
+    log_weight = tl.load(log_weights + place, is_there, other=float("-inf"), cache_modifier=".cg")
+    inside = is_there[:, None] & (dims < HEAD_DIM)[None, :]
+    return log_weight, tl.load(
+        sums + place[:, None] * HEAD_DIM + dims[None, :], inside, other=0.0, cache_modifier=".cg"
+    )
