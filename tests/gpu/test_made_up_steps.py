@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.worker.cuda.made_up_steps import every_kind, largest
+from services.worker.cuda.made_up_steps import every_kind, largest, usual
 from services.worker.kernels.decode_attention import tuning_for
 from tests.unit.engine_builders import limits_of
 
@@ -36,6 +36,18 @@ def test_kernels_of_the_longest_steps_are_compiled_beforehand(
     assert len(step.chunks) <= max_sequences
     assert max(len(chunk.token_ids) for chunk in step.chunks) <= context_tokens
     assert max(plan.num_tokens for plan in every_kind(limits)) == num_rows
+
+
+@pytest.mark.parametrize("max_sequences", [1, 2, 6, 300])
+@pytest.mark.parametrize("context_tokens", [16, 64, 4096])
+def test_no_made_up_step_is_larger_than_any_that_there_is_room_for(max_sequences: int, context_tokens: int) -> None:
+    limits = limits_of(
+        num_blocks=1, max_sequences=max_sequences, max_prefill_tokens_per_step=64, context_tokens=context_tokens
+    )
+    for plan in (*every_kind(limits), *usual(limits)):
+        assert 0 < len(plan.chunks) <= max_sequences
+        assert max(chunk.context_tokens for chunk in plan.chunks) <= context_tokens
+        assert plan.num_tokens <= 64 + max_sequences
 
 
 @pytest.mark.parametrize("is_fp8", [False, True])

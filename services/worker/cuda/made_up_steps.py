@@ -60,8 +60,9 @@ def largest(limits: EngineLimits) -> StepPlan:
 
 def every_way_to_choose(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps that together take all that chooses tokens."""
+    num_decodes = min(1, limits.max_sequences - 1)
     for sampling in (_DRAWN, _CUT, GREEDY):
-        yield made_up_step(1, [min(2, limits.longest_chunk_tokens)], limits.block_size_tokens, sampling)
+        yield made_up_step(num_decodes, [min(2, limits.longest_chunk_tokens)], limits.block_size_tokens, sampling)
 
 
 def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
