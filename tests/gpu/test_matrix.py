@@ -53,6 +53,14 @@ def test_inputs_are_dealt_out_where_outputs_alone_leave_processors_idle() -> Non
     assert tuning_for(1, few).num_splits == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("num_rows", [1, 32, 64])
+def test_inputs_that_cannot_be_dealt_out_are_multiplied_in_one_part(num_rows: int) -> None:
+    # Of down: 18,944 are Qwen2.5-7B's, 14,336 + 256 nobody's. The largest copies are of 512 bytes, the others of 256.
+    sevens, odd = (torch.empty((3584, size), dtype=FP8, device="meta") for size in (18944, 14336 + 256))
+    splits = [tuning.num_splits if (tuning := tuning_for(num_rows, down, "norm")) else 0 for down in (sevens, odd)]
+    assert splits == [2 if num_rows > 32 else 1, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
 def test_queries_keys_and_values_of_few_rows_come_in_parts_for_the_kernel_that_turns_them(dtype: torch.dtype) -> None:
     # An 8B's, half of them, and a 70B's.
@@ -122,11 +130,11 @@ def test_all_forms_of_few_rows_are_compiled_before_a_worker_serves(max_sequences
         assert set().union(*map(forms, rehearsed)) == set().union(*map(forms, sizes))
     alone = [shape.num_rows for shape in shapes if not shape.has_chunks]
     for is_fp8 in (False, True):
-        rehearsed, used = (
+        compiled, used = (
             {replace(attention_tuning_for(number, is_fp8), more_pieces=0) for number in numbers}
             for numbers in (alone, filled_up_to.decodes)
         )
-        assert rehearsed == used
+        assert compiled == used
 
 
 @pytest.mark.parametrize("parts_for", ["norm", "rope"])
