@@ -1,12 +1,8 @@
 """What a worker computes before it serves is as long as what will be asked of it."""
 
-from collections.abc import Iterable
-from dataclasses import replace
-
 import pytest
 
 from services.worker.cuda.made_up_steps import every_kind, largest, usual
-from services.worker.kernels.decode_attention import tuning_for
 from tests.unit.engine_builders import limits_of
 
 
@@ -48,14 +44,3 @@ def test_no_made_up_step_is_larger_than_any_that_there_is_room_for(max_sequences
         assert 0 < len(plan.chunks) <= max_sequences
         assert max(chunk.context_tokens for chunk in plan.chunks) <= context_tokens
         assert plan.num_tokens <= 64 + max_sequences
-
-
-@pytest.mark.parametrize("is_fp8", [False, True])
-@pytest.mark.parametrize("max_sequences", [1, 5, 8, 20, 50, 65, 97, 128, 200, 230, 512])
-def test_attention_of_any_number_of_decodes_is_compiled_beforehand(max_sequences: int, is_fp8: bool) -> None:
-    def forms(numbers: Iterable[int]) -> set[object]:
-        return {replace(tuning_for(number, is_fp8), more_pieces=0) for number in numbers if number}
-
-    limits = limits_of(num_blocks=1, max_sequences=max_sequences, max_prefill_tokens_per_step=1024, context_tokens=4096)
-    decodes = [sum(len(chunk.token_ids) == 1 for chunk in plan.chunks) for plan in every_kind(limits)]
-    assert forms(decodes) == forms(range(1, max_sequences + 1))

@@ -112,5 +112,5 @@ def test_a_worker_warms_up_with_prefixes_that_are_shared() -> None:
         for plan in every_kind(limits)
         if (decodes := [chunk for chunk in plan.chunks if len(chunk.token_ids) == 1])
     ]
-    # Once for each way that the kernel of decodes is compiled from 16 rows on, beside few rows and beside many.
-    assert sorted(len(groups[0].members) for groups in shared if groups) == [24, 24, 100, 100]
+    # As many as have each form of their attention, alone and beside a prompt.
+    assert sorted(len(groups[0].members) for groups in shared if groups) == [23, 23, 47, 47, 65, 65, 128, 128, 225, 225]

@@ -10,8 +10,12 @@ from services.worker.engine.step_plan import SeenTokens, SequenceChunk, StepPlan
 GREEDY = SamplingParameters()
 _SHARED_TOKENS = 1024
 """Of a prefix that is worth reading once for some 20 decodes."""
-ROWS_OF_FORMS = (7, 24, 48, 80, 112, 176, 240)
-"""Rows that together have all forms of products of few rows."""
+ROWS_OF_FORMS = (7, 24, 48, 80, 112, 144, 176, 240, 320)
+"""Rows that together have all forms of kernels of few rows: of products, and of what reads them."""
+_MORE_ROWS = 600
+"""Kernels of so many do not overlap."""
+_DECODES_OF_FORMS = (1, 8, 23, 47, 65, 128, 225)
+"""Decodes that together have all forms of their attention, and of the head's product."""
 _USUAL_ROWS = (1024, 512, 256, 128)
 """Of steps with prompts whose times are taken at the start; what others take is thought to lie between."""
 _DRAWN = SamplingParameters(temperature=1.0)
@@ -41,7 +45,8 @@ def made_up_step(
                 first_position,
                 (BlockId(0),) * -(-(first_position + num_tokens) // block_size_tokens),
                 sampling,
-                0,
+                # A prompt's first token or, of a decode, a later one: the batch-invariant mode attends otherwise then.
+                int(number <= num_decodes),
                 seen=SeenTokens((0,), (0,)) if sampling.has_penalties else None,
             )
             for number, (first_position, num_tokens) in enumerate(
@@ -53,9 +58,14 @@ def made_up_step(
 
 def largest(limits: EngineLimits) -> StepPlan:
     """The step of most rows: prompts, of which a context shorter than a step takes several, and decodes."""
-    whole, rest = divmod(limits.max_prefill_tokens_per_step, limits.longest_chunk_tokens)
-    chunks = [*[limits.longest_chunk_tokens] * whole, *([rest] if rest else [])][: limits.max_sequences]
+    chunks = _prompts(limits.max_prefill_tokens_per_step, limits.max_sequences, limits)
     return made_up_step(limits.max_sequences - len(chunks), chunks, limits.block_size_tokens)
+
+
+def _prompts(num_tokens: int, most_prompts: int, limits: EngineLimits) -> list[int]:
+    """Lengths of as few prompts as have so many tokens, or as many as there may be."""
+    whole, rest = divmod(min(num_tokens, limits.max_prefill_tokens_per_step), limits.longest_chunk_tokens)
+    return [*[limits.longest_chunk_tokens] * whole, *([rest] if rest else [])][:most_prompts]
 
 
 def every_way_to_choose(limits: EngineLimits) -> Iterator[StepPlan]:
@@ -69,28 +79,37 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     """Steps that together take every kernel, in every form, that steps within these limits take.
 
     Which one multiplies goes by the number of rows, of whole steps and of those that something is sampled after:
-    `cuda/matrix.py`; whether it overlaps with the one in front as well.
+    `cuda/matrix.py`; whether it overlaps with the one in front as well. Decodes' attention goes by their number.
     """
-    most, max_sequences, size = limits.longest_chunk_tokens, limits.max_sequences, limits.block_size_tokens
+    max_sequences, size = limits.max_sequences, limits.block_size_tokens
     yield from every_way_to_choose(limits)
     for num_rows in ROWS_OF_FORMS:
-        if num_rows <= most:
-            yield made_up_step(0, [num_rows], size)
-            if max_sequences > 1:
-                # Beside decodes they do not overlap.
-                yield made_up_step(1, [num_rows - 1], size)
-    shared_tokens = -(-_SHARED_TOKENS // size) * size
-    # Few rows, whose kernels overlap, and many.
-    for num_tokens in sorted({min(100, most), min(600, most)}):
-        for num_decodes in (6, 8, 47, 65, 128, 225):
-            if num_decodes < max_sequences:
-                yield made_up_step(num_decodes, [num_tokens], size)
-        for num_decodes in (24, 100):
-            if num_decodes < max_sequences and shared_tokens < limits.context_tokens:
-                yield made_up_step(num_decodes, [num_tokens], size, cached_tokens=shared_tokens)
-    yield made_up_step(max_sequences, [], size)
+        yield made_up_step(0, _prompts(num_rows, max_sequences, limits), size)
+        if max_sequences > 1:
+            # Beside decodes they do not overlap.
+            yield made_up_step(1, _prompts(num_rows - 1, max_sequences - 1, limits), size)
     # The longest have products of their own.
     yield largest(limits)
+    for num_rows in (*ROWS_OF_FORMS, _MORE_ROWS, limits.max_prefill_tokens_per_step):
+        yield _scored(made_up_step(0, _prompts(num_rows, max_sequences, limits), size))
+    yield _scored(largest(limits))
+    shared_tokens = min(-(-_SHARED_TOKENS // size), (limits.context_tokens - 1) // size) * size
+    for cached_tokens in (0, shared_tokens):
+        for num_decodes in _decodes_of_forms(max_sequences):
+            yield made_up_step(num_decodes, [], size, cached_tokens=cached_tokens)
+        for num_decodes in _decodes_of_forms(max_sequences - 1):
+            yield made_up_step(num_decodes, [min(100, limits.longest_chunk_tokens)], size, cached_tokens=cached_tokens)
+
+
+def _scored(plan: StepPlan) -> StepPlan:
+    """The step, asked for the log-probability of a token of its last prompt: all rows are kept to its end, and overlap
+    there as few sampled ones do."""
+    *others, last = plan.chunks
+    return StepPlan(plan.step, (*others, last._replace(scored_token_ids=(0,))))
+
+
+def _decodes_of_forms(most: int) -> list[int]:
+    return sorted({min(number, most) for number in _DECODES_OF_FORMS}) if most else []
 
 
 def usual(limits: EngineLimits) -> Iterator[StepPlan]:

@@ -6,7 +6,7 @@ and pieces only a program that leaves at once.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
@@ -129,11 +129,11 @@ class StepShapes:
     def forms(self) -> list[StepShape]:
         """Return shapes that together have all forms of kernels: those are chosen by powers of two of their rows, and
         of few rows by their blocks and by thirty-twos (`cuda/matrix.py`)."""
-        sizes = _first_of_forms(self._decodes)
-        sharing = [StepShape(size, size, shares=True) for size in sizes if self.may_share(size)]
-        sizes_of_chunks = _first_of_forms(self._chunks)
-        chunks = [StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in sizes_of_chunks]
-        return [*(StepShape(size, size) for size in sizes), *sharing, *chunks]
+        shapes = [StepShape(size, size) for size in _first_of_forms(self._decodes)]
+        shapes += [
+            StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in _first_of_forms(self._chunks)
+        ]
+        return [*shapes, *(replace(shape, shares=True) for shape in shapes if self.may_share(shape.num_decodes))]
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int | None:

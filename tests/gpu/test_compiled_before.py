@@ -1,0 +1,227 @@
+"""No step of a worker takes a kernel in a form that was not compiled before it served.
+
+The device is torch's `meta`, whose tensors have shapes and no values: which kernels are launched is written down, and
+nothing is computed. Sizes are an 8B's.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from services.worker.cuda import cuda_runner, decoder
+from services.worker.cuda.cuda_runner import CudaRunner
+from services.worker.cuda.decoder import DeviceDecoder, MostWork
+from services.worker.cuda.dense_attention import DenseRun
+from services.worker.cuda.kv_cache import DeviceKvCache
+from services.worker.cuda.made_up_steps import GREEDY
+from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix
+from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
+from services.worker.cuda.warm_up import compile_kernels
+from services.worker.cuda.weights import DeviceWeights
+from services.worker.engine.block_pool import BlockId
+from services.worker.engine.limits import EngineLimits
+from services.worker.engine.sequence import SequenceId
+from services.worker.engine.step_plan import SequenceChunk, StepPlan
+from services.worker.kernels import embedding
+from services.worker.kernels.rows import FP8
+from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
+from services.worker.runner.models.shard import Shard
+from services.worker.weight_format import DeviceWeightFormat
+from tests.unit.engine_builders import limits_of
+
+META = torch.device("meta")
+CONFIG = DecoderConfig(2, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
+BLOCK, PREFIX_BLOCKS = 64, 24
+MOST_TOKENS = 8192
+NUMBERS = (
+    1,
+    2,
+    7,
+    8,
+    16,
+    17,
+    27,
+    28,
+    32,
+    33,
+    48,
+    64,
+    65,
+    96,
+    97,
+    127,
+    128,
+    129,
+    160,
+    161,
+    224,
+    225,
+    256,
+    300,
+    511,
+    512,
+)
+"""Where forms begin and end."""
+
+
+def weights_of(weights: DeviceWeightFormat) -> DeviceWeights:
+    kind, hidden = ACTIVATIONS[weights], CONFIG.hidden_size
+
+    def matrix(num_outputs: int, num_inputs: int) -> DeviceMatrix:
+        if weights == "fp8":
+            return DeviceMatrix(
+                torch.empty((num_outputs, num_inputs), dtype=FP8, device=META), torch.empty(num_outputs, device=META)
+            )
+        return DeviceMatrix(torch.empty((num_outputs, num_inputs), dtype=kind, device=META))
+
+    norm = torch.empty(hidden, dtype=kind, device=META)
+    layer = DecoderLayerWeights(
+        attention_norm=norm,
+        qkv_proj=matrix(CONFIG.q_size + 2 * CONFIG.kv_size, hidden),
+        qk_norm=None,
+        o_proj=matrix(hidden, CONFIG.q_size),
+        mlp_norm=norm,
+        gate_up_proj=matrix(2 * CONFIG.intermediate_size, hidden),
+        down_proj=matrix(hidden, CONFIG.intermediate_size),
+    )
+    table = torch.empty((CONFIG.vocabulary_size, hidden), dtype=kind, device=META)
+    # Two objects: the last layer is another one.
+    layers = (layer, DecoderLayerWeights(**{name: getattr(layer, name) for name in layer.__slots__}))
+    return DecoderWeights(table, layers, norm, DeviceMatrix(table), torch.zeros(CONFIG.head_dim // 2))
+
+
+class Launches(set[tuple[object, ...]]):
+    """Forms of the kernels that were launched."""
+
+    def launch(self, kernel: Any, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
+        """In place of a kernel's `run`."""
+        # The interpreter's kernels keep what they are told aside.
+        told = vars(kernel).get("kwargs") or vars(kernel)
+        unspecialized = told["do_not_specialize"] or ()
+        given = [
+            _form(argument) if name not in unspecialized else int
+            for name, argument in zip(kernel.arg_names, arguments, strict=False)
+        ]
+        self.add((kernel.fn.__name__, *given, *sorted(options.items())))
+
+
+def _form(argument: object) -> object:
+    """What a kernel is compiled for."""
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, tuple(argument.block_shape)
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    if isinstance(argument, int):
+        return int, argument == 1, argument % 16 == 0
+    return argument
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """What is launched from now on; tensors are taken for a device's."""
+    written = Launches()
+
+    def run(kernel: Any, *arguments: object, **options: Any) -> None:
+        written.launch(kernel, *arguments, **options)
+
+    def attended(queries: Tensor, _keys: Tensor, _values: Tensor, run: DenseRun) -> Tensor:
+        return torch.empty_like(queries[run.rows])
+
+    monkeypatch.setattr(type(embedding._embed), "run", run)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *arguments, **options: None)
+    monkeypatch.setattr(decoder, "dense_attention", attended)
+    monkeypatch.setattr(CudaRunner, "_overlaps", lambda runner, rows: rows < cuda_runner._OVERLAPPED_BELOW_ROWS)
+    # Nothing is read of what was not computed.
+    monkeypatch.setattr(CudaRunner, "_read", lambda *arguments: SimpleNamespace(wait=lambda: None))
+    return written
+
+
+def a_chunk(number: int, first_position: int, num_tokens: int, *, is_decode: bool, is_scored: bool) -> SequenceChunk:
+    num_blocks = -(-(first_position + num_tokens) // BLOCK)
+    own = range(1000 * number, 1000 * number + num_blocks)
+    shared = range(min(PREFIX_BLOCKS, num_blocks - 1) if is_decode else 0)
+    table = tuple(map(BlockId, (*shared, *own[len(shared) :])))
+    sampled = (GREEDY, 5 if is_decode else 0, (0,) if is_scored else ())
+    return SequenceChunk(SequenceId(-number), (0,) * num_tokens, first_position, table, *sampled)
+
+
+def a_step(num_decodes: int, prompts: list[int], *, shares: bool = False, is_scored: bool = False) -> StepPlan:
+    position = PREFIX_BLOCKS * BLOCK + 7 if shares else 3
+    chunks = [a_chunk(n, position, 1, is_decode=True, is_scored=False) for n in range(1, num_decodes + 1)]
+    chunks += [
+        a_chunk(1000 + n, 0, num_tokens, is_decode=False, is_scored=is_scored) for n, num_tokens in enumerate(prompts)
+    ]
+    return StepPlan(1, tuple(chunks))
+
+
+def steps_within(limits: EngineLimits) -> Iterator[StepPlan]:
+    most = limits.max_sequences
+    for num_decodes in sorted({*(number for number in NUMBERS if number < most), most - 1, most} - {0}):
+        for shares in (False, True):
+            yield a_step(num_decodes, [], shares=shares)
+            if num_decodes < most:
+                yield a_step(num_decodes, [9], shares=shares)
+                yield a_step(num_decodes, [2400], shares=shares)
+    for num_rows in (*(number for number in NUMBERS if number > 1), 700, 2400, 4096, MOST_TOKENS):
+        for is_scored in (False, True):
+            yield a_step(0, [num_rows], is_scored=is_scored)
+            if most > 1:
+                yield a_step(1, [num_rows - 1] if num_rows > 2 else [2], is_scored=is_scored)
+            if most > 20 <= num_rows:
+                # More prompts than a graph has room for.
+                yield a_step(0, [num_rows // 20] * 20, is_scored=is_scored)
+
+
+@pytest.mark.parametrize(
+    ("weights", "has_fp8_cache", "max_sequences", "has_graphs", "is_batch_invariant"),
+    [
+        ("bf16", False, 256, True, False),
+        ("bf16", True, 128, True, False),
+        ("bf16", False, 100, False, False),
+        ("bf16", False, 40, False, True),
+        ("bf16", True, 20, True, True),
+        ("fp8", False, 20, True, False),
+        ("fp8", True, 600, True, False),
+        ("fp8", True, 300, False, False),
+        ("fp8", False, 1, True, False),
+    ],
+)
+def test_whatever_a_step_launches_was_compiled_before(
+    weights: DeviceWeightFormat,
+    has_fp8_cache: bool,
+    max_sequences: int,
+    has_graphs: bool,
+    is_batch_invariant: bool,
+    launches: Launches,
+) -> None:
+    most = MostWork(MOST_TOKENS + max_sequences, max_sequences, 2 * max_sequences, CONFIG.context_tokens)
+    kind = ACTIVATIONS[weights]
+    model = DeviceDecoder(CONFIG, weights_of(weights), Shard(), most, kind, is_batch_invariant=is_batch_invariant)
+    model.may_be_dense = not is_batch_invariant
+    filled_up_to = FilledUpTo(decode_sizes(max_sequences), chunk_sizes(most.num_rows)) if has_graphs else NEVER
+    limits = limits_of(
+        num_blocks=1,
+        block_size_tokens=BLOCK,
+        max_sequences=max_sequences,
+        max_prefill_tokens_per_step=MOST_TOKENS,
+        context_tokens=CONFIG.context_tokens,
+    )
+
+    def a_runner(filled_up_to: FilledUpTo) -> CudaRunner:
+        cache = DeviceKvCache(CONFIG, 1, BLOCK, FP8 if has_fp8_cache else kind, META)
+        return CudaRunner(model, cache, most, filled_up_to)
+
+    compile_kernels(a_runner(NEVER), a_runner(filled_up_to), limits, threads=1)
+    compiled = {*launches}
+    launches.clear()
+    runner = a_runner(filled_up_to)
+    for step in steps_within(limits):
+        runner.launch(step)
+        assert launches <= compiled, [(len(chunk.token_ids), chunk.first_position) for chunk in step.chunks][-3:]
+    assert len(launches) > 5
