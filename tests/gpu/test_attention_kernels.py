@@ -91,6 +91,19 @@ def test_a_batch_of_any_lengths_attends_in_one_launch(
         assert not room.num_done.any(), "it is left as the next launch needs it"
 
 
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (17, 1), (40, 2)])
+def test_any_number_of_heads_may_share_a_decodes_keys(num_heads: int, num_kv_heads: int) -> None:
+    layer, tables = a_cache(LENGTHS, num_kv_heads, 32, DTYPES[1])
+    queries = random(seeded(7), len(LENGTHS), num_heads, 32, dtype=DTYPES[1])
+    contexts = np.array(LENGTHS, dtype=np.int32)
+    batch = a_batch(np.zeros_like(contexts), contexts, 17, tables)
+    assert batch.splits[:, 1].max() > 4, "a merge of two turns"
+    room = piece_results(len(batch.pieces), len(LENGTHS), num_heads, num_kv_heads, 32, DEVICE)
+    out = torch.full_like(queries, math.nan)
+    decode_attention(queries, layer, batch, room, out)
+    assert_near(out, decode_attention_reference(queries, layer, torch.from_numpy(contexts), tables, None))
+
+
 def test_a_row_that_is_computed_for_nothing_changes_nothing() -> None:
     num_heads, num_kv_heads, head_dim = HEADS[0]
     layer, tables = a_cache([3, BLOCK], num_kv_heads, head_dim, torch.float32)

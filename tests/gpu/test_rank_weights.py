@@ -49,6 +49,14 @@ def test_what_is_thought_to_fit_is_what_is_held(weights: DeviceWeightFormat, sha
     assert held_bytes(dummy_weights(config, weights, shard, DEVICE)) == weights_bytes(config, weights, shard)
 
 
+def test_dummy_weights_are_even_in_a_thousandth_as_vllms_are() -> None:
+    weights = dummy_weights(SMALL, "float32", Shard(), DEVICE)
+    layer = weights.layers[0]
+    for matrix in (layer.qkv_proj.values, layer.down_proj.values, weights.lm_head.values, weights.embedding):
+        assert float(matrix.abs().max()) == pytest.approx(1e-3, rel=1e-2)
+        assert float(matrix.abs().mean()) == pytest.approx(5e-4, rel=5e-2)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-tied-llama3-rope"])
 def test_what_is_thought_to_fit_is_what_files_bring(tmp_path: Path, name: str) -> None:
     path = save(tiny_model(name), tmp_path)

@@ -42,8 +42,8 @@ def load_weights(
 def dummy_weights(
     config: DecoderConfig, weights: DeviceWeightFormat, shard: Shard, device: torch.device
 ) -> DeviceWeights:
-    """Make a rank's part of random weights: as large as trained ones, and as fast to compute with, where zeros would be
-    faster.
+    """Make a rank's part of random weights, norms of one: as large as trained ones, and about as fast to compute with,
+    where zeros would be faster.
     """
     config, vocabulary = shard.config(config), len(shard.vocabulary(config))
     kind = ACTIVATIONS[weights]

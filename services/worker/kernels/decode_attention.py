@@ -71,7 +71,7 @@ def piece_results(
 
 @dataclass(frozen=True, slots=True)
 class DecodeTuning:
-    """How the kernel is compiled; any choice is right."""
+    """How contexts are cut and the kernel is compiled; any choice is right."""
 
     tile_tokens: int
     """Keys that are multiplied at once; at most a block."""
@@ -451,6 +451,7 @@ def _part(
 ):  # fmt: skip
     """Load a part, or one that weighs nothing."""
     dims = tl.arange(0, BLOCK_DIM)
+    # Compared head by head: the interpreter takes no mask that a scalar was spread over.
     is_there = in_group & (heads * 0 + index < count)
     place = (first + index * step) * NUM_HEADS + heads
     # Past the first-level cache, which other processors' stores do not reach.
