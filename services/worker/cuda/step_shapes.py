@@ -22,8 +22,8 @@ _DECODES = (
     *range(1, 32), *range(32, 64, 2), *range(64, 128, 4), *range(128, 264, 8),
     264, 280, 296, 312, 328, 344, 360, 376, 384, 408, 432, 456, 472, 496, 512,
 )  # fmt: skip
-"""Sizes of steps of decodes alone, by what cuBLAS takes for multiples of 8 in bf16 and fp8 (docs/gpu-kernels.md): a step of
-260 rows takes it 0.7 to 0.8 ms more than one of 256, and one of 448 3 ms more than one of 456."""
+"""Sizes of steps of decodes alone, by what cuBLAS takes for multiples of 8 in bf16 and fp8 (docs/gpu-kernels.md): a
+step of 260 rows takes it 0.7 to 0.8 ms more than one of 256, and one of 448 3 ms more than one of 456."""
 _CHUNK_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 480, 512, 640, 768, 896, 1024)
 """Sizes of steps with prompts, and from there on multiples of 128. By time, not by rows: cuBLAS takes longer for some
 than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for
