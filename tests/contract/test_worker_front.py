@@ -271,6 +271,14 @@ async def test_a_request_whose_reader_is_gone_leaves_nothing_behind(bench: Bench
             gc.collect()
 
 
+async def test_of_steps_in_flight_the_longest_says_how_long_progress_may_take(bench: Bench) -> None:
+    await bench.run("a", max_tokens=50)
+    bench.engine.begin_step(1, predicted_ms=900)
+    bench.engine.begin_step(2, predicted_ms=5)
+    await bench.engine.heard()
+    assert bench.session.predicted_step_ms == 900
+
+
 async def test_a_stopped_worker_blames_nobody_for_the_step_in_flight(bench: Bench) -> None:
     key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()

@@ -131,10 +131,16 @@ class SteppedEngine:
         for _ in range(count):
             self.step()
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int = 1, predicted_ms: int = 5) -> None:
         running = [number for number in self.sequences if number not in self.held]
-        begins = engine_pb2.StepBegins(step=1, predicted_ms=5, sequence_ids=running)
+        begins = engine_pb2.StepBegins(step=step, predicted_ms=predicted_ms, sequence_ids=running)
         self._events.put_nowait(engine_pb2.EngineEvent(begins=begins))
+
+    async def heard(self) -> None:
+        """Return when the front has taken in all that was said."""
+        async with asyncio.timeout(5):
+            while not self._events.empty():
+                await asyncio.sleep(0.001)
 
     def die(self, returncode: int = -11, out_of_memory: bool = False) -> None:
         """By SIGSEGV, unless told."""

@@ -1,4 +1,4 @@
-"""Which kernel multiplies follows docs/gpu.md, "Tunings"."""
+"""Which kernel multiplies follows docs/gpu-kernels.md, "Tunings"."""
 
 from dataclasses import replace
 

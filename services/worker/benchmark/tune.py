@@ -8,6 +8,7 @@ holds. Prints the best of each shape, and cuBLAS beside it.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -67,6 +69,8 @@ TUNINGS_OF_MORE_ROWS = [
     )
 ]
 """Of products of few rows: to 64, and above."""
+MORE_PIECES = (0, 8, 16, 24, 32, 48, 64, 128)
+"""Than sequences, that contexts are cut into at most."""
 ROTATED_BYTES = 200 << 20
 """More than three times the second-level cache."""
 Call = Callable[[int], object]
@@ -200,42 +204,46 @@ def _small(rows: Tensor, weights: Sequence[Tensor], tuning: ProductTuning) -> Ca
     return lambda number: small_product(rows, weights[number], out, tuning, pdl=True)
 
 
-def decodes(shapes: Sequence[tuple[int, int]]) -> Iterator[dict[str, object]]:
-    """Attention of decodes, by number of sequences and context."""
-    for dtype, (num_rows, context) in product((torch.bfloat16, FP8), shapes):
-        blocks = -(-context // BLOCK)
-        one_bytes = num_rows * blocks * 2 * KV_HEADS * BLOCK * HEAD_DIM * dtype.itemsize
-        count = max(2, -(-ROTATED_BYTES // one_bytes))
-        layers = [
-            PagedLayer(torch.randn((num_rows * blocks, 2, KV_HEADS, BLOCK, HEAD_DIM), device="cuda").to(dtype))
-            for _ in range(count)
-        ]
-        tables = torch.randperm(num_rows * blocks, device="cuda").to(torch.int32).view(num_rows, blocks)
-        queries = torch.randn((num_rows, HEADS, HEAD_DIM), device="cuda").to(torch.bfloat16)
-        for most_pieces in sorted({num_rows, 16, 32, 48, 64, 2 * num_rows}):
-            if most_pieces < num_rows:
-                continue
-            contexts = np.full(num_rows, context, dtype=np.int32)
-            cut, of_row = cut_contexts(
-                np.zeros_like(contexts), contexts, even_length(contexts, most_pieces, BLOCK, LEAST_PIECE_TOKENS)
-            )
-            pieces = torch.from_numpy(cut).cuda()
-            splits = torch.from_numpy(np.pad(of_row, ((0, 0), (0, 2)))).cuda()
-            batch = DecodeBatch(pieces, splits, tables)
-            room = piece_results(len(pieces), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
-            for tile, warps, stages in product((32, 64), (1, 2, 4), (3, 5, 7)):
-                tuning = DecodeTuning(tile, warps, stages)
-                us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
-                yield {
-                    "kernel": "decode_attention",
-                    "dtype": str(dtype),
-                    "rows": num_rows,
-                    "context": context,
-                    "pieces": len(pieces),
-                    "how": str(tuning),
-                    "us": us,
-                    "tb_per_s": one_bytes / us / 1e6,
-                }
+def decodes(rows_of: Sequence[int]) -> Iterator[dict[str, object]]:
+    """Attention of decodes, by number of sequences: of contexts of one length, and of some as long as a chat's."""
+    generator = np.random.default_rng(0)
+    for dtype, num_rows in product((torch.bfloat16, FP8), rows_of):
+        prompts = np.clip(generator.lognormal(math.log(512), 1.0, num_rows), 32, 4096)
+        chats = (prompts + generator.uniform(30, 900, num_rows)).astype(np.int32)
+        for name, contexts in (("800 each", np.full(num_rows, 800, dtype=np.int32)), ("a chat's", chats)):
+            yield from _decodes_of(dtype, name, contexts)
+
+
+def _decodes_of(dtype: torch.dtype, name: str, contexts: NDArray[np.int32]) -> Iterator[dict[str, object]]:
+    num_rows, counts = len(contexts), -(-contexts // BLOCK)
+    num_blocks = int(counts.sum())
+    count = max(2, -(-ROTATED_BYTES // (num_blocks * 2 * KV_HEADS * BLOCK * HEAD_DIM * dtype.itemsize)))
+    layers = [
+        PagedLayer(torch.randn((num_blocks, 2, KV_HEADS, BLOCK, HEAD_DIM), device="cuda").to(dtype))
+        for _ in range(count)
+    ]
+    tables = np.zeros((num_rows, counts.max()), dtype=np.int32)
+    tables[np.arange(counts.max()) < counts[:, None]] = np.random.default_rng(1).permutation(num_blocks)
+    queries = torch.randn((num_rows, HEADS, HEAD_DIM), device="cuda").to(torch.bfloat16)
+    bytes_read = int(contexts.sum()) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
+    lengths = {even_length(contexts, num_rows + more, BLOCK, LEAST_PIECE_TOKENS): more for more in MORE_PIECES}
+    for (length, more), shape in product(lengths.items(), product((32, 64), (2, 4), (3, 5, 7))):
+        tuning = DecodeTuning(*shape, more_pieces=more)
+        cut, of_row = cut_contexts(np.zeros_like(contexts), contexts, length)
+        splits = np.pad(of_row, ((0, 0), (0, 2)))
+        batch = DecodeBatch(*(torch.from_numpy(part).cuda() for part in (cut, splits, tables)))
+        room = piece_results(len(cut), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
+        us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
+        yield {
+            "kernel": "decode_attention",
+            "dtype": str(dtype),
+            "rows": num_rows,
+            "context": name,
+            "pieces": len(cut),
+            "how": str(tuning),
+            "us": us,
+            "tb_per_s": bytes_read / us / 1e6,
+        }
 
 
 def _decode(
@@ -253,18 +261,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--many-rows", type=int, nargs="*", default=[32, 96, 128, 192, 256, 1024, 2048, 8192], help="of activations"
     )
+    parser.add_argument(
+        "--decodes",
+        type=int,
+        nargs="*",
+        default=[1, 4, 8, 16, 24, 32, 48, 64, 80, 128, 192, 256, 512],
+        help="sequences",
+    )
     parser.add_argument("--only", choices=("products", "activations", "decodes"), help="one of the three")
     given = parser.parse_args(arguments)
-    shapes = (
-        *((1, 512), (1, 1024), (8, 768), (32, 768), (64, 768), (256, 768), (256, 160)),
-        *((512, 192), (512, 1500), (256, 2112)),
-    )
     lines: list[dict[str, object]] = []
     with given.out.open("w", encoding="utf-8") as out:
         for line in (
             *_chosen(given.only, "products", lambda: products(given.rows)),
             *_chosen(given.only, "activations", lambda: activations(given.many_rows)),
-            *_chosen(given.only, "decodes", lambda: decodes(shapes)),
+            *_chosen(given.only, "decodes", lambda: decodes(given.decodes)),
         ):
             lines.append(line)
             out.write(json.dumps(line) + "\n")

@@ -72,7 +72,7 @@ Activation = Literal["gemv", "tiles", "apart"] | ProductTuning
 
 
 class Multiplier:
-    """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu.md, for one H200."""
+    """Multiplies rows with matrices, choosing how by their number. Tables are of docs/gpu-kernels.md, for one H200."""
 
     def __init__(
         self, normed_outputs: int, turned_outputs: int, device: torch.device, *, is_batch_invariant: bool = False

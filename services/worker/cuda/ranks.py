@@ -19,7 +19,7 @@ from services.worker.runner.models.shard import Shard
 
 FEW_BYTES = 8 << 20
 """A rank stores up to so much of a sum to others, who add it up in the norm that reads it; larger sums are NCCL's. See
-docs/gpu.md, "Ranks on several GPUs"."""
+docs/gpu-ranks.md."""
 WHOLE_ROWS_AT_ONCE = 16
 """Of logits that are made whole."""
 LOOKS = 1 << 23

@@ -23,6 +23,7 @@ from services.common.text.grammar_errors import GrammarError
 from services.worker.engine.block_pool import BlockId, BlockPool
 from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
+from services.worker.engine.outputs import last_scored, output_of
 from services.worker.engine.prefix_cache import PrefixCache, block_hash
 from services.worker.engine.refusal import why_refused, why_tokens_refused, why_too_long
 from services.worker.engine.sequence import FIRST_OF_ALL, Sequence, SequenceId, SequenceState
@@ -30,12 +31,10 @@ from services.worker.engine.step_budget import StepBudget
 from services.worker.engine.step_plan import (
     PENDING_TOKEN,
     BlockCopy,
-    ChunkResult,
     SeenTokens,
     SequenceChunk,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 from services.worker.engine.step_time import StepTimeModel, StepWork
 
@@ -213,7 +212,7 @@ class Planner:
                 sequence.token_ids.append(computed.token_id)
                 sequence.num_pending_tokens -= 1
             if computed.scored:
-                sequence.tell_from = _last_scored(chunk) + 1
+                sequence.tell_from = last_scored(chunk) + 1
             self._cache_filled_blocks(sequence, chunk)
             problem = _follow(sequence) if samples else ""
             end = engine_pb2.SEQUENCE_END_UNSPECIFIED
@@ -222,7 +221,7 @@ class Planner:
             elif samples or (sequence.scores_only and sequence.is_told):
                 end = sequence.end_reached()
             if samples or computed.scored:
-                outputs.append(_output(sequence, chunk, computed, end, problem))
+                outputs.append(output_of(sequence, chunk, computed, end, problem))
             if end:
                 self._end(sequence)
         return outputs
@@ -373,7 +372,7 @@ class Planner:
 
     def _chunk_alone(self, sequence: Sequence) -> list[SequenceChunk]:
         """Its next chunk; nothing while another step is in flight: it would not be alone if the engine died then."""
-        most_tokens = self._limits.max_prefill_tokens_per_step
+        most_tokens = self._limits.prefill_tokens_beside(0)
         return [] if self._num_in_flight else [self._chunk(sequence, min(sequence.num_ready_tokens, most_tokens))]
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
@@ -388,7 +387,7 @@ class Planner:
         """Chunks of sequences, the first first, as many as a step takes besides."""
         chunks: list[SequenceChunk] = []
         work = StepWork.of(decodes)
-        tokens_left = self._limits.max_prefill_tokens_per_step
+        tokens_left = self._limits.prefill_tokens_beside(len(decodes))
         most_ms = None
         for sequence in sequences:
             if not chunks:
@@ -532,38 +531,3 @@ def _scored(sequence: Sequence, score_from: int, first: int, end: int) -> tuple[
 def _seen(sequence: Sequence) -> SeenTokens:
     tokens = sequence.token_ids
     return SeenTokens(tuple(tokens[: sequence.num_prompt_tokens]), tuple(tokens[sequence.num_prompt_tokens :]))
-
-
-def _output(
-    sequence: Sequence,
-    chunk: SequenceChunk,
-    computed: ChunkResult,
-    end: engine_pb2.SequenceEnd.ValueType,
-    error: str,
-) -> engine_pb2.SequenceOutput:
-    output = engine_pb2.SequenceOutput(
-        sequence_id=sequence.id,
-        token_ids=() if computed.token_id is None else (computed.token_id,),
-        cached_tokens=sequence.num_cached_tokens or 0,
-    )
-    # Most outputs have none of these: they would cost as much as the rest.
-    if end:
-        output.end, output.error = end, error
-    if computed.logprobs:
-        output.logprobs.append(_logprobs(computed.logprobs))
-    if computed.scored:
-        output.given_logprobs.extend(map(_logprobs, computed.scored))
-        output.given_from = _last_scored(chunk) + 1 - len(computed.scored)
-    return output
-
-
-def _last_scored(chunk: SequenceChunk) -> int:
-    """Position of the last of a chunk's `scored_token_ids`."""
-    return chunk.context_tokens - (chunk.sample_index is not None)
-
-
-def _logprobs(logprobs: TokenLogprobs) -> inference_pb2.TokenLogprobs:
-    return inference_pb2.TokenLogprobs(
-        logprob=logprobs.logprob,
-        top=[inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top],
-    )

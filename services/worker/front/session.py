@@ -69,7 +69,6 @@ class Session:
     ) -> None:  # fmt: skip
         self.worker = new_worker_id()
         self.steps = 0
-        self.predicted_step_ms = 0
         self.free_blocks = ready.num_blocks
         self.waiting_prefill_tokens = 0
         self.step_time: request_pb2.StepTime | None = None
@@ -92,7 +91,7 @@ class Session:
         """Sequences that no step has held yet; kept if spans are recorded."""
         self._sequences: dict[int, tuple[ActiveRequest, int]] = {}
         self._sequence_ids = itertools.count(1)
-        self._in_flight: dict[int, Sequence[int]] = {}
+        self._in_flight: dict[int, engine_pb2.StepBegins] = {}
         self._departing = False
         self._links: GatewayLinks
         self._tasks: asyncio.TaskGroup
@@ -101,6 +100,11 @@ class Session:
     def num_sequences(self) -> int:
         """Sequences in the engine, waiting or running."""
         return len(self._sequences)
+
+    @property
+    def predicted_step_ms(self) -> int:
+        """How long it may take until a step is done, by the longest in flight; 0: there is none."""
+        return max((step.predicted_ms for step in self._in_flight.values()), default=0)
 
     @property
     def could_step(self) -> bool:
@@ -125,7 +129,7 @@ class Session:
             # Only a death counts: a stopped, drained or lost worker has a step in flight too (docs/protocol.md, "Poison
             # requests").
             if isinstance(error, EngineDiedError) and not error.on_request:
-                suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step]
+                suspects = [sequence_id for step in self._in_flight.values() for sequence_id in step.sequence_ids]
             raise
         except* LostError:
             reason, cause = "worker was lost", "lost"
@@ -281,8 +285,7 @@ class Session:
         async for event in self._engine.events():
             match event.WhichOneof("event"):
                 case "begins":
-                    self.predicted_step_ms = event.begins.predicted_ms
-                    self._in_flight[event.begins.step] = event.begins.sequence_ids
+                    self._in_flight[event.begins.step] = event.begins
                     self._step_begins(event.begins.sequence_ids)
                     self.progress.set()
                 case "done":
@@ -296,9 +299,8 @@ class Session:
 
     async def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
-        num_sequences = len(self._in_flight.pop(done.step, ()))
-        if not self._in_flight:
-            self.predicted_step_ms = 0
+        begun = self._in_flight.pop(done.step, None)
+        num_sequences = len(begun.sequence_ids) if begun else 0
         self.free_blocks = done.free_blocks
         self.waiting_prefill_tokens = done.waiting_prefill_tokens
         if done.HasField("step_time"):
