@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.worker.cuda import cuda_runner, decoder
+from services.worker.cuda import cuda_runner, decoder, ranks
 from services.worker.cuda.cuda_runner import CudaRunner
 from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.dense_attention import DenseRun
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import GREEDY
 from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix
+from services.worker.cuda.ranks import DeviceRanks, MostRows
 from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
@@ -69,8 +70,8 @@ NUMBERS = (
 """Where forms begin and end."""
 
 
-def weights_of(weights: DeviceWeightFormat) -> DeviceWeights:
-    kind, hidden = ACTIVATIONS[weights], CONFIG.hidden_size
+def weights_of(config: DecoderConfig, weights: DeviceWeightFormat, num_tokens: int) -> DeviceWeights:
+    kind, hidden = ACTIVATIONS[weights], config.hidden_size
 
     def matrix(num_outputs: int, num_inputs: int) -> DeviceMatrix:
         if weights == "fp8":
@@ -82,17 +83,22 @@ def weights_of(weights: DeviceWeightFormat) -> DeviceWeights:
     norm = torch.empty(hidden, dtype=kind, device=META)
     layer = DecoderLayerWeights(
         attention_norm=norm,
-        qkv_proj=matrix(CONFIG.q_size + 2 * CONFIG.kv_size, hidden),
+        qkv_proj=matrix(config.q_size + 2 * config.kv_size, hidden),
         qk_norm=None,
-        o_proj=matrix(hidden, CONFIG.q_size),
+        o_proj=matrix(hidden, config.q_size),
         mlp_norm=norm,
-        gate_up_proj=matrix(2 * CONFIG.intermediate_size, hidden),
-        down_proj=matrix(hidden, CONFIG.intermediate_size),
+        gate_up_proj=matrix(2 * config.intermediate_size, hidden),
+        down_proj=matrix(hidden, config.intermediate_size),
     )
-    table = torch.empty((CONFIG.vocabulary_size, hidden), dtype=kind, device=META)
+    table = torch.empty((num_tokens, hidden), dtype=kind, device=META)
     # Two objects: the last layer is another one.
     layers = (layer, DecoderLayerWeights(**{name: getattr(layer, name) for name in layer.__slots__}))
-    return DecoderWeights(table, layers, norm, DeviceMatrix(table), torch.zeros(CONFIG.head_dim // 2))
+    return DecoderWeights(table, layers, norm, DeviceMatrix(table), torch.zeros(config.head_dim // 2))
+
+
+def a_rank(world_size: int, most: MostWork, kind: torch.dtype) -> DeviceRanks:
+    file: Any = SimpleNamespace(rank=0, world_size=world_size)
+    return DeviceRanks(file, CONFIG, MostRows(most.num_rows, most.num_sequences, kind), META, has_nccl=True)
 
 
 class Launches(set[tuple[object, ...]]):
@@ -129,6 +135,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     def run(kernel: Any, *arguments: object, **options: Any) -> None:
         written.launch(kernel, *arguments, **options)
 
+    def addresses(_first: int, device: torch.device) -> Tensor:
+        return torch.empty(1, dtype=torch.int64, device=device)
+
     def attended(queries: Tensor, _keys: Tensor, _values: Tensor, run: DenseRun) -> Tensor:
         return torch.empty_like(queries[run.rows])
 
@@ -137,6 +146,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(torch, "_scaled_mm", lambda *arguments, **options: None)
     monkeypatch.setattr(decoder, "dense_attention", attended)
     monkeypatch.setattr(CudaRunner, "_overlaps", lambda runner, rows: rows < cuda_runner._OVERLAPPED_BELOW_ROWS)
+    monkeypatch.setattr(
+        ranks, "share_memory", lambda num_bytes, file, device: SimpleNamespace(seat_addresses=addresses)
+    )
+    monkeypatch.setattr(ranks, "Nccl", lambda file: SimpleNamespace(sum=lambda product: None))
     # Nothing is read of what was not computed.
     monkeypatch.setattr(CudaRunner, "_read", lambda *arguments: SimpleNamespace(wait=lambda: None))
     return written
@@ -179,17 +192,19 @@ def steps_within(limits: EngineLimits) -> Iterator[StepPlan]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "has_fp8_cache", "max_sequences", "has_graphs", "is_batch_invariant"),
+    ("weights", "has_fp8_cache", "max_sequences", "has_graphs", "is_batch_invariant", "world_size"),
     [
-        ("bf16", False, 256, True, False),
-        ("bf16", True, 128, True, False),
-        ("bf16", False, 100, False, False),
-        ("bf16", False, 40, False, True),
-        ("bf16", True, 20, True, True),
-        ("fp8", False, 20, True, False),
-        ("fp8", True, 600, True, False),
-        ("fp8", True, 300, False, False),
-        ("fp8", False, 1, True, False),
+        ("bf16", False, 256, True, False, 1),
+        ("bf16", True, 128, True, False, 1),
+        ("bf16", False, 100, False, False, 1),
+        ("bf16", False, 40, False, True, 1),
+        ("bf16", True, 20, True, True, 1),
+        ("fp8", False, 20, True, False, 1),
+        ("fp8", True, 600, True, False, 1),
+        ("fp8", True, 300, False, False, 1),
+        ("fp8", False, 1, True, False, 1),
+        ("bf16", False, 64, True, False, 2),
+        ("fp8", False, 20, True, False, 4),
     ],
 )
 def test_whatever_a_step_launches_was_compiled_before(
@@ -198,13 +213,24 @@ def test_whatever_a_step_launches_was_compiled_before(
     max_sequences: int,
     has_graphs: bool,
     is_batch_invariant: bool,
+    world_size: int,
     launches: Launches,
 ) -> None:
+    kind, shard = ACTIVATIONS[weights], Shard(0, world_size)
+    config = shard.config(CONFIG)
     most = MostWork(MOST_TOKENS + max_sequences, max_sequences, 2 * max_sequences, CONFIG.context_tokens)
-    kind = ACTIVATIONS[weights]
-    model = DeviceDecoder(CONFIG, weights_of(weights), Shard(), most, kind, is_batch_invariant=is_batch_invariant)
+    model = DeviceDecoder(
+        CONFIG,
+        weights_of(config, weights, len(shard.vocabulary(CONFIG))),
+        shard,
+        most,
+        kind,
+        a_rank(world_size, most, kind) if world_size > 1 else None,
+        is_batch_invariant=is_batch_invariant,
+    )
     model.may_be_dense = not is_batch_invariant
-    filled_up_to = FilledUpTo(decode_sizes(max_sequences), chunk_sizes(most.num_rows)) if has_graphs else NEVER
+    chunks = tuple(size for size in chunk_sizes(most.num_rows) if model.ranks is None or model.ranks.are_few(size))
+    filled_up_to = FilledUpTo(decode_sizes(max_sequences), chunks) if has_graphs else NEVER
     limits = limits_of(
         num_blocks=1,
         block_size_tokens=BLOCK,
@@ -214,7 +240,7 @@ def test_whatever_a_step_launches_was_compiled_before(
     )
 
     def a_runner(filled_up_to: FilledUpTo) -> CudaRunner:
-        cache = DeviceKvCache(CONFIG, 1, BLOCK, FP8 if has_fp8_cache else kind, META)
+        cache = DeviceKvCache(config, 1, BLOCK, FP8 if has_fp8_cache else kind, META)
         return CudaRunner(model, cache, most, filled_up_to)
 
     compile_kernels(a_runner(NEVER), a_runner(filled_up_to), limits, threads=1)

@@ -10,8 +10,9 @@ from services.worker.engine.step_plan import SeenTokens, SequenceChunk, StepPlan
 GREEDY = SamplingParameters()
 _SHARED_TOKENS = 1024
 """Of a prefix that is worth reading once for some 20 decodes."""
-ROWS_OF_FORMS = (7, 24, 48, 80, 112, 144, 176, 240, 320)
-"""Rows that together have all forms of kernels of few rows: of products, and of what reads them."""
+ROWS_OF_FORMS = (7, 24, 48, 80, 112, 144, 176, 240, 500)
+"""Rows that together have all forms of kernels of few rows: of products, and of what reads them or sums them over
+ranks."""
 _MORE_ROWS = 600
 """Kernels of so many do not overlap."""
 _DECODES_OF_FORMS = (1, 8, 23, 47, 65, 128, 225)
