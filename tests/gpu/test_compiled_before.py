@@ -40,32 +40,8 @@ CONFIG = DecoderConfig(2, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
 BLOCK, PREFIX_BLOCKS = 64, 24
 MOST_TOKENS = 8192
 NUMBERS = (
-    1,
-    2,
-    7,
-    8,
-    16,
-    17,
-    27,
-    28,
-    32,
-    33,
-    48,
-    64,
-    65,
-    96,
-    97,
-    127,
-    128,
-    129,
-    160,
-    161,
-    224,
-    225,
-    256,
-    300,
-    511,
-    512,
+    *(1, 2, 7, 8, 16, 17, 27, 28, 32, 33, 48, 64, 65, 96, 97),
+    *(127, 128, 129, 160, 161, 224, 225, 256, 300, 511, 512),
 )
 """Where forms begin and end."""
 
@@ -101,19 +77,8 @@ def a_rank(world_size: int, most: MostWork, kind: torch.dtype) -> DeviceRanks:
     return DeviceRanks(file, CONFIG, MostRows(most.num_rows, most.num_sequences, kind), META, has_nccl=True)
 
 
-class Launches(set[tuple[object, ...]]):
-    """Forms of the kernels that were launched."""
-
-    def launch(self, kernel: Any, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
-        """In place of a kernel's `run`."""
-        # The interpreter's kernels keep what they are told aside.
-        told = vars(kernel).get("kwargs") or vars(kernel)
-        unspecialized = told["do_not_specialize"] or ()
-        given = [
-            _form(argument) if name not in unspecialized else int
-            for name, argument in zip(kernel.arg_names, arguments, strict=False)
-        ]
-        self.add((kernel.fn.__name__, *given, *sorted(options.items())))
+Launches = set[tuple[object, ...]]
+"""Forms of the kernels that were launched."""
 
 
 def _form(argument: object) -> object:
@@ -132,8 +97,15 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """What is launched from now on; tensors are taken for a device's."""
     written = Launches()
 
-    def run(kernel: Any, *arguments: object, **options: Any) -> None:
-        written.launch(kernel, *arguments, **options)
+    def run(kernel: Any, *arguments: object, grid: object, warmup: bool, **options: object) -> None:
+        # The interpreter's kernels keep what they are told aside.
+        told = vars(kernel).get("kwargs") or vars(kernel)
+        unspecialized = told["do_not_specialize"] or ()
+        given = [
+            _form(argument) if name not in unspecialized else int
+            for name, argument in zip(kernel.arg_names, arguments, strict=False)
+        ]
+        written.add((kernel.fn.__name__, *given, *sorted(options.items())))
 
     def addresses(_first: int, device: torch.device) -> Tensor:
         return torch.empty(1, dtype=torch.int64, device=device)
