@@ -19,6 +19,7 @@ _DECODES_OF_FORMS = (1, 8, 23, 47, 65, 128, 225)
 """Decodes that together have all forms of their attention, and of the head's product."""
 _USUAL_ROWS = (1024, 512, 256, 128)
 """Of steps with prompts whose times are taken at the start; what others take is thought to lie between."""
+_SCORED = SamplingParameters(num_prompt_logprobs=1)
 _DRAWN = SamplingParameters(temperature=1.0)
 _CUT = SamplingParameters(
     temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, frequency_penalty=0.1, repetition_penalty=1.1,
@@ -106,7 +107,7 @@ def _scored(plan: StepPlan) -> StepPlan:
     """The step, asked for the log-probability of a token of its last prompt: all rows are kept to its end, and overlap
     there as few sampled ones do."""
     *others, last = plan.chunks
-    return StepPlan(plan.step, (*others, last._replace(scored_token_ids=(0,))))
+    return StepPlan(plan.step, (*others, last._replace(sampling=_SCORED, scored_token_ids=(0,))))
 
 
 def _decodes_of_forms(most: int) -> list[int]:
