@@ -23,7 +23,8 @@ class Patience:
     steps: float = 8
     """Times the predicted length of the step in flight."""
     held_ms: float = 10_000
-    """For a worker that reports requests and no step in flight: attempts that wait for their gateway's answer."""
+    """For a worker that reports requests and no step in flight: attempts that wait for their gateway's answer, or for
+    the form of theirs to be compiled."""
     stall_ms: float = 500
     """A wake-up that is later than this is a stall of the observer."""
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 from redis.asyncio import Redis
 
+from gen.shoal.inference.v1 import inference_pb2
 from services.common.ids import RequestKey
 from services.common.record import moves
 from services.common.record.history import Held
@@ -18,6 +19,8 @@ from services.worker.front.engine_client import EngineDiedError
 from services.worker.front.gateway_links import FEW
 from services.worker.front.session import LostError
 from tests.contract.worker_front import Bench, FakeGateway, serve_gateway
+
+A_FORM = inference_pb2.ResponseFormat(regex="a+")
 
 
 async def test_tokens_and_text_reach_the_gateway_and_the_end_is_told_only_after_it_is_stored(bench: Bench) -> None:
@@ -277,6 +280,21 @@ async def test_of_steps_in_flight_the_longest_says_how_long_progress_may_take(be
     bench.engine.begin_step(2, predicted_ms=5)
     await bench.engine.heard()
     assert bench.session.predicted_step_ms == 900
+
+
+async def test_an_engine_that_compiles_a_form_makes_no_step_and_is_no_death(bench: Bench) -> None:
+    await bench.run("form", max_tokens=50, response_format=A_FORM)
+    report = await bench.report_until(lambda report: report.requests == 1)
+    assert report.predicted_step_ms == 0, "the leader waits as for those that wait for their gateway"
+    bench.engine.step()
+    await bench.report_until(lambda report: report.predicted_step_ms > 0 and report.steps == 1)
+
+
+async def test_work_beside_a_form_that_is_compiled_does_not_wait(bench: Bench) -> None:
+    await bench.run("form", max_tokens=50, response_format=A_FORM)
+    await bench.run("plain", max_tokens=50)
+    report = await bench.report_until(lambda report: report.requests == 2)
+    assert report.predicted_step_ms > 0
 
 
 async def test_a_stopped_worker_blames_nobody_for_the_step_in_flight(bench: Bench) -> None:

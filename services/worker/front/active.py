@@ -151,6 +151,12 @@ class ActiveRequest:
         return False
 
     @property
+    def may_wait_for_form(self) -> bool:
+        """Whether the engine may still be compiling the form of its answer: no step holds it before, and that may take
+        seconds."""
+        return self._has_form and self._first_token_s is None
+
+    @property
     def complete(self) -> bool:
         """Whether every choice has ended, and all that is told of its tokens is here."""
         return all(choice.end and not self.lacks_logprobs(number) for number, choice in enumerate(self.choices))

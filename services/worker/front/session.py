@@ -108,8 +108,9 @@ class Session:
 
     @property
     def could_step(self) -> bool:
-        """Whether the engine has work that waits for nobody: that it makes no step then is no excuse."""
-        return any(active.run.sampling and not active.ending for active in self.active.values())
+        """Whether the engine has work that waits for nothing: that it makes no step then is no excuse."""
+        going_on = (active for active in self.active.values() if active.run.sampling and not active.ending)
+        return not all(active.may_wait_for_form for active in going_on)
 
     async def run(self, others: Sequence[Callable[[], Awaitable[None]]], close: Callable[[], Awaitable[None]]) -> None:
         """Work until the engine ends, the worker is lost (LostError) or drained (DrainedError).
