@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from types import TracebackType
+from typing import NoReturn
 
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.config import ConfigError
@@ -154,8 +156,23 @@ def monotonic_ms() -> float:
     return time.monotonic() * 1000
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Be an engine's process, and end at once, also by an exception.
+
+    To take torch and a GPU's memory down in order, and to wait for a form that is compiled, takes up to seconds: longer
+    than the leader waits for a step. Then the engine counted as one that stands still, and its requests as no suspects.
+    """
+    sys.excepthook = _show_and_end
     status = main()
     sys.stderr.flush()
-    # At once: to take torch down in order takes half a second, in which a sharded engine's requests would wait.
     os._exit(status)
+
+
+def _show_and_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,7 +1,5 @@
 """An engine's process that, if it is rank 1, computes another token than it is told to in its third step."""
 
-import os
-import sys
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -24,6 +22,4 @@ class DisagreeingRank(RankRunner):
 
 if __name__ == "__main__":
     with patch("services.worker.runner.start.RankRunner", DisagreeingRank):
-        status = engine_process.main()
-    sys.stderr.flush()
-    os._exit(status)
+        engine_process.run()

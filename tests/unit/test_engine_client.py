@@ -7,7 +7,16 @@ from unittest.mock import create_autospec
 import pytest
 
 from gen.shoal.fleet.v1 import engine_pb2
-from services.worker.front.engine_client import EngineClient, EngineUnfitError, RankProcess
+from services.common.model.location import default_model_path
+from services.worker.config import WorkerConfig
+from services.worker.front.engine_client import (
+    EngineClient,
+    EngineDiedError,
+    EngineUnfitError,
+    RankProcess,
+    start_engine,
+)
+from tests.unit.engine_builders import add, add_command
 
 
 async def a_rank(*events: engine_pb2.EngineEvent) -> RankProcess:
@@ -29,3 +38,13 @@ async def test_why_one_rank_cannot_start_is_told_though_another_is_ready_after_i
     await engine.watch(2)
     with pytest.raises(EngineUnfitError, match="--kv-cache-bytes is 1"):
         await anext(engine.events())
+
+
+async def test_a_step_that_raises_ends_its_engine_though_a_form_is_still_compiled() -> None:
+    config = WorkerConfig(model_path=default_model_path())
+    with pytest.raises(EngineDiedError) as died:  # noqa: PT012
+        async with asyncio.timeout(60), start_engine(config, "tests.unit.stumbling_engine") as engine:
+            await engine.send(add_command(add(1)))
+            async for _ in engine.events():
+                pass
+    assert not died.value.on_request, "its step is to blame"
