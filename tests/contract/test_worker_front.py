@@ -297,6 +297,19 @@ async def test_work_beside_a_form_that_is_compiled_does_not_wait(bench: Bench) -
     assert report.predicted_step_ms > 0
 
 
+async def test_an_engine_that_ends_slowly_is_waited_for_and_then_blames_its_step(bench: Bench) -> None:
+    key, _ = await bench.run("a", max_tokens=50)
+    bench.engine.begin_step()
+    await bench.report_until(lambda report: report.predicted_step_ms > 0)
+    bench.engine.is_ending = True
+    report = await bench.report_until(lambda report: report.predicted_step_ms == 0)
+    assert report.requests == 1, "the leader waits as for those that wait for their gateway"
+    bench.engine.die()
+    with pytest.raises(ExceptionGroup):
+        await bench.ended
+    assert (await bench.record(key)).suspect_until > 0
+
+
 async def test_a_stopped_worker_blames_nobody_for_the_step_in_flight(bench: Bench) -> None:
     key, _ = await bench.run("a", max_tokens=50)
     bench.engine.begin_step()

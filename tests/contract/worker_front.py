@@ -55,6 +55,7 @@ class SteppedEngine:
     """
 
     pid = 1
+    is_ending = False
 
     def __init__(self) -> None:
         self.sequences: dict[int, engine_pb2.AddSequence] = {}

@@ -1,6 +1,7 @@
 """What a front is told of an engine's ranks that do not all fare alike."""
 
 import asyncio
+import signal
 import struct
 from unittest.mock import create_autospec
 
@@ -38,6 +39,28 @@ async def test_why_one_rank_cannot_start_is_told_though_another_is_ready_after_i
     await engine.watch(2)
     with pytest.raises(EngineUnfitError, match="--kv-cache-bytes is 1"):
         await anext(engine.events())
+
+
+async def a_rank_that_lives() -> RankProcess:
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    writer = create_autospec(asyncio.StreamWriter, instance=True)
+    rank = RankProcess(process, asyncio.StreamReader(), writer)
+    writer.close.side_effect = rank.reader.feed_eof
+    return rank
+
+
+async def test_a_rank_that_lets_go_is_the_cause_though_its_process_ends_last() -> None:
+    first, second = await a_rank_that_lives(), await a_rank_that_lives()
+    engine = EngineClient([first, second])
+    assert not engine.is_ending
+    second.reader.feed_eof()
+    assert engine.is_ending
+    watching = asyncio.create_task(engine.watch(1))
+    await first.process.wait()
+    second.process.send_signal(signal.SIGSEGV)
+    with pytest.raises(EngineDiedError, match="rank 1 of the engine ended with signal SIGSEGV"):
+        await anext(engine.events())
+    await watching
 
 
 async def test_a_step_that_raises_ends_its_engine_though_a_form_is_still_compiled() -> None:

@@ -78,7 +78,8 @@ class EngineClient:
         self._ranks = ranks
         self._process, self._reader, self._writer = ranks[0].process, ranks[0].reader, ranks[0].writer
         self._oom_kills = _oom_kills()
-        self._first_to_end: tuple[int, int] | None = None
+        self._first_to_end: int | None = None
+        """A rank that ended before rank 0 did."""
         self._unfit = ""
         """Why another rank cannot start."""
         self._others_ready = asyncio.Semaphore(0)
@@ -92,6 +93,12 @@ class EngineClient:
     def other_pids(self) -> list[int]:
         """Process ids of ranks 1, 2 and so on."""
         return [rank.process.pid for rank in self._ranks[1:]]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether a rank has let go of its socket: its process is gone, or goes. With a GPU's memory to give back, that
+        takes up to seconds."""
+        return any(rank.reader.at_eof() for rank in self._ranks)
 
     async def send(self, command: engine_pb2.EngineCommand) -> None:
         """Give a command; waits while the engine does not read. A command to a dead engine is lost: `events` tells."""
@@ -109,10 +116,11 @@ class EngineClient:
         while True:
             event = await pipe.read(self._reader)
             if event is None:
-                returncode = await self._process.wait()
+                await self._process.wait()
                 if self._unfit:
                     raise EngineUnfitError(self._unfit)
-                rank, returncode = self._first_to_end or (0, returncode)
+                rank = self._first_to_end or 0
+                returncode = await self._ranks[rank].process.wait()
                 raise EngineDiedError(returncode, out_of_memory=_oom_kills() > self._oom_kills, rank=rank)
             if event.HasField("unfit"):
                 raise EngineUnfitError(event.unfit.reason)
@@ -129,12 +137,13 @@ class EngineClient:
         while event := await pipe.read(watched.reader):
             self._unfit = self._unfit or event.unfit.reason
             self._others_ready.release()
-        returncode = await watched.process.wait()
-        self._others_ready.release()
-        # One that ends after rank 0 has closed its end is not the cause.
+        # One that ends after rank 0 has closed its end is not the cause. Noted before its process is gone: meanwhile
+        # the others miss its beats, and end as those that no request is to blame for.
         if not self._reader.at_eof() and self._first_to_end is None:
-            self._first_to_end = rank, returncode
+            self._first_to_end = rank
             self._ranks[0].kill()
+        await watched.process.wait()
+        self._others_ready.release()
 
 
 @asynccontextmanager

@@ -103,12 +103,20 @@ class Session:
 
     @property
     def predicted_step_ms(self) -> int:
-        """How long it may take until a step is done, by the longest in flight; 0: there is none."""
+        """How long it may take until a step is done, by the longest in flight; 0: none will be, or there is none."""
+        if self._engine.is_ending:
+            return 0
         return max((step.predicted_ms for step in self._in_flight.values()), default=0)
 
     @property
     def could_step(self) -> bool:
-        """Whether the engine has work that waits for nothing: that it makes no step then is no excuse."""
+        """Whether the engine has work that waits for nothing: that it makes no step then is no excuse.
+
+        One that ends makes none. Whom its end blames is known when its process is gone, and told by the requeue; a
+        leader that took its requests before would blame nobody.
+        """
+        if self._engine.is_ending:
+            return False
         going_on = (active for active in self.active.values() if active.run.sampling and not active.ending)
         return not all(active.may_wait_for_form for active in going_on)
 
