@@ -48,6 +48,12 @@ async def write(writer: asyncio.StreamWriter, command: engine_pb2.EngineCommand)
     await writer.drain()
 
 
+def write_at_once(writer: asyncio.StreamWriter, command: engine_pb2.EngineCommand) -> None:
+    """Send a short command without waiting: what the engine does not read yet takes memory of this process. A command
+    to an engine that is gone is lost."""
+    writer.write(_frame(command))
+
+
 class EnginePipe:
     """The engine's end. Owned by the engine's loop."""
 

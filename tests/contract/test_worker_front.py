@@ -349,6 +349,16 @@ async def test_a_worker_that_is_stopped_while_its_engine_dies_hands_over_and_sto
     assert bench.ended.cancelled() == was_running
 
 
+async def test_the_next_step_is_heard_of_while_the_engine_reads_nothing(bench: Bench) -> None:
+    await bench.run("a", max_tokens=50, stop="l")
+    await bench.run("b", max_tokens=50)
+    bench.engine.reads.clear()
+    bench.engine.steps(2)  # "kl": the engine is to forget the first
+    bench.engine.begin_step(3, predicted_ms=900)
+    await bench.report_until(lambda report: report.predicted_step_ms == 900)
+    bench.engine.reads.set()
+
+
 async def test_a_stuck_engine_does_not_keep_a_worker_from_handing_over(bench: Bench) -> None:
     key, _ = await bench.run("a", max_tokens=50)
     bench.engine.reads.clear()

@@ -85,13 +85,15 @@ class SteppedEngine:
                 self.unscored[add.sequence_id] = [*(of_prompt if add.choice == 0 else ()), *add.known_token_ids]
                 if add.held:
                     self.held.add(add.sequence_id)
-            elif kind == "abort":
-                self.sequences.pop(command.abort.sequence_id, None)
             elif kind == "release":
                 self.held.discard(command.release.sequence_id)
                 self.generated[command.release.sequence_id].extend(command.release.forced_token_ids)
                 self.unscored[command.release.sequence_id].extend(command.release.forced_token_ids)
             self.changed.notify_all()
+
+    def abort(self, sequence_id: int) -> None:
+        self.commands.append("abort")
+        self.sequences.pop(sequence_id, None)
 
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
         while True:

@@ -108,6 +108,12 @@ class EngineClient:
             # The reading side finds the same end, and reports it once.
             return
 
+    def abort(self, sequence_id: int) -> None:
+        """Have the engine forget a sequence. Whoever hears the engine says this, and waits for nothing meanwhile: the
+        engine may be telling of its next step, and read nothing before it was heard."""
+        abort = engine_pb2.AbortSequence(sequence_id=sequence_id)
+        pipe.write_at_once(self._writer, engine_pb2.EngineCommand(abort=abort))
+
     async def events(self) -> AsyncIterator[engine_pb2.EngineEvent]:
         """What the engine says. Ready when all its ranks are; ends with EngineDiedError when one of them does.
 

@@ -177,7 +177,7 @@ class Session:
         # Those whose end was being written too: if it was stored, giving them back changes nothing.
         for active in list(self.active.values()):
             known = active.num_tokens + SUSPECT_MARGIN_TOKENS if active.run.key in suspects else 0
-            await self._drop(active, cause)
+            self._drop(active, cause)
             await self._exits.give_back(active.run.key, active.run.attempt, why, cause, suspect_until=known)
 
     # What comes in
@@ -210,7 +210,7 @@ class Session:
     async def _start(self, start: Start) -> None:
         older = self.active.get(start.key)
         if older:
-            await self._drop(older, "stale")
+            self._drop(older, "stale")
         ids = [next(self._sequence_ids) for _ in range(max(1, start.payload.n))]
         spans = AttemptSpans(self._tracer, start, self.worker)
         active = ActiveRequest(start, self._vocabulary, ids, spans, time.monotonic())
@@ -268,7 +268,7 @@ class Session:
         if not active.ending and refusal.reason == delivery_pb2.REFUSAL_REASON_STALE_ATTEMPT:
             # The gateway has opened a later attempt than the record knows: Redis lost its last writes.
             run = active.run
-            await self._drop(active, "stale")
+            self._drop(active, "stale")
             why, floor = "its gateway knows a later attempt", refusal.highest_attempt + 1
             # Nobody else would find it: this worker lives, and only it knows that it does not run the request.
             await self._exits.give_back(run.key, run.attempt, why, "stale", floor=floor, tries=TRIES)
@@ -279,13 +279,13 @@ class Session:
                 release = engine_pb2.ReleaseSequence(sequence_id=choice.sequence_id, forced_token_ids=forced)
                 await self._engine.send(engine_pb2.EngineCommand(release=release))
             elif choice.sequence_id in self._sequences:
-                await self._abort(choice.sequence_id)
+                self._abort(choice.sequence_id)
         self._end_if_complete(active)
 
     async def _rebase(self, active: ActiveRequest, histories: tuple[tuple[int, ...], ...]) -> None:
         logger.warning("the reader holds another history", extra=active.about())
         key, attempt = active.run.key, active.run.attempt
-        await self._drop(active, "rebased")
+        self._drop(active, "rebased")
         await self._exits.rebase(key, attempt, histories)
 
     # What the engine says
@@ -298,7 +298,7 @@ class Session:
                     self._step_begins(event.begins.sequence_ids)
                     self.progress.set()
                 case "done":
-                    await self._step_done(event.done)
+                    self._step_done(event.done)
 
     def _step_begins(self, sequence_ids: Sequence[int]) -> None:
         for sequence_id in self._unbegun.intersection(sequence_ids) if self._unbegun else ():
@@ -306,7 +306,7 @@ class Session:
             if sequence_id in self._sequences:
                 self._sequences[sequence_id][0].spans.step_began(time.monotonic())
 
-    async def _step_done(self, done: engine_pb2.StepDone) -> None:
+    def _step_done(self, done: engine_pb2.StepDone) -> None:
         self.steps = done.step
         begun = self._in_flight.pop(done.step, None)
         num_sequences = len(begun.sequence_ids) if begun else 0
@@ -317,7 +317,7 @@ class Session:
         now_s = time.monotonic()
         self._metrics.step_done(done, num_sequences, self._gaps_s(done, now_s))
         for output in done.outputs:
-            await self._output(output, now_s)
+            self._output(output, now_s)
         self.progress.set()
 
     def _gaps_s(self, done: engine_pb2.StepDone, now_s: float) -> Iterator[float]:
@@ -331,7 +331,7 @@ class Session:
                 yield now_s - choice.last_token_s
             choice.last_token_s = now_s
 
-    async def _output(self, output: engine_pb2.SequenceOutput, now_s: float) -> None:
+    def _output(self, output: engine_pb2.SequenceOutput, now_s: float) -> None:
         ended = output.end != engine_pb2.SEQUENCE_END_UNSPECIFIED
         found = self._sequences.pop(output.sequence_id, None) if ended else self._sequences.get(output.sequence_id)
         if found is None:
@@ -340,7 +340,7 @@ class Session:
         if active.ending:
             return
         if active.sampled(choice, output, now_s):
-            await self._abort(output.sequence_id)
+            self._abort(output.sequence_id)
         self._links.tell(active)
         if len(active.run.known[choice]) % self._config.journal_tokens == 0:
             self.journal.hurry(active)
@@ -365,7 +365,7 @@ class Session:
 
     async def _write_end(self, active: ActiveRequest, state: RequestState, error: str) -> None:
         """Store the end, and only then tell it."""
-        await self._abort_all(active)
+        self._abort_all(active)
         outcome = active.outcome(time.monotonic())
         span = active.spans.finish()
         verdict = await self._exits.finish(active.run, state, outcome, error)
@@ -390,14 +390,14 @@ class Session:
             self._finish(active, RequestState.CANCELLED, "")
         elif verdict in GONE:
             logger.info("attempt is over", extra={**active.about(), "verdict": verdict})
-            await self._drop(active, "stale")
+            self._drop(active, "stale")
 
-    async def _drop(self, active: ActiveRequest, cause: str) -> None:
+    def _drop(self, active: ActiveRequest, cause: str) -> None:
         """Forget a request that is no longer ours. `cause`: why, in a word of few."""
         active.ending = True
         active.end_spans(cause)
         self._links.forget(active)
-        await self._abort_all(active)
+        self._abort_all(active)
         self._forget(active)
 
     def _forget(self, active: ActiveRequest) -> None:
@@ -412,17 +412,15 @@ class Session:
         active = self.active.get(key)
         return active if active and active.run.attempt == attempt and not active.ending else None
 
-    async def _abort_all(self, active: ActiveRequest) -> None:
+    def _abort_all(self, active: ActiveRequest) -> None:
         for choice in active.choices:
             if choice.sequence_id in self._sequences:
-                await self._abort(choice.sequence_id)
+                self._abort(choice.sequence_id)
 
-    async def _abort(self, sequence_id: int) -> None:
+    def _abort(self, sequence_id: int) -> None:
         del self._sequences[sequence_id]
-        if self._departing:
-            return  # The engine ends next; one that is stuck reads nothing, and would be waited for without end.
-        abort = engine_pb2.AbortSequence(sequence_id=sequence_id)
-        await self._engine.send(engine_pb2.EngineCommand(abort=abort))
+        if not self._departing:  # else the engine ends next, or has ended
+            self._engine.abort(sequence_id)
 
 
 async def to_the_end(work: Coroutine[object, object, None]) -> None:
