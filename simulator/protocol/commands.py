@@ -117,9 +117,11 @@ class Report(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """`registered` False: start a new session. `recovering`: the run id to post holdings for; 0: none."""
+    """`registered` False: register again, if still a member, else start a new session. `recovering`: the run id to post
+    holdings for; 0: none."""
 
     registered: bool
+    is_member: bool
     recovering: int
 
 

@@ -347,10 +347,10 @@ class RedisModel(Process):
     def _report(self, command: c.Report) -> c.Reported:
         data = self.data
         if data.workers.get(command.worker, 0.0) <= self.world.now:
-            return c.Reported(False, self.recovering)
+            return c.Reported(False, command.worker in data.workers, self.recovering)
         data.workers[command.worker] = self.world.now + WORKER_TTL_MS
         self._event((self._new_entry(), command))
-        return c.Reported(True, self.recovering)
+        return c.Reported(True, True, self.recovering)
 
     def _close(self, command: c.Close) -> bool:
         self.data.closed.add(command.worker)

@@ -99,7 +99,9 @@ class Worker(Process):
             if reported is not c.LOST and not session.closed:
                 if reported.recovering:
                     yield from self._post_holdings(session)
-                if not reported.registered:
+                if not reported.registered and reported.is_member:
+                    yield from insist(c.Register(session.worker))
+                elif not reported.registered:
                     self.world.stats["sessions lost"] += 1
                     self.engine.stop()
                     self.spawn(self._end_session(session, ()))

@@ -52,6 +52,7 @@ async def test_a_silent_worker_is_not_registered_but_still_a_member(redis: Redis
     directory = await a_worker(redis, pool, ttl_ms=1)
     await asyncio.sleep(0.02)
     assert await directory.all() == [(WORKER, None)]
+    assert await directory.is_member(WORKER)
     assert not await directory.report(WorkerReport(worker_id=WORKER), TTL_MS)
     assert not await directory.drain(WORKER)
     store = a_store(redis, pool)

@@ -415,10 +415,30 @@ async def test_what_a_worker_gives_up_is_given_back_also_when_redis_is_away_for_
 async def test_a_worker_whose_registration_redis_lost_lives_on_until_recovery(bench: Bench) -> None:
     run_id = await bench.redis.getdel(f"{{{bench.pool}}}:generation")
     assert run_id
-    await bench.redis.delete(f"{{{bench.pool}}}:worker:{bench.session.worker}")
+    await bench.redis.delete(f"{{{bench.pool}}}:worker:{bench.session.worker}", f"{{{bench.pool}}}:workers")
     await asyncio.sleep(0.3)
     assert not bench.ended.done(), "it registers again in the recovery"
     await bench.redis.set(f"{{{bench.pool}}}:generation", run_id)
+    with pytest.raises(ExceptionGroup) as lost:
+        await bench.ended
+    assert lost.group_contains(LostError)
+
+
+async def test_a_worker_whose_registration_expired_while_redis_was_away_goes_on(bench: Bench) -> None:
+    key, seen = await bench.run("a", max_tokens=2)
+    await bench.redis.pexpire(f"{{{bench.pool}}}:worker:{bench.session.worker}", 0)
+    async with asyncio.timeout(5):
+        while (await bench.directory.all())[0][1] is None:
+            assert not bench.ended.done()
+            await asyncio.sleep(0.01)
+    bench.engine.steps(2)
+    await bench.gateway.until(lambda: seen.end is not None)
+    record = await bench.record(key)
+    assert (record.state, record.attempt.number) == (RequestState.FINISHED, 1)
+
+
+async def test_a_worker_that_the_leader_gave_up_ends_its_session(bench: Bench) -> None:
+    assert await bench.directory.retire(bench.session.worker, bench.fence)
     with pytest.raises(ExceptionGroup) as lost:
         await bench.ended
     assert lost.group_contains(LostError)

@@ -294,7 +294,7 @@ class Bench:
         self.session = Session(config, self.engine, READY, self.store, inbox, VOCABULARY, self.metrics, self.tracer)  # type: ignore[arg-type]
         info = request_pb2.WorkerInfo(worker_id=self.session.worker, num_blocks=64, block_size_tokens=16)
         await self.directory.register(info, 60_000)
-        reporter = Reporter(self.session, self.directory, Recovery(self.redis, self.pool), config)
+        reporter = Reporter(self.session, info, Recovery(self.redis, self.pool), self.directory, config)
         self.ended = asyncio.create_task(
             self.session.run((reporter.run,), lambda: self.directory.close(self.session.worker))
         )

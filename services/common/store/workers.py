@@ -29,10 +29,15 @@ class WorkerDirectory:
     async def report(self, report: WorkerReport, ttl_ms: int) -> bool:
         """Tell the leader of progress, and stay registered. Repeated: the same report twice in the events.
 
-        False: this worker is not registered (declared lost, or too long silent); it starts again under a new id.
+        False: this worker is not registered. If it is still a member, its registration expired; else the leader has
+        declared it lost, and it starts again under a new id.
         """
         worker = WorkerId(report.worker_id)
         return bool(await self._call(self._report, worker, report.SerializeToString(), ttl_ms))
+
+    async def is_member(self, worker: WorkerId) -> bool:
+        """Whether a worker is in the pool, its registration expired or not: nobody has taken its requests from it."""
+        return bool(await command(self._redis, "SISMEMBER", self._keys.workers, worker))
 
     async def link_broken(self, broken: LinkBroken) -> bool:
         """Tell the leader that a gateway's stream from a worker broke. Repeated: told twice.

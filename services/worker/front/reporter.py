@@ -17,8 +17,12 @@ LEAST_INTERVAL_S = 0.02
 class Reporter:
     """Reports for one session: at each change, but not more often than every 20 ms, and at the configured interval."""
 
-    def __init__(self, session: Session, directory: WorkerDirectory, recovery: Recovery, config: WorkerConfig) -> None:
+    def __init__(
+        self, session: Session, info: request_pb2.WorkerInfo, recovery: Recovery, directory: WorkerDirectory,
+        config: WorkerConfig,
+    ) -> None:  # fmt: skip
         self._session = session
+        self._info = info
         self._directory = directory
         self._recovery = recovery
         self._config = config
@@ -34,14 +38,26 @@ class Reporter:
             progress.clear()
             try:
                 known = await self._directory.report(self._report(), self._config.registration_ttl_ms)
-                # A registration that Redis lost, or that expired while it was away, is made anew in its recovery.
-                lost = not known and await self._recovery.needed() is None
+                lost = not known and await self._is_lost()
             except (StoreUnavailable, Recovering):
                 await asyncio.sleep(self._config.report_interval_ms / 1000)
                 continue
             if lost:
                 raise LostError
             await asyncio.sleep(LEAST_INTERVAL_S)
+
+    async def _is_lost(self) -> bool:
+        """Whether the leader has given up a worker that is not registered.
+
+        A registration that Redis lost is made anew in its recovery. One that expired is made anew here: Redis stood
+        still or was cut off, or its clock was set, and all workers' have expired.
+        """
+        if await self._recovery.needed() is not None:
+            return False
+        if not await self._directory.is_member(self._session.worker):
+            return True
+        await self._directory.register(self._info, self._config.registration_ttl_ms)
+        return False
 
     def _report(self) -> request_pb2.WorkerReport:
         self._sequence_number += 1

@@ -138,7 +138,7 @@ class Worker:
         await self._register(info)
         logger.info("serving", extra={"worker": session.worker, "engine_pid": engine.pid, "blocks": ready.num_blocks})
         recovery = Recovery(self._redis, config.pool)
-        reporter = Reporter(session, self._directory, recovery, config)
+        reporter = Reporter(session, info, recovery, self._directory, config)
         holdings = HoldingsPoster(session, info, recovery, self._directory, config)
         try:
             await session.run((reporter.run, holdings.run), lambda: self._close(session))
