@@ -41,8 +41,6 @@ PLACE_COUNT = 100
 """Most placements between two reads, so that the order of the queue and the workers' room stay fresh."""
 NEWEST_EVENTS = 500
 """Of these, a new leader takes each worker's last report, and what is hinted at behind it."""
-STRIKES = 2
-"""Looks in a row at which a registration is found expired, before its worker is lost."""
 
 
 @dataclass(slots=True)
@@ -70,7 +68,8 @@ class Reign:
         self._sweeper = Sweeper(store, self._fence, self.view, clock, config.rhythm)
         self._position = _Position()
         self._next_check_ms = 0.0
-        self._expired: dict[WorkerId, int] = {}
+        self._expired_since_ms: dict[WorkerId, float] = {}
+        """When a registration was first found expired."""
 
     async def run(self, seen_life: bool) -> None:
         """Lead until deposed. `seen_life`: this process has met a leader before. Raises Deposed, StoreError."""
@@ -206,18 +205,20 @@ class Reign:
 
     async def _check_registrations(self) -> None:
         """Learn who came, who drains, who left, and whose registration expired."""
-        self._next_check_ms = self._clock() + self._config.registration_check_ms
+        now_ms = self._clock()
+        self._next_check_ms = now_ms + self._config.registration_check_ms
         registrations = dict(await self._store.workers.all())
         for worker in [worker for worker in self.view.ledger.accounts if worker not in registrations]:
             self.view.forget_worker(worker)
             logger.info("worker left", extra={"worker": worker})
-        self._expired = {
-            worker: self._expired.get(worker, 0) + 1 for worker, info in registrations.items() if info is None
+        self._expired_since_ms = {
+            worker: self._expired_since_ms.get(worker, now_ms) for worker, info in registrations.items() if info is None
         }
         for worker, info in registrations.items():
             if info is not None:
                 await self._know(worker, info)
-            elif self._expired[worker] >= STRIKES:
+            elif now_ms - self._expired_since_ms[worker] >= self._config.registration_check_ms:
+                # Not at an early look, for a newcomer: when Redis was away, all are to have time to register again.
                 await self._lose(worker, "worker lost: its registration expired")
 
     async def _know(self, worker: WorkerId, info: WorkerInfo) -> None:

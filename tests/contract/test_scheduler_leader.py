@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sized
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import pytest
@@ -15,6 +16,7 @@ from services.common.record import moves
 from services.common.record.states import RequestState
 from services.common.record.transitions import Answer
 from services.common.store.connection import StoreUnavailable
+from services.common.store.keys import Keys
 from services.common.store.requests import RequestStore
 from services.scheduler.view import View
 from tests.contract.scheduler_pool import QUICK, SchedulerPool, SkewedClock, scheduler_pool, until
@@ -268,6 +270,21 @@ async def test_a_request_that_a_worker_hands_back_goes_on(fleet: SchedulerPool) 
     await worker.hand_back(first)
     again = await worker.next_start()
     assert (again.key, again.attempt.number) == (first.key, 2)
+
+
+async def test_newcomers_do_not_hasten_the_loss_of_a_worker_whose_registration_expired(
+    fleet: SchedulerPool, redis: Redis
+) -> None:
+    scheduler = await fleet.a_scheduler(replace(QUICK, registration_check_ms=FAR))
+    await fleet.recovered()
+    late = await fleet.a_worker()
+    await until(partial(_has, scheduler.reigns[-1].view.ledger.accounts, 1))
+    late.alive.clear()
+    await redis.pexpire(Keys(fleet.store.pool).worker(late.id), 0)
+    for number in range(2, 5):
+        await fleet.a_worker()
+        await until(partial(_has, scheduler.reigns[-1].view.ledger.accounts, number))
+    assert late.id in dict(await fleet.store.workers.all())
 
 
 async def test_a_worker_that_closes_its_registration_is_given_nothing_more(fleet: SchedulerPool) -> None:
