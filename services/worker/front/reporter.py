@@ -38,7 +38,7 @@ class Reporter:
             progress.clear()
             try:
                 known = await self._directory.report(self._report(), self._config.registration_ttl_ms)
-                lost = not known and await self._is_lost()
+                lost = not known and not await self._comes_back()
             except (StoreUnavailable, Recovering):
                 await asyncio.sleep(self._config.report_interval_ms / 1000)
                 continue
@@ -46,18 +46,18 @@ class Reporter:
                 raise LostError
             await asyncio.sleep(LEAST_INTERVAL_S)
 
-    async def _is_lost(self) -> bool:
-        """Whether the leader has given up a worker that is not registered.
+    async def _comes_back(self) -> bool:
+        """Register again. False: the leader has given this worker up.
 
-        A registration that Redis lost is made anew in its recovery. One that expired is made anew here: Redis stood
-        still or was cut off, or its clock was set, and all workers' have expired.
+        A registration that Redis lost is made anew in its recovery; here is one that expired, as all workers' do when
+        Redis stood still or was cut off, or its clock was set.
         """
         if await self._recovery.needed() is not None:
-            return False
-        if not await self._directory.is_member(self._session.worker):
             return True
+        if not await self._directory.is_member(self._session.worker):
+            return False
         await self._directory.register(self._info, self._config.registration_ttl_ms)
-        return False
+        return True
 
     def _report(self) -> request_pb2.WorkerReport:
         self._sequence_number += 1
