@@ -32,7 +32,7 @@ from services.worker.engine.limits import EngineLimits
 from services.worker.engine.loop import EngineLoop, FrontGoneError
 from services.worker.engine.planner import Planner
 from services.worker.engine.runner import RanksLostError, Runner
-from services.worker.engine.step_time import StepTimeModel
+from services.worker.engine.step_time import StepTimeModel, on_a_cpu
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.pipe import EnginePipe
 from services.worker.plan_ring import PlanReader, PlanWriter
@@ -98,13 +98,15 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, 
         return start_worker_runner(config, report)
     from services.worker.runner.rank_runner import ShardedRunner
     from services.worker.runner.start import start_cpu_runner, start_rank
+    from services.worker.weights.open_decoder import open_decoder
 
     model = read_stored_model(config.model_path)
+    step_time = StepTimeModel(on_a_cpu(open_decoder(model).config.num_weights))
     if config.shards == 1:
-        return *start_cpu_runner(model, config, lambda share: report("loading weights", share)), StepTimeModel()
+        return *start_cpu_runner(model, config, lambda share: report("loading weights", share)), step_time
     limits, rank, memory = start_rank(model, config, lambda share: report("loading weights", share))
     plans = PlanWriter(memory, [socket.socket(fileno=bell) for bell in config.bells])
-    return limits, ShardedRunner(rank, plans), StepTimeModel()
+    return limits, ShardedRunner(rank, plans), step_time
 
 
 def follow(config: EngineConfig, pipe: EnginePipe) -> int:

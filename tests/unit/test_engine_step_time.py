@@ -5,7 +5,8 @@ import pytest
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
-from services.worker.engine.step_time import StepTimeCoefficients, StepTimeModel, StepWork
+from services.worker.engine.step_time import INITIAL, StepTimeCoefficients, StepTimeModel, StepWork, on_a_cpu
+from services.worker.runner.models.decoder_weights import DecoderConfig
 
 GREEDY = SamplingParameters(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, choice=0)
 
@@ -44,6 +45,14 @@ def a_decode(sequences: int, context: int = 100) -> StepPlan:
 
 def took_ms(plan: StepPlan) -> float:
     return 20 + 1.5 * plan.num_tokens + 0.0004 * plan.num_attended_tokens + 3 * plan.num_scored_tokens
+
+
+def test_a_large_models_first_step_on_a_cpu_is_thought_to_take_its_share_of_seconds() -> None:
+    # Llama 3.1 8B: its first token takes a CPU of a few cores 0.4 s and more.
+    eight_b = DecoderConfig(32, 4096, 14336, 32, 8, 128, 128256, 8192, 1e-5, 5e5)
+    assert StepTimeModel(on_a_cpu(eight_b.num_weights)).predict_ms(a_plan((0, 1))) > 1500
+    smollm2 = DecoderConfig(30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5, 1e5)
+    assert on_a_cpu(smollm2.num_weights) == on_a_cpu(1000) == INITIAL
 
 
 def test_attended_tokens_are_the_pairs_under_the_causal_triangle() -> None:

@@ -30,8 +30,19 @@ class StepTimeCoefficients(NamedTuple):
 
 
 INITIAL = StepTimeCoefficients()
+"""The default model, or a smaller one, on a CPU of two cores."""
+_INITIAL_WEIGHTS = 135e6
 ON_A_GPU = StepTimeCoefficients(fixed_ms=4.0, ms_per_token=0.02, ms_per_attended_token=1e-6, ms_per_scored_token=0.005)
 """An 8B model on one H200."""
+
+
+def on_a_cpu(num_weights: int) -> StepTimeCoefficients:
+    """Return what to think of a model's steps on a CPU before the first: in proportion to its weights.
+
+    Thought to be far shorter than they are, the first would be taken for one that stands still, on every worker.
+    """
+    scale = max(1.0, num_weights / _INITIAL_WEIGHTS)
+    return StepTimeCoefficients(*(scale * coefficient for coefficient in INITIAL))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,12 @@ class DecoderConfig:
         """Length of all key heads of a token, side by side; also of its value heads."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def num_weights(self) -> int:
+        """Weights that a token is multiplied with: of all layers' matrices and the head."""
+        layer = 2 * self.q_size + 2 * self.kv_size + 3 * self.intermediate_size
+        return self.hidden_size * (self.num_layers * layer + self.vocabulary_size)
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayerWeights(Generic[Matrix]):
