@@ -11,6 +11,7 @@ of all pairs and that over the second ones.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -110,6 +111,7 @@ def tuning_for(num_rows: int, is_fp8: bool) -> DecodeTuning:
     return tunings[max(first for first in tunings if first <= num_rows)]
 
 
+@cache
 def num_pieces_for(num_rows: int, is_fp8: bool) -> int:
     """Return into how many pieces the contexts of so many rows are cut at most: of more rows, never into fewer.
 
@@ -362,13 +364,10 @@ def _decode_attention(
                 first_shared, num_shared, NUM_HEADS, HEAD_DIM, BLOCK_DIM, GROUP, MERGED_GROUP, MOST_MEMBERS,
             )  # fmt: skip
     else:
-        if shared_sums is not None:
-            best, total, mixed = _with_parts(
-                shared_sums, shared_log_weights, first_shared, num_shared, MOST_MEMBERS, heads, group < GROUP, best,
-                total, mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
-            )  # fmt: skip
-        mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + places, mixed.to(out.dtype.element_ty), inside)
+        _finish(
+            out, row, heads, group < GROUP, best, total, mixed, shared_sums, shared_log_weights, first_shared,
+            num_shared, NUM_HEADS, HEAD_DIM, BLOCK_DIM, MOST_MEMBERS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -392,7 +391,6 @@ def _merge(
 ):  # fmt: skip
     """Store what all pieces of a context have together. No product wants more rows than there are heads here."""
     group = tl.arange(0, MERGED_GROUP)
-    dims = tl.arange(0, BLOCK_DIM)
     heads = kv_head * GROUP + group
     best = tl.full([MERGED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([MERGED_GROUP], tl.float32)
@@ -401,14 +399,27 @@ def _merge(
         sums, log_weights, first_part, num_splits, 1, heads, group < GROUP, best, total, mixed,
         NUM_HEADS, HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
+    _finish(
+        out, row, heads, group < GROUP, best, total, mixed, shared_sums, shared_log_weights, first_shared, num_shared,
+        NUM_HEADS, HEAD_DIM, BLOCK_DIM, MOST_MEMBERS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    out, row, heads, in_group, best, total, mixed, shared_sums, shared_log_weights, first_shared, num_shared,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MOST_MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Add what a row has of a prefix that it shares, if it shares one, and store its result."""
     if shared_sums is not None:
         best, total, mixed = _with_parts(
-            shared_sums, shared_log_weights, first_shared, num_shared, MOST_MEMBERS, heads, group < GROUP, best, total,
+            shared_sums, shared_log_weights, first_shared, num_shared, MOST_MEMBERS, heads, in_group, best, total,
             mixed, NUM_HEADS, HEAD_DIM, BLOCK_DIM,
         )  # fmt: skip
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    dims = tl.arange(0, BLOCK_DIM)
     places = (row.to(tl.int64) * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(out + places, mixed.to(out.dtype.element_ty), (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(out + places, mixed.to(out.dtype.element_ty), in_group[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 @triton.jit
