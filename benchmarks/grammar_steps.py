@@ -25,6 +25,7 @@ from services.worker.engine.runner import Runner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.engine_config import EngineConfig
 from services.worker.runner.start import start_cpu_runner
+from services.worker.weights.open_decoder import open_decoder
 
 SCHEMA = inference_pb2.ResponseFormat(json_schema=json.dumps({"type": "array", "items": PERSON, "minItems": 50}))
 
@@ -37,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     file = read_gguf(default_model_path())
     config = EngineConfig(0, Path(), 1 << 28, 16, 16, 256, 1000, options.threads, "float32")
-    limits, runner = start_cpu_runner(file, config, lambda share: None)
+    limits, runner = start_cpu_runner(open_decoder(file), config, lambda share: None)
     with ThreadPoolExecutor(1) as executor:
         grammars = Grammars(executor, lambda: GrammarCompiler(read_vocabulary(file)))
         for num_streams in (1, 8):

@@ -14,6 +14,7 @@ from services.worker.engine.loop import EngineLoop
 from services.worker.engine.planner import Planner
 from services.worker.engine.step_time import StepTimeModel
 from services.worker.runner.start import start_cpu_runner
+from services.worker.weights.open_decoder import open_decoder
 
 
 class LocalFront:
@@ -62,7 +63,7 @@ class ShoalEngine:
     def load(self, model: Path, settings: Mapping[str, str]) -> str:
         """Load the model and allocate the KV cache as a worker would."""
         config = engine_config(model, settings)
-        limits, self.runner = start_cpu_runner(read_gguf(model), config, lambda share: None)
+        limits, self.runner = start_cpu_runner(open_decoder(read_gguf(model)), config, lambda share: None)
         self._step_time = StepTimeModel()
         self.planner = Planner(limits, self._step_time)
         return f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {config.threads} threads"

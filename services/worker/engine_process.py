@@ -100,11 +100,11 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, 
     from services.worker.runner.start import start_cpu_runner, start_rank
     from services.worker.weights.open_decoder import open_decoder
 
-    model = read_stored_model(config.model_path)
-    step_time = StepTimeModel(on_a_cpu(open_decoder(model).config.num_weights))
+    stored = open_decoder(read_stored_model(config.model_path))
+    step_time = StepTimeModel(on_a_cpu(stored.config.num_weights))
     if config.shards == 1:
-        return *start_cpu_runner(model, config, lambda share: report("loading weights", share)), step_time
-    limits, rank, memory = start_rank(model, config, lambda share: report("loading weights", share))
+        return *start_cpu_runner(stored, config, lambda share: report("loading weights", share)), step_time
+    limits, rank, memory = start_rank(stored, config, lambda share: report("loading weights", share))
     plans = PlanWriter(memory, [socket.socket(fileno=bell) for bell in config.bells])
     return limits, ShardedRunner(rank, plans), step_time
 
@@ -129,8 +129,10 @@ def follow(config: EngineConfig, pipe: EnginePipe) -> int:
 
 def _start_following_on_cpu(config: EngineConfig, front: socket.socket) -> tuple[EngineLimits, Callable[[], None]]:
     from services.worker.runner.start import start_rank
+    from services.worker.weights.open_decoder import open_decoder
 
-    limits, rank, memory = start_rank(read_stored_model(config.model_path), config, lambda share: None)
+    stored = open_decoder(read_stored_model(config.model_path))
+    limits, rank, memory = start_rank(stored, config, lambda share: None)
     (bell,) = config.bells
     plans = PlanReader(memory, config.rank, socket.socket(fileno=bell), front)
 

@@ -25,6 +25,7 @@ from services.worker.runner.start import start_cpu_runner
 from services.worker.weight_format import WeightFormat
 from services.worker.weights.gguf_decoder import open_gguf_decoder
 from services.worker.weights.load_decoder import load_decoder
+from services.worker.weights.open_decoder import open_decoder
 from tests.unit.instruction_sets import instruction_set
 
 __all__ = ["instruction_set"]
@@ -107,7 +108,7 @@ def test_an_engine_holds_weights_as_it_is_told() -> None:
     for weights in get_args(WeightFormat):
         arguments = ["--model-path", str(default_model_path()), "--weights", weights, "--kv-cache-bytes", str(1 << 20)]
         config = engine_config(parse(WorkerConfig, "worker", arguments, {}).config, fd=0)
-        _, runner = start_cpu_runner(read_gguf(default_model_path()), config, lambda share: None)
+        _, runner = start_cpu_runner(open_decoder(read_gguf(default_model_path())), config, lambda share: None)
         logprobs = runner.launch(StepPlan(1, (chunk,))).result().chunks[0].logprobs
         assert logprobs is not None
         told.append(logprobs.logprob)

@@ -12,13 +12,7 @@ from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import largest
 from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
-from services.worker.cuda.step_shapes import (
-    NEVER,
-    FilledUpTo,
-    chunk_sizes,
-    decode_sizes,
-    most_tokens_of_a_step,
-)
+from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes, most_tokens_of_a_step
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits

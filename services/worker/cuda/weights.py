@@ -82,12 +82,9 @@ def weights_bytes(config: DecoderConfig, weights: DeviceWeightFormat, shard: Sha
 
     `config` is the whole model's. Raises ConfigError if it cannot be dealt out.
     """
-    part, hidden = shard.config(config), config.hidden_size
-    layer = hidden * (2 * part.q_size + 2 * part.kv_size + 3 * part.intermediate_size)
-    tables = (1 if config.is_tied else 2) * len(shard.vocabulary(config)) * hidden
-    return config.num_layers * layer * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + (
-        tables * ACTIVATIONS[weights].itemsize
-    )
+    layers = shard.config(config).num_layer_weights
+    tables = (1 if config.is_tied else 2) * len(shard.vocabulary(config)) * config.hidden_size
+    return layers * (1 if weights == "fp8" else ACTIVATIONS[weights].itemsize) + tables * ACTIVATIONS[weights].itemsize
 
 
 def _with_norms(layer: DecoderLayerWeights[DeviceMatrix], kind: torch.dtype) -> DecoderLayerWeights[DeviceMatrix]:

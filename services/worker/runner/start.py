@@ -5,7 +5,6 @@ import os
 
 import torch
 
-from services.common.model.stored_model import StoredModel
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine_config import EngineConfig
 from services.worker.plan_ring import ring_bytes
@@ -21,11 +20,11 @@ from services.worker.runner.rank_sampling import MOST_CANDIDATES, DealtVocabular
 from services.worker.runner.ranks import RankMemory, Ranks
 from services.worker.weight_format import WeightFormat
 from services.worker.weights.load_decoder import MakeMatrix, Progress, load_decoder
-from services.worker.weights.open_decoder import open_decoder
+from services.worker.weights.stored_decoder import StoredDecoder
 
 
 def start_cpu_runner(
-    model: StoredModel, engine_config: EngineConfig, on_progress: Progress
+    stored: StoredDecoder, engine_config: EngineConfig, on_progress: Progress
 ) -> tuple[EngineLimits, CpuRunner]:
     """Load a model and allocate its KV cache.
 
@@ -33,14 +32,13 @@ def start_cpu_runner(
     the weights cannot be held as asked.
     """
     torch.set_num_threads(engine_config.threads)
-    stored = open_decoder(model)
     limits = _limits(stored.config, engine_config)
     decoder = Decoder(stored.config, load_decoder(stored, _PACK[engine_config.weights], on_progress))
     return limits, CpuRunner(decoder, PagedKvCache(decoder.config, limits.num_blocks, limits.block_size_tokens))
 
 
 def start_rank(
-    model: StoredModel, engine_config: EngineConfig, on_progress: Progress
+    stored: StoredDecoder, engine_config: EngineConfig, on_progress: Progress
 ) -> tuple[EngineLimits, RankRunner, memoryview]:
     """Load a rank's part of a model and allocate its part of the KV cache; the memory is that of plans.
 
@@ -48,7 +46,6 @@ def start_rank(
     """
     shard = Shard(engine_config.rank, engine_config.shards)
     torch.set_num_threads(max(1, engine_config.threads // shard.world_size))
-    stored = open_decoder(model)
     limits = _limits(stored.config, engine_config)
     slot_floats = _slot_floats(stored.config, engine_config)
     plan_bytes = ring_bytes(shard.world_size)

@@ -43,10 +43,15 @@ class DecoderConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def num_layer_weights(self) -> int:
+        """Of all layers' matrices."""
+        layer = 2 * self.q_size + 2 * self.kv_size + 3 * self.intermediate_size
+        return self.num_layers * self.hidden_size * layer
+
+    @property
     def num_weights(self) -> int:
         """Weights that a token is multiplied with: of all layers' matrices and the head."""
-        layer = 2 * self.q_size + 2 * self.kv_size + 3 * self.intermediate_size
-        return self.hidden_size * (self.num_layers * layer + self.vocabulary_size)
+        return self.num_layer_weights + self.hidden_size * self.vocabulary_size
 
 
 @dataclass(frozen=True, slots=True)
