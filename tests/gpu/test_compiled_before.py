@@ -19,18 +19,18 @@ from services.worker.cuda.decoder import DeviceDecoder, MostWork
 from services.worker.cuda.dense_attention import DenseRun
 from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import GREEDY
-from services.worker.cuda.matrix import ACTIVATIONS, DeviceMatrix
+from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
 from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
 from services.worker.cuda.warm_up import compile_kernels
-from services.worker.cuda.weights import DeviceWeights
+from services.worker.cuda.weights import DeviceWeights, dummy_weights
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.sequence import SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 from services.worker.kernels import embedding
 from services.worker.kernels.rows import FP8
-from services.worker.runner.models.decoder_weights import DecoderConfig, DecoderLayerWeights, DecoderWeights
+from services.worker.runner.models.decoder_weights import DecoderConfig
 from services.worker.runner.models.shard import Shard
 from services.worker.weight_format import DeviceWeightFormat
 from tests.unit.engine_builders import limits_of
@@ -46,30 +46,12 @@ NUMBERS = (
 """Where forms begin and end."""
 
 
-def weights_of(config: DecoderConfig, weights: DeviceWeightFormat, num_tokens: int) -> DeviceWeights:
-    kind, hidden = ACTIVATIONS[weights], config.hidden_size
-
-    def matrix(num_outputs: int, num_inputs: int) -> DeviceMatrix:
-        if weights == "fp8":
-            return DeviceMatrix(
-                torch.empty((num_outputs, num_inputs), dtype=FP8, device=META), torch.empty(num_outputs, device=META)
-            )
-        return DeviceMatrix(torch.empty((num_outputs, num_inputs), dtype=kind, device=META))
-
-    norm = torch.empty(hidden, dtype=kind, device=META)
-    layer = DecoderLayerWeights(
-        attention_norm=norm,
-        qkv_proj=matrix(config.q_size + 2 * config.kv_size, hidden),
-        qk_norm=None,
-        o_proj=matrix(hidden, config.q_size),
-        mlp_norm=norm,
-        gate_up_proj=matrix(2 * config.intermediate_size, hidden),
-        down_proj=matrix(hidden, config.intermediate_size),
-    )
-    table = torch.empty((num_tokens, hidden), dtype=kind, device=META)
-    # Two objects: the last layer is another one.
-    layers = (layer, DecoderLayerWeights(**{name: getattr(layer, name) for name in layer.__slots__}))
-    return DecoderWeights(table, layers, norm, DeviceMatrix(table), torch.zeros(config.head_dim // 2))
+def weights_of(weights: DeviceWeightFormat, shard: Shard) -> DeviceWeights:
+    generator = torch.Generator()
+    with pytest.MonkeyPatch.context() as patch:
+        # The device draws nothing, and has no generator of its own.
+        patch.setattr(torch, "Generator", lambda device: generator)
+        return dummy_weights(CONFIG, weights, shard, META)
 
 
 def a_rank(world_size: int, most: MostWork, kind: torch.dtype) -> DeviceRanks:
@@ -193,7 +175,7 @@ def test_whatever_a_step_launches_was_compiled_before(
     most = MostWork(MOST_TOKENS + max_sequences, max_sequences, 2 * max_sequences, CONFIG.context_tokens)
     model = DeviceDecoder(
         CONFIG,
-        weights_of(config, weights, len(shard.vocabulary(CONFIG))),
+        weights_of(weights, shard),
         shard,
         most,
         kind,

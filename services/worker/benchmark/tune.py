@@ -227,23 +227,24 @@ def _decodes_of(dtype: torch.dtype, name: str, contexts: NDArray[np.int32]) -> I
     queries = torch.randn((num_rows, HEADS, HEAD_DIM), device="cuda").to(torch.bfloat16)
     bytes_read = int(contexts.sum()) * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
     lengths = {even_length(contexts, num_rows + more, BLOCK, LEAST_PIECE_TOKENS): more for more in MORE_PIECES}
-    for (length, more), shape in product(lengths.items(), product((32, 64), (2, 4), (3, 5, 7))):
-        tuning = DecodeTuning(*shape, more_pieces=more)
+    for length, more in lengths.items():
         cut, of_row = cut_contexts(np.zeros_like(contexts), contexts, length)
         splits = np.pad(of_row, ((0, 0), (0, 2)))
         batch = DecodeBatch(*(torch.from_numpy(part).cuda() for part in (cut, splits, tables)))
         room = piece_results(len(cut), num_rows, HEADS, KV_HEADS, HEAD_DIM, queries.device)
-        us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
-        yield {
-            "kernel": "decode_attention",
-            "dtype": str(dtype),
-            "rows": num_rows,
-            "context": name,
-            "pieces": len(cut),
-            "how": str(tuning),
-            "us": us,
-            "tb_per_s": bytes_read / us / 1e6,
-        }
+        for tile, warps, stages in product((32, 64), (2, 4), (3, 5, 7)):
+            tuning = DecodeTuning(tile, warps, stages, more_pieces=more)
+            us = us_a_call(_decode(queries, layers, batch, room, tuning), count)
+            yield {
+                "kernel": "decode_attention",
+                "dtype": str(dtype),
+                "rows": num_rows,
+                "context": name,
+                "pieces": len(cut),
+                "how": str(tuning),
+                "us": us,
+                "tb_per_s": bytes_read / us / 1e6,
+            }
 
 
 def _decode(
