@@ -48,7 +48,7 @@ _OWN_KERNELS = {
     "sdpa": "attention of chunks",
 }
 """The first whose name is part of a kernel's."""
-_LIBRARY_PRODUCTS = ("gemm", "_gemv", "nvjet", "cutlass", "xmma", "_small_product")
+_PRODUCTS = ("gemm", "_gemv", "nvjet", "cutlass", "xmma", "_small_product", "_tile_product")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:
         elif "reduce" in event.name.lower():
             # Of a product whose inputs cuBLAS has dealt out.
             yield _product_name(num_products - 1, num_of_layers), took_us
-        elif any(part in event.name.lower() for part in _LIBRARY_PRODUCTS):
+        elif any(part in event.name.lower() for part in _PRODUCTS):
             yield _product_name(num_products, num_of_layers), took_us
             num_products += 1
         else:

@@ -192,9 +192,7 @@ class CudaRunner:
             self._choose(inputs, sizes)
 
     def _attend(self, inputs: StepInputs[Tensor], sizes: StepSizes) -> None:
-        # What waits for two kernels in front cannot begin before they have ended.
-        pdl = self._overlaps(sizes.num_rows) and not sizes.has_both
-        self._model.attend(inputs, sizes, self.cache, pdl=pdl)
+        self._model.attend(inputs, sizes, self.cache, pdl=self._overlaps(sizes.num_rows))
 
     def _choose(self, inputs: StepInputs[Tensor], sizes: StepSizes) -> None:
         self._model.choose(inputs, sizes, pdl=self._overlaps(sizes.num_samples))

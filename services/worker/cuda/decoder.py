@@ -158,7 +158,8 @@ class DeviceDecoder:
                 )
             attended = self._attended(queries, step, sizes, kv, window, pdl)
             if layer is not self._weights.layers[-1]:
-                delta = self._behind_attention(layer, attended, residual, pdl)
+                # What waits for two kernels in front cannot begin before they have ended.
+                delta = self._behind_attention(layer, attended, residual, pdl, overlaps=pdl and not sizes.has_both)
         if sizes.is_one_run:
             room.attended[:num_rows].copy_(attended)
 
@@ -171,7 +172,7 @@ class DeviceDecoder:
         attended, residual = room.attended[: sizes.num_rows], room.residual[: sizes.num_rows]
         if not sizes.keeps_all_rows:
             attended, residual = self._only_sampled(attended, residual, step, sizes)
-        delta = self._behind_attention(last, attended, residual, pdl)
+        delta = self._behind_attention(last, attended, residual, pdl, overlaps=pdl)
         final = Rows(room.normed[: len(residual)])
         self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
@@ -229,10 +230,12 @@ class DeviceDecoder:
         )
 
     def _behind_attention(
-        self, layer: DecoderLayerWeights[DeviceMatrix], attended: Tensor, residual: Tensor, pdl: bool
+        self, layer: DecoderLayerWeights[DeviceMatrix], attended: Tensor, residual: Tensor, pdl: bool, *, overlaps: bool
     ) -> Scaled | None:
-        """What is left of a layer; returns what the next norm adds to the residual, if anything."""
-        delta = self._back(self._rounded(attended, layer.o_proj, pdl), layer.o_proj, residual, pdl)
+        """What is left of a layer; returns what the next norm adds to the residual, if anything.
+
+        `overlaps`: whether its first product begins before attention has ended."""
+        delta = self._back(self._rounded(attended, layer.o_proj, overlaps), layer.o_proj, residual, overlaps)
         normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
         return self._back(self._activate(normed, layer, pdl), layer.down_proj, residual, pdl)
 

@@ -88,7 +88,7 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
     for num_rows in ROWS_OF_FORMS:
         yield made_up_step(0, _prompts(num_rows, max_sequences, limits), size)
         if max_sequences > 1:
-            # Beside decodes they do not overlap.
+            # Beside decodes the product behind attention does not overlap.
             yield made_up_step(1, _prompts(num_rows - 1, max_sequences - 1, limits), size)
     # The longest have products of their own.
     yield largest(limits)
@@ -100,7 +100,8 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
         for num_decodes in _decodes_of_forms(max_sequences):
             yield made_up_step(num_decodes, [], size, cached_tokens=cached_tokens)
         for num_decodes in _decodes_of_forms(max_sequences - 1):
-            yield made_up_step(num_decodes, [min(100, limits.longest_chunk_tokens)], size, cached_tokens=cached_tokens)
+            chunks = _prompts(_MORE_ROWS, max_sequences - num_decodes, limits)
+            yield made_up_step(num_decodes, chunks, size, cached_tokens=cached_tokens)
 
 
 def _scored(plan: StepPlan) -> StepPlan:

@@ -122,7 +122,9 @@ class Worker:
             except TimeoutError as error:
                 raise EngineSilentError(stage, LONGEST_SILENCE_S) from error
             if event.HasField("loading"):
-                stage = event.loading.stage
+                if event.loading.stage != stage:
+                    stage = event.loading.stage
+                    logger.info("engine starts", extra={"engine_pid": engine.pid, "stage": stage})
                 self._on_loading(event.loading)
             if event.HasField("ready"):
                 return event.ready

@@ -149,7 +149,7 @@ def _launch(
         RANK=seat.rank if seat else 0,
         WORLD=seat.world_size if seat else 1,
         LINE=_LINE_BYTES // weight.element_size(),
-        LINES_AHEAD=_lines_ahead(tuning, num_inputs * weight.element_size()),
+        LINES_AHEAD=_lines_ahead(num_rows, weight, tuning),
         ROWS=block_rows,
         MORE_ROWS=more_rows,
         OUTPUTS=outputs,
@@ -173,9 +173,12 @@ def _with_rows_behind(rows: Tensor, most: int) -> Tensor:
     return rows.as_strided((min(most, room // size), size), (size, 1)) if room >= (num_rows + 1) * size else rows
 
 
-def _lines_ahead(tuning: ProductTuning, row_bytes: int) -> int:
-    """Cache lines of each weight's row that are asked for ahead: about what the pipeline holds, a power of two."""
-    wanted = min(tuning.num_stages * tuning.input_bytes, row_bytes // tuning.num_splits) // _LINE_BYTES
+def _lines_ahead(num_rows: int, weight: Tensor, tuning: ProductTuning) -> int:
+    """Cache lines of each weight's row that are asked for ahead, a power of two: about what the pipeline holds, or, of
+    bf16 for few rows, a quarter, which takes 1 % less of a step."""
+    row_bytes = weight.shape[1] * weight.element_size()
+    held = min(tuning.num_stages * tuning.input_bytes, row_bytes // tuning.num_splits) // _LINE_BYTES
+    wanted = held // 4 if weight.element_size() == 2 and num_rows <= _MOST_ROWS_OF_ONE_BLOCK else held
     return 1 << max(0, wanted.bit_length() - 1)
 
 
