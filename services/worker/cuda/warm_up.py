@@ -5,12 +5,14 @@ that makes no step for so long is lost.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from triton import AsyncCompileMode
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from services.worker.cuda.cuda_runner import CudaRunner
@@ -31,12 +33,30 @@ def compiled_only(threads: int) -> Iterator[None]:
     def compile_it(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *arguments, grid=grid, warmup=True, **options)
 
-    with ThreadPoolExecutor(threads, "kernels") as executor, AsyncCompileMode(executor):
+    with ThreadPoolExecutor(threads, "kernels") as executor, AsyncCompileMode(executor) as mode:
+        mode.submit = partial(_compile_all, mode.submit)
         JITFunction.run = compile_it
         try:
             yield
         finally:
             JITFunction.run = run
+
+
+def _compile_all(
+    submit: Any, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None], *more: Any
+) -> Any:
+    """Have a kernel compiled, and the C function that launches kernels of its parameters, which Triton would build at
+    its first launch."""
+
+    def with_launcher() -> Any:
+        kernel = compile_fn()
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+        return kernel
+
+    future = submit(key, with_launcher, finalize_fn, *more)
+    # Known from now on, as in later versions of Triton: else each further launch hashes the kernel's source to find it.
+    finalize_fn(future)
+    return future
 
 
 def compile_kernels(plain: CudaRunner, filling: CudaRunner, limits: EngineLimits, threads: int) -> None:
