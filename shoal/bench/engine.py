@@ -44,9 +44,9 @@ def _write_loads(workload: str, seeds: Sequence[int], model: Path, folder: Path)
             raise LoadError(f"{workload!r} is no file, and none of the workloads {', '.join(WORKLOADS)}")
         written = _write(folder / path.name, read_asks(path))
         return [written, written]
-    vocabulary_tokens = _vocabulary_tokens(model)
+    num_tokens = vocabulary_tokens(model)
     return [
-        _write(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, vocabulary_tokens))
+        _write(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, num_tokens))
         for seed in (WARM_UP_SEED, *seeds)
     ]
 
@@ -60,7 +60,8 @@ def _write(path: Path, asks: Any) -> Path:
     return path
 
 
-def _vocabulary_tokens(model: Path) -> int:
+def vocabulary_tokens(model: Path) -> int:
+    """Return how large the vocabulary of a model's folder is. Raises LoadError."""
     path = model / "config.json"
     try:
         return int(json.loads(path.read_bytes()[:MAX_CONFIG_BYTES])["vocab_size"])
