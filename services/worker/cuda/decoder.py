@@ -156,7 +156,7 @@ class DeviceDecoder:
                 rope_and_write(
                     qkv, heads, step.positions, step.slots, kv, queries, keeps_dense=bool(sizes.dense_runs), pdl=pdl
                 )
-            attended = self._attended(queries, step, sizes, kv, window, pdl)
+            attended = self._attended(queries, step, sizes, kv, window)
             if layer is not self._weights.layers[-1]:
                 # What waits for two kernels in front cannot begin before they have ended.
                 delta = self._behind_attention(layer, attended, residual, pdl, overlaps=pdl and not sizes.has_both)
@@ -296,7 +296,6 @@ class DeviceDecoder:
         sizes: StepSizes,
         kv: PagedLayer,
         window: int | None,
-        pdl: bool,
     ) -> Tensor:
         """Returns [num_rows, q_size]; in the room, but for a step that is one run for cuDNN.
 
@@ -307,14 +306,14 @@ class DeviceDecoder:
         attended = self._room.attended[: sizes.num_rows]
         by_head = attended.view(queries.shape)
         if not sizes.has_both or self._beside is None:
-            self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
-            self._attend_to_chunks(queries, by_head, step, sizes, kv, window, pdl)
+            self._attend_to_decodes(queries, by_head, step, sizes, kv, window)
+            self._attend_to_chunks(queries, by_head, step, sizes, kv, window)
             return attended
         here = torch.cuda.current_stream(self._device)
         self._beside.wait_stream(here)
         with torch.cuda.stream(self._beside):
-            self._attend_to_chunks(queries, by_head, step, sizes, kv, window, pdl=False)
-        self._attend_to_decodes(queries, by_head, step, sizes, kv, window, pdl)
+            self._attend_to_chunks(queries, by_head, step, sizes, kv, window)
+        self._attend_to_decodes(queries, by_head, step, sizes, kv, window)
         here.wait_stream(self._beside)
         return attended
 
@@ -326,11 +325,12 @@ class DeviceDecoder:
         sizes: StepSizes,
         kv: PagedLayer,
         window: int | None,
-        pdl: bool,
     ) -> None:
         room, num_decodes = self._room, sizes.num_decodes
         if num_decodes == 0:
             return
+        # In long steps the kernels around it are no such ones, so that it overlaps with none: one form less to compile.
+        pdl = queries.is_cuda
         shared = room.shared if sizes.num_shared_pieces else None
         if shared:
             shared_attention(queries, kv, step.shared_pieces, step.block_tables, shared, pdl=pdl)
@@ -346,10 +346,9 @@ class DeviceDecoder:
         sizes: StepSizes,
         kv: PagedLayer,
         window: int | None,
-        pdl: bool,
     ) -> None:
         if sizes.num_tiles:
-            prefill_attention(queries, kv, step.tiles, step.block_tables, out, window, pdl=pdl)
+            prefill_attention(queries, kv, step.tiles, step.block_tables, out, window)
         for run in sizes.dense_runs:
             out[run.rows].copy_(self._attend_densely(queries, run))
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from services.worker.kernels.launch import after_previous
 from services.worker.kernels.paged_kv import PagedLayer
 from services.worker.kernels.tile_product import COPY_BYTES
 
@@ -78,8 +77,6 @@ def prefill_attention(
     block_tables: Tensor,
     out: Tensor,
     window: int | None = None,
-    *,
-    pdl: bool = False,
 ) -> None:
     """As the reference, into `out`; rows of no tile are left as they are. A tile of 0 queries is none.
 
@@ -111,8 +108,6 @@ def prefill_attention(
         TILE_ROWS=_TILE_ROWS,
         TILE_KEYS=tile_keys,
         WINDOW=window or 0,
-        PDL=pdl,
-        launch_pdl=pdl,
         num_warps=4 if queries.dtype.itemsize == 2 else 8,
         num_stages=2 if queries.dtype.itemsize == 2 else 1,
         # A score that is scaled and compared in one instruction is not rounded between, but one that is masked between
@@ -138,12 +133,10 @@ def _prefill_attention(
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """Program (key head, tile)."""
+    """Program (key head, tile). It begins when the kernel in front has ended."""
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
-    after_previous(PDL)
     first_row = tl.load(tiles + 4 * tile)
     size = tl.load(tiles + 4 * tile + 1)
     first_position = tl.load(tiles + 4 * tile + 2)
