@@ -128,13 +128,24 @@ def a_step(num_decodes: int, prompts: list[int], *, shares: bool = False, is_sco
 
 
 def steps_within(limits: EngineLimits) -> Iterator[StepPlan]:
-    most = limits.max_sequences
+    most_prompts = limits.max_prefill_tokens_per_step
+    for plan in steps_of(limits.max_sequences):
+        if sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1) <= most_prompts:
+            yield plan
+
+
+def steps_of(most: int) -> Iterator[StepPlan]:
     for num_decodes in sorted({*(number for number in NUMBERS if number < most), most - 1, most} - {0}):
         for shares in (False, True):
             yield a_step(num_decodes, [], shares=shares)
             if num_decodes < most:
                 yield a_step(num_decodes, [9], shares=shares)
                 yield a_step(num_decodes, [2400], shares=shares)
+                for num_rows in (511, 512, 513):
+                    # Where kernels no longer overlap.
+                    if num_decodes + 1 < num_rows:
+                        yield a_step(num_decodes, [num_rows - num_decodes], shares=shares)
+                        yield a_step(num_decodes, [num_rows - num_decodes], shares=shares, is_scored=True)
     for num_rows in (*(number for number in NUMBERS if number > 1), 700, 2400, 4096, MOST_TOKENS):
         for is_scored in (False, True):
             yield a_step(0, [num_rows], is_scored=is_scored)
@@ -146,25 +157,28 @@ def steps_within(limits: EngineLimits) -> Iterator[StepPlan]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "has_fp8_cache", "max_sequences", "has_graphs", "is_batch_invariant", "world_size"),
+    ("weights", "has_fp8_cache", "max_sequences", "most_prompts", "has_graphs", "is_batch_invariant", "world_size"),
     [
-        ("bf16", False, 256, True, False, 1),
-        ("bf16", True, 128, True, False, 1),
-        ("bf16", False, 100, False, False, 1),
-        ("bf16", False, 40, False, True, 1),
-        ("bf16", True, 20, True, True, 1),
-        ("fp8", False, 20, True, False, 1),
-        ("fp8", True, 600, True, False, 1),
-        ("fp8", True, 300, False, False, 1),
-        ("fp8", False, 1, True, False, 1),
-        ("bf16", False, 64, True, False, 2),
-        ("fp8", False, 20, True, False, 4),
+        ("bf16", False, 256, MOST_TOKENS, True, False, 1),
+        ("bf16", True, 128, MOST_TOKENS, True, False, 1),
+        ("bf16", True, 256, 300, True, False, 1),
+        ("bf16", False, 100, MOST_TOKENS, False, False, 1),
+        ("bf16", False, 40, MOST_TOKENS, False, True, 1),
+        ("bf16", True, 20, MOST_TOKENS, True, True, 1),
+        ("fp8", False, 20, MOST_TOKENS, True, False, 1),
+        ("fp8", True, 600, MOST_TOKENS, True, False, 1),
+        ("fp8", True, 600, 300, True, False, 1),
+        ("fp8", True, 300, 400, False, False, 1),
+        ("fp8", False, 1, MOST_TOKENS, True, False, 1),
+        ("bf16", False, 64, MOST_TOKENS, True, False, 2),
+        ("fp8", False, 20, MOST_TOKENS, True, False, 4),
     ],
 )
 def test_whatever_a_step_launches_was_compiled_before(
     weights: DeviceWeightFormat,
     has_fp8_cache: bool,
     max_sequences: int,
+    most_prompts: int,
     has_graphs: bool,
     is_batch_invariant: bool,
     world_size: int,
@@ -172,7 +186,7 @@ def test_whatever_a_step_launches_was_compiled_before(
 ) -> None:
     kind, shard = ACTIVATIONS[weights], Shard(0, world_size)
     config = shard.config(CONFIG)
-    most = MostWork(MOST_TOKENS + max_sequences, max_sequences, 2 * max_sequences, CONFIG.context_tokens)
+    most = MostWork(most_prompts + max_sequences, max_sequences, 2 * max_sequences, CONFIG.context_tokens)
     model = DeviceDecoder(
         CONFIG,
         weights_of(weights, shard),
@@ -189,7 +203,7 @@ def test_whatever_a_step_launches_was_compiled_before(
         num_blocks=1,
         block_size_tokens=BLOCK,
         max_sequences=max_sequences,
-        max_prefill_tokens_per_step=MOST_TOKENS,
+        max_prefill_tokens_per_step=most_prompts,
         context_tokens=CONFIG.context_tokens,
     )
 

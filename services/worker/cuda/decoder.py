@@ -172,7 +172,8 @@ class DeviceDecoder:
         attended, residual = room.attended[: sizes.num_rows], room.residual[: sizes.num_rows]
         if not sizes.keeps_all_rows:
             attended, residual = self._only_sampled(attended, residual, step, sizes)
-        delta = self._behind_attention(last, attended, residual, pdl, overlaps=pdl)
+        waits_for_both = sizes.has_both and len(residual) == sizes.num_rows
+        delta = self._behind_attention(last, attended, residual, pdl, overlaps=pdl and not waits_for_both)
         final = Rows(room.normed[: len(residual)])
         self._norm(delta, residual, self._weights.norm, final, pdl)
         if sizes.num_samples == 0:
@@ -234,8 +235,9 @@ class DeviceDecoder:
     ) -> Scaled | None:
         """What is left of a layer; returns what the next norm adds to the residual, if anything.
 
-        `overlaps`: whether its first product begins before attention has ended."""
-        delta = self._back(self._rounded(attended, layer.o_proj, overlaps), layer.o_proj, residual, overlaps)
+        `overlaps`: whether its first kernel begins before attention has ended."""
+        rows = self._rounded(attended, layer.o_proj, overlaps)
+        delta = self._back(rows, layer.o_proj, residual, overlaps if rows.scales is None else pdl)
         normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)
         return self._back(self._activate(normed, layer, pdl), layer.down_proj, residual, pdl)
 
@@ -329,7 +331,7 @@ class DeviceDecoder:
         room, num_decodes = self._room, sizes.num_decodes
         if num_decodes == 0:
             return
-        # In long steps the kernels around it are no such ones, so that it overlaps with none: one form less to compile.
+        # In long steps too, where of the kernels around it only shared prefixes' is such a one: a form less to compile.
         pdl = queries.is_cuda
         shared = room.shared if sizes.num_shared_pieces else None
         if shared:

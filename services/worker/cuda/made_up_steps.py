@@ -13,8 +13,8 @@ _SHARED_TOKENS = 1024
 ROWS_OF_FORMS = (7, 24, 48, 80, 112, 144, 176, 240, 500)
 """Rows that together have all forms of kernels of few rows: of products, and of what reads them or sums them over
 ranks."""
-_MORE_ROWS = 600
-"""Kernels of so many do not overlap."""
+_MORE_ROWS = 520
+"""Kernels of so many do not overlap. It is no length that cuDNN attends (`dense_attention`)."""
 _DECODES_OF_FORMS = (1, 8, 23, 47, 65, 128, 225)
 """Decodes that together have all forms of their attention, and of the head's product."""
 _USUAL_ROWS = (1024, 512, 256, 128)
@@ -92,8 +92,11 @@ def every_kind(limits: EngineLimits) -> Iterator[StepPlan]:
             yield made_up_step(1, _prompts(num_rows - 1, max_sequences - 1, limits), size)
     # The longest have products of their own.
     yield largest(limits)
-    for num_rows in (*ROWS_OF_FORMS, _MORE_ROWS, limits.max_prefill_tokens_per_step):
+    for num_rows in (*ROWS_OF_FORMS, limits.max_prefill_tokens_per_step):
         yield _scored(made_up_step(0, _prompts(num_rows, max_sequences, limits), size))
+    # As few samples as overlap, in steps that do not: with decodes, if prompts alone are too short for it.
+    beside = min(max(0, _MORE_ROWS - limits.max_prefill_tokens_per_step), max_sequences - 1)
+    yield _scored(made_up_step(beside, _prompts(_MORE_ROWS - beside, max_sequences - beside, limits), size))
     yield _scored(largest(limits))
     shared_tokens = min(-(-_SHARED_TOKENS // size), (limits.context_tokens - 1) // size) * size
     for cached_tokens in (0, shared_tokens):

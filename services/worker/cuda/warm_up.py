@@ -5,10 +5,12 @@ that makes no step for so long is lost.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any
 
 from triton import AsyncCompileMode
@@ -34,7 +36,7 @@ def compiled_only(threads: int) -> Iterator[None]:
         return run(self, *arguments, grid=grid, warmup=True, **options)
 
     with ThreadPoolExecutor(threads, "kernels") as executor, AsyncCompileMode(executor) as mode:
-        mode.submit = partial(_compile_all, mode.submit)
+        mode.submit = partial(_compile_all, mode.submit, defaultdict(Lock))
         JITFunction.run = compile_it
         try:
             yield
@@ -43,14 +45,20 @@ def compiled_only(threads: int) -> Iterator[None]:
 
 
 def _compile_all(
-    submit: Any, key: str, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None], *more: Any
+    submit: Any,
+    building: Mapping[str, Lock],
+    key: str,
+    compile_fn: Callable[[], Any],
+    finalize_fn: Callable[[Any], None],
+    *more: Any,
 ) -> Any:
     """Have a kernel compiled, and the C function that launches kernels of its parameters, which Triton would build at
-    its first launch."""
+    its first launch. `building`: one at a time by a kernel's name, since most of its forms have one such function."""
 
     def with_launcher() -> Any:
         kernel = compile_fn()
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+        with building[kernel.src.fn.__name__]:
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
         return kernel
 
     future = submit(key, with_launcher, finalize_fn, *more)

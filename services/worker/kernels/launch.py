@@ -1,8 +1,8 @@
 """How a kernel overlaps with the one in front of it: programmatic dependent launch (Hopper).
 
 A kernel that is launched so may begin before the one in front has ended; what that one writes may be read only
-behind `after_previous`. Each kernel of a chain must call it, also where it has nothing to do: the next one relies on it
-for all that came before.
+behind `after_previous`. Each kernel that is launched so must call it, also where it has nothing to do: the next one
+relies on it for all that came before.
 """
 
 import triton
