@@ -20,9 +20,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from shoal.bench.ask import Ask
-from shoal.bench.engine import ENGINE, WARM_UP_SEED, vocabulary_tokens
-from shoal.bench.workloads import WORKLOADS, asks_of, poisson_arrivals_s
+from shoal.bench.engine import ENGINE, WARM_UP_SEED, vocabulary_tokens, write_load
+from shoal.bench.workloads import WORKLOADS, asks_of, at_poisson_times
 
 VLLM = Path(__file__).parent / "peers" / "vllm_gpu.py"
 Rates = Mapping[str, Mapping[str, float]]
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="beside-vllm-") as name:
         folder, vocabulary = Path(name), vocabulary_tokens(given.model)
-        warm_up = _write(
+        warm_up = write_load(
             folder / "warm-up.jsonl",
             chain(
                 islice(asks_of("mixed", WARM_UP_SEED, vocabulary), 128),
@@ -51,11 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         )
         loads = [
-            _write(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, vocabulary))
+            write_load(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, vocabulary))
             for workload in given.workload
             for seed in range(given.seeds)
         ]
-        online = [_write_online(folder, vocabulary, *map(int, load.split(":"))) for load in given.online]
+        online = [
+            write_load(
+                folder / f"online_{rate}-0.jsonl",
+                at_poisson_times(list(islice(asks_of("mixed", 0, vocabulary), number)), 0, rate),
+            )
+            for rate, number in (map(int, load.split(":")) for load in given.online)
+        ]
         engine = ["--model", given.model, "--dtype", given.dtype, "--warm-up", warm_up, "--load"]
         ours = _measured([sys.executable, "-m", ENGINE, "--dummy", *engine, *loads], {})
         theirs = _measured([sys.executable, VLLM, *engine, *loads, *online], {"PYTHONPATH": given.vllm_path})
@@ -73,23 +78,6 @@ def compared(ours: Rates, theirs: Rates) -> list[str]:
         of_seeds = ", ".join(f"{rate / others[seed]:.3f}" for seed, rate in rates.items())
         lines.append(f"{workload}: {medians[0]:,.1f} / {medians[1]:,.1f} = {medians[0] / medians[1]:.3f} ({of_seeds})")
     return lines
-
-
-def _write(path: Path, asks: Iterable[Ask]) -> Path:
-    with path.open("w", encoding="utf-8") as out:
-        for ask in asks:
-            out.write(json.dumps({"token_ids": ask.token_ids, "max_tokens": ask.max_tokens}) + "\n")
-    return path
-
-
-def _write_online(folder: Path, vocabulary: int, rate: int, number: int) -> Path:
-    path = folder / f"online_{rate}-0.jsonl"
-    asks = islice(asks_of("mixed", 0, vocabulary), number)
-    with path.open("w", encoding="utf-8") as out:
-        for ask, arrival_s in zip(asks, poisson_arrivals_s(0, number, rate), strict=True):
-            line = {"token_ids": ask.token_ids, "max_tokens": ask.max_tokens, "arrival_s": arrival_s}
-            out.write(json.dumps(line) + "\n")
-    return path
 
 
 def _measured(command: Sequence[str | Path], environment: Mapping[str, str]) -> list[dict[str, Any]]:

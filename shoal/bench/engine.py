@@ -7,9 +7,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from shoal.bench.ask import Ask, LoadError, read_asks
 from shoal.bench.workloads import WORKLOADS, asks_of
@@ -42,21 +41,26 @@ def _write_loads(workload: str, seeds: Sequence[int], model: Path, folder: Path)
         path = Path(workload)
         if not path.exists():
             raise LoadError(f"{workload!r} is no file, and none of the workloads {', '.join(WORKLOADS)}")
-        written = _write(folder / path.name, read_asks(path))
+        written = write_load(folder / path.name, read_asks(path))
         return [written, written]
     num_tokens = vocabulary_tokens(model)
     return [
-        _write(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, num_tokens))
+        write_load(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, num_tokens))
         for seed in (WARM_UP_SEED, *seeds)
     ]
 
 
-def _write(path: Path, asks: Any) -> Path:
+def write_load(path: Path, asks: Iterable[Ask]) -> Path:
+    """Write a file of requests, as an engine alone reads it; with those of a process, when they arrive. Returns the
+    path. Raises LoadError."""
     with path.open("w", encoding="utf-8") as out:
         for ask in asks:
-            if not isinstance(ask, Ask) or not ask.token_ids:
+            if not ask.token_ids:
                 raise LoadError("an engine alone takes prompts as token_ids only")
-            out.write(json.dumps({"token_ids": ask.token_ids, "max_tokens": ask.max_tokens}) + "\n")
+            line: dict[str, object] = {"token_ids": ask.token_ids, "max_tokens": ask.max_tokens}
+            if ask.arrival_s:
+                line["arrival_s"] = ask.arrival_s
+            out.write(json.dumps(line) + "\n")
     return path
 
 

@@ -17,7 +17,7 @@ from shoal.bench.report import as_text, write_json
 from shoal.bench.shoal_target import ShoalTarget
 from shoal.bench.summary import Objective, latencies_s, summarize
 from shoal.bench.target import Target
-from shoal.bench.workloads import WORKLOADS, asks_of, poisson_arrivals_s
+from shoal.bench.workloads import WORKLOADS, asks_of, at_poisson_times
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,7 @@ def _asks(settings: Settings, vocabulary_tokens: int | None) -> tuple[list[Ask],
         measured = _workload(settings, settings.seed, vocabulary_tokens, None)
     measured = measured[: settings.requests]
     if settings.rate:
-        arrivals_s = poisson_arrivals_s(settings.seed, len(measured), settings.rate)
-        measured = [replace(ask, arrival_s=at_s) for ask, at_s in zip(measured, arrivals_s, strict=True)]
+        measured = at_poisson_times(measured, settings.seed, settings.rate)
     return warm_up, measured
 
 

@@ -5,8 +5,8 @@ special tokens at the end, so the top 1/501 of the ids (at least 8) is never dra
 is given a `first_token` above them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,12 @@ def asks_of(workload: str, seed: int, vocabulary_tokens: int, first_token: int =
         prefix = prefixes[shared].tolist() if shared >= 0 else []
         drawn = rng.integers(first_token, last_token, size=int(own)).tolist()
         yield Ask(token_ids=(*prefix, *drawn), max_tokens=int(lengths.output_tokens[index]), ignore_eos=True)
+
+
+def at_poisson_times(asks: Sequence[Ask], seed: int, rate_per_s: float) -> list[Ask]:
+    """Return the requests, arriving as a Poisson process."""
+    arrivals_s = poisson_arrivals_s(seed, len(asks), rate_per_s)
+    return [replace(ask, arrival_s=at_s) for ask, at_s in zip(asks, arrivals_s, strict=True)]
 
 
 def poisson_arrivals_s(seed: int, number: int, rate_per_s: float) -> list[float]:

@@ -10,6 +10,8 @@ from benchmarks import beside_vllm
 
 # Generates a token of every request that it has in each step.
 FAKE_VLLM = """
+import json
+import os
 import queue
 from types import SimpleNamespace
 
@@ -47,15 +49,20 @@ class LLM:
         pass
 
     def generate(self, prompts, params, use_tqdm):
+        with open(os.environ["SEEN_BY_VLLM"], "a") as seen:
+            asks = zip((one["prompt_token_ids"] for one in prompts), (one.max_tokens for one in params))
+            seen.write(json.dumps(list(asks)) + "\\n")
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7] * one.max_tokens)]) for one in params]
 """
 # Says what it was given.
 FAKE_ENGINE = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 loads = sys.argv[sys.argv.index("--load") + 1:]
 assert "--warm-up" in sys.argv and "--dummy" in sys.argv
 for load in map(pathlib.Path, loads):
     asks = [json.loads(line) for line in load.read_text().splitlines()]
+    with open(os.environ["SEEN_BY_SHOAL"], "a") as seen:
+        seen.write(json.dumps([[ask["token_ids"], ask["max_tokens"]] for ask in asks]) + "\\n")
     rates = {"tokens_per_s": sum(ask["max_tokens"] for ask in asks), "prompt_tokens_per_s": 1.0}
     print(json.dumps({"workload": load.stem, **rates}))
 """
@@ -79,8 +86,13 @@ def test_both_get_the_same_requests_and_vllm_also_gets_some_at_their_times(
     (tmp_path / "an_engine.py").write_text(FAKE_ENGINE)
     monkeypatch.setattr(beside_vllm, "ENGINE", "an_engine")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    by_shoal, by_vllm = tmp_path / "by_shoal", tmp_path / "by_vllm"
+    monkeypatch.setenv("SEEN_BY_SHOAL", str(by_shoal))
+    monkeypatch.setenv("SEEN_BY_VLLM", str(by_vllm))
     flags = ["--model", str(model), "--workload", "single", "batch32", "--seeds", "2", "--online", "200:12"]
     assert beside_vllm.main([*flags, "--vllm-path", str(site)]) == 0
+    _warm_up, *asked = by_vllm.read_text().splitlines()
+    assert asked == by_shoal.read_text().splitlines()
     *figures, single, batch32 = capsys.readouterr().out.splitlines()
     said = [json.loads(line) for line in figures]
     ours, (ready, *theirs) = said[:4], said[4:]

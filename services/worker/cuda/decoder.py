@@ -172,6 +172,7 @@ class DeviceDecoder:
         attended, residual = room.attended[: sizes.num_rows], room.residual[: sizes.num_rows]
         if not sizes.keeps_all_rows:
             attended, residual = self._only_sampled(attended, residual, step, sizes)
+        # Where only some rows are sampled, what picks them has waited for both kinds of attention.
         waits_for_both = sizes.has_both and len(residual) == sizes.num_rows
         delta = self._behind_attention(last, attended, residual, pdl, overlaps=pdl and not waits_for_both)
         final = Rows(room.normed[: len(residual)])
@@ -235,7 +236,8 @@ class DeviceDecoder:
     ) -> Scaled | None:
         """What is left of a layer; returns what the next norm adds to the residual, if anything.
 
-        `overlaps`: whether its first kernel begins before attention has ended."""
+        `overlaps`: whether its first kernel begins before attention has ended.
+        """
         rows = self._rounded(attended, layer.o_proj, overlaps)
         delta = self._back(rows, layer.o_proj, residual, overlaps if rows.scales is None else pdl)
         normed = self._normed(delta, residual, layer.mlp_norm, layer.gate_up_proj, pdl)

@@ -53,7 +53,10 @@ def _compile_all(
     *more: Any,
 ) -> Any:
     """Have a kernel compiled, and the C function that launches kernels of its parameters, which Triton would build at
-    its first launch. `building`: one at a time by a kernel's name, since most of its forms have one such function."""
+    its first launch.
+
+    `building`: one at a time by a kernel's name, since most of its forms have one such function.
+    """
 
     def with_launcher() -> Any:
         kernel = compile_fn()
