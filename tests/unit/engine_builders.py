@@ -31,7 +31,6 @@ def limits_of(
     max_prefill_tokens_per_step: int = 8,
     context_tokens: int = 64,
     step_budget_ms: float = 1e9,
-    max_tokens_per_step: int = 0,
 ) -> EngineLimits:
     return EngineLimits(
         num_blocks=num_blocks,
@@ -41,7 +40,6 @@ def limits_of(
         step_budget_ms=step_budget_ms,
         context_tokens=context_tokens,
         vocabulary_size=1000,
-        max_tokens_per_step=max_tokens_per_step,
     )
 
 

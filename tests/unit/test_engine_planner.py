@@ -23,15 +23,6 @@ def test_decodes_go_on_while_another_prompt_is_prefilled() -> None:
     assert engine.steps()[:3] == [[(1, 1), (2, 8)], [(1, 1), (2, 4)], [(1, 1), (2, 1)]]
 
 
-def test_a_step_with_prompts_has_no_more_tokens_than_allowed_decodes_among_them() -> None:
-    engine = Engine(limits_of(max_prefill_tokens_per_step=8, max_tokens_per_step=9))
-    for sequence_id in (1, 2, 3):
-        engine.planner.add(add(sequence_id, prompt=2, max_tokens=20), now_ms=0)
-    engine.step()
-    engine.planner.add(add(4, prompt=10, max_tokens=1), now_ms=0)
-    assert engine.steps()[:2] == [[(1, 1), (2, 1), (3, 1), (4, 6)], [(1, 1), (2, 1), (3, 1), (4, 4)]]
-
-
 def test_prompts_share_a_steps_prefill_tokens_in_order_of_arrival() -> None:
     engine = Engine(limits_of(max_prefill_tokens_per_step=8))
     for sequence_id in (1, 2, 3):

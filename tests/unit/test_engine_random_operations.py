@@ -53,7 +53,6 @@ class EngineMachine(RuleBasedStateMachine):
         max_prefill_tokens_per_step=st.integers(1, 9),
         step_budget_ms=st.sampled_from([1.0, 33.0, 1e9]),
         steps_ahead=st.integers(0, 1),
-        less_than_both=st.sampled_from([None, 2, 4, 8]),
     )
     def start(
         self,
@@ -63,13 +62,9 @@ class EngineMachine(RuleBasedStateMachine):
         max_prefill_tokens_per_step: int,
         step_budget_ms: float,
         steps_ahead: int,
-        less_than_both: int | None,
     ) -> None:
-        most = max_prefill_tokens_per_step + max_sequences
-        # Beside as many decodes as there may be, there is a prompt's token.
-        at_most = 0 if less_than_both is None else max(most - less_than_both, max_sequences + 1)
         self.limits = limits_of(
-            num_blocks, block_size_tokens, max_sequences, max_prefill_tokens_per_step, 40, step_budget_ms, at_most
+            num_blocks, block_size_tokens, max_sequences, max_prefill_tokens_per_step, 40, step_budget_ms
         )
         self.planner = Planner(self.limits, StepTimeModel())
         self.runner = PretendedRunner(self.limits, next_token, steps_ahead=steps_ahead)
@@ -191,7 +186,6 @@ class EngineMachine(RuleBasedStateMachine):
             if len(chunk.token_ids) > 1:
                 prefill_tokens += len(chunk.token_ids)
         assert prefill_tokens <= self.limits.max_prefill_tokens_per_step
-        assert not prefill_tokens or plan.num_tokens <= (self.limits.max_tokens_per_step or plan.num_tokens)
         suspects = [i for i in ids if self._generated(i) < self.commands[i].alone_until_tokens]
         assert not suspects or (len(ids) == 1 and not self.in_flight), "a suspect in company"
         self._check_writers(plan)

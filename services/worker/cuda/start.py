@@ -12,7 +12,7 @@ from services.worker.cuda.kv_cache import DeviceKvCache
 from services.worker.cuda.made_up_steps import largest
 from services.worker.cuda.matrix import ACTIVATIONS
 from services.worker.cuda.ranks import DeviceRanks, MostRows
-from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes, most_tokens_of_a_step
+from services.worker.cuda.step_shapes import NEVER, FilledUpTo, chunk_sizes, decode_sizes
 from services.worker.cuda.warm_up import compile_kernels
 from services.worker.cuda.weights import DeviceWeights
 from services.worker.engine.limits import EngineLimits
@@ -102,7 +102,6 @@ def start_cuda_runner(
             context_tokens=context_tokens,
             vocabulary_size=config.vocabulary_size,
             filled_up_to=filled_up_to.chunks,
-            max_tokens_per_step=most_tokens_of_a_step(options.max_prefill_tokens_per_step, options.max_sequences),
         )
 
     if device.type == "cuda":

@@ -28,11 +28,6 @@ _CHUNK_ROWS = (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 480, 512, 640
 """Sizes of steps with prompts, and from there on multiples of 128. By time, not by rows: cuBLAS takes longer for some
 than for more. An 8B model in bf16 takes 11.3 ms for 416, 14.6 for 448 and 11.2 for 480 rows, 17.3 for 576 and 14.4 for
 640."""
-_WHOLE_ROWS = 4224
-"""Rows, and multiples of them, of which a product of 1,024 outputs, or multiples of them, keeps all 132 processors busy
-to its end: 33 tiles of 128 rows times those of 256 outputs. An 8B in bf16 takes 1.2 % longer for 8,450 rows than for
-8,448."""
-_LEAST_SHARE = 0.9
 _DECODE_CAPS = (64,)
 """Decodes beside prompts that there is room for, if not for all. Room for 256 beside 12 costs 0.3 ms a step, for 64
 less than 0.1: a program for nothing takes its microsecond too."""
@@ -93,17 +88,6 @@ def chunk_sizes(most: int) -> tuple[int, ...]:
     """Return numbers of rows, up to `most`, that steps with prompts are filled up to."""
     sizes = (*_CHUNK_ROWS, *range(_CHUNK_ROWS[-1] + 128, MOST_ROWS + 1, 128))
     return (*(size for size in sizes if size < most), *((most,) if most <= MOST_ROWS else ()))
-
-
-def most_tokens_of_a_step(max_prefill_tokens: int, max_sequences: int) -> int:
-    """Return how many tokens a step with prompts is to have at most so that it ends with all processors busy; 0: so few
-    that, beside as many decodes as there may be, more than a tenth of the prompts' tokens would have to wait.
-
-    >>> [most_tokens_of_a_step(*most) for most in ((8192, 512), (4096, 256), (2048, 256), (4000, 4000))]
-    [8448, 4224, 0, 0]
-    """
-    most = (max_prefill_tokens + max_sequences) // _WHOLE_ROWS * _WHOLE_ROWS
-    return most if most - max_sequences >= _LEAST_SHARE * max_prefill_tokens else 0
 
 
 class StepShapes:

@@ -21,18 +21,11 @@ class EngineLimits:
     filled_up_to: tuple[int, ...] = ()
     """Numbers of tokens, ascending, that steps with prompts are filled up to: one between two of them takes as long as
     the larger. One of more than the last is computed as it is."""
-    max_tokens_per_step: int = 0
-    """Most tokens in a step with prompts, decodes' among them; 0: what the two limits above make."""
 
     @property
     def longest_chunk_tokens(self) -> int:
         """Most tokens of one sequence in a step."""
         return min(self.max_prefill_tokens_per_step, self.context_tokens)
-
-    def prefill_tokens_beside(self, num_decodes: int) -> int:
-        """Return the most prompt tokens in a step with so many decodes."""
-        most = self.max_prefill_tokens_per_step
-        return min(most, self.max_tokens_per_step - num_decodes) if self.max_tokens_per_step else most
 
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold this many tokens."""

@@ -372,7 +372,7 @@ class Planner:
 
     def _chunk_alone(self, sequence: Sequence) -> list[SequenceChunk]:
         """Its next chunk; nothing while another step is in flight: it would not be alone if the engine died then."""
-        most_tokens = self._limits.prefill_tokens_beside(0)
+        most_tokens = self._limits.max_prefill_tokens_per_step
         return [] if self._num_in_flight else [self._chunk(sequence, min(sequence.num_ready_tokens, most_tokens))]
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
@@ -387,7 +387,7 @@ class Planner:
         """Chunks of sequences, the first first, as many as a step takes besides."""
         chunks: list[SequenceChunk] = []
         work = StepWork.of(decodes)
-        tokens_left = self._limits.prefill_tokens_beside(len(decodes))
+        tokens_left = self._limits.max_prefill_tokens_per_step
         most_ms = None
         for sequence in sequences:
             if not chunks:
