@@ -72,14 +72,9 @@ def add_rms_norm(
         FP8_LIMIT=FP8_MAX,
         PDL=pdl,
         launch_pdl=pdl,
-        num_warps=_num_warps(block, parts, adds=delta is not None, rounds=out.scales is not None),
+        # Parts are of few rows: there it is the time of one that counts.
+        num_warps=max(1, min(16, block // (256 if parts > 1 else 512))),
     )
-
-
-def _num_warps(block: int, parts: int, *, adds: bool, rounds: bool) -> int:
-    """Of a row: by what is read and made of it, not by the number of rows, so that it takes no form more."""
-    values_a_thread = 8 if parts > 1 else 32 if rounds and not adds else 16
-    return max(1, min(16, block // (32 * values_a_thread)))
 
 
 @triton.jit(do_not_specialize=["part_rows"])
