@@ -23,6 +23,7 @@ from gen.shoal.inference.v1 import inference_pb2
 from services.common.config import ConfigError
 from services.common.garbage import collect_rarely
 from services.common.model.errors import ModelFileError
+from services.worker.benchmark.floors import floors_us
 from services.worker.benchmark.options import Engine, add_engine_options, print_line
 from services.worker.benchmark.ranks import engine_of
 from services.worker.engine.loop import EngineLoop
@@ -104,16 +105,25 @@ class LoadFront:
                 self.ended_s = now_s
 
 
+@dataclass(frozen=True, slots=True)
+class WatchedStep:
+    """A step that was made."""
+
+    plan: StepPlan
+    predicted_ms: float
+    took_ms: float
+
+
 class WatchedStepTime(StepTimeModel):
-    """Remembers what steps were thought to take, and what they took, in ms."""
+    """Remembers steps, what they were thought to take, and what they took."""
 
     def __init__(self, filled_up_to: Sequence[int]) -> None:
         super().__init__(ON_A_GPU, filled_up_to)
-        self.steps: list[tuple[float, float]] = []
+        self.steps: list[WatchedStep] = []
 
     def observe(self, plan: StepPlan, took_ms: float, launch_ms: float = 0.0) -> None:
         """Learn from a step; what was thought of it is what the model says just before."""
-        self.steps.append((self.predict_ms(plan), took_ms))
+        self.steps.append(WatchedStep(plan, self.predict_ms(plan), took_ms))
         super().observe(plan, took_ms, launch_ms)
 
 
@@ -171,7 +181,7 @@ def _measure(engine: Engine, given: argparse.Namespace) -> None:
     for path in given.load:
         load = read_load(path)
         step_time.steps.clear()
-        _report(engine, load, run_load(engine, load, next(numbers), step_time), step_time)
+        _report(engine, load, run_load(engine, load, next(numbers), step_time), step_time.steps)
 
 
 def _process_age_s() -> float:
@@ -181,10 +191,11 @@ def _process_age_s() -> float:
     return uptime_s - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _report(engine: Engine, load: Load, front: LoadFront, step_time: WatchedStepTime) -> None:
+def _report(engine: Engine, load: Load, front: LoadFront, steps: Sequence[WatchedStep]) -> None:
     seconds = front.ended_s - front.began_s
-    took = [took_ms for _, took_ms in step_time.steps]
-    errors = [abs(predicted - took_ms) / took_ms for predicted, took_ms in step_time.steps]
+    took = [step.took_ms for step in steps]
+    errors = [abs(step.predicted_ms - step.took_ms) / step.took_ms for step in steps]
+    least_us = sum(sum(floors_us(engine, step.plan).values()) for step in steps)
     first = sorted(moment - front.began_s for moment in front.first_token_s.values())
     print_line(
         workload=load.name,
@@ -200,6 +211,8 @@ def _report(engine: Engine, load: Load, front: LoadFront, step_time: WatchedStep
         steps=len(took),
         step_ms_median=round(statistics.median(took), 3),
         step_time_error_median=round(statistics.median(errors), 3),
+        share_of_floor=round(least_us / 1e6 / seconds, 3),
+        device_waited_share=round(1 - sum(took) / 1000 / seconds, 4),
         ttft_ms_median=round(1000 * statistics.median(first), 1),
     )
 

@@ -4,8 +4,7 @@
 
 A step is SEQUENCESxTOKENS@CONTEXT: so many chunks of so many tokens, each behind so many cached ones; several such
 with a + between them, as 16x1@768+1x496@0, are one step. A kernel's time is what passes from the end of the one in
-front of it to its own end, so that all times add up to the step's. The least: the larger of bytes over the memory's
-read bandwidth and operations over the peak, as measured (docs/gpu.md).
+front of it to its own end, so that all times add up to the step's. The least: of `floors.py`.
 """
 
 import argparse
@@ -21,17 +20,14 @@ import torch
 
 from services.common.config import ConfigError
 from services.common.model.errors import ModelFileError
+from services.worker.benchmark.floors import MATRICES, floors_us
 from services.worker.benchmark.options import Engine, add_engine_options, print_line
 from services.worker.benchmark.ranks import engine_of
 from services.worker.engine.block_pool import BlockId
 from services.worker.engine.sequence import SamplingParameters, SequenceId
 from services.worker.engine.step_plan import SequenceChunk, StepPlan
 
-READ_BYTES_PER_S = 4.5e12
-FLOPS_PER_S = {"float32": 5e13, "bf16": 7.8e14, "fp8": 1.31e15}
-"""Of one H200, measured: the best of copies and of a product of 8192 x 8192 x 8192."""
 TIMED_STEPS = 20
-_MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _OWN_KERNELS = {
     "nccl": "sum over ranks",
     "_decode_attention": "attention of decodes",
@@ -121,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _look(engine: Engine, step: MadeUpStep) -> None:
     plan = step.plan(engine.rank.limits.block_size_tokens)
     step_us, launch_us = _timed_us(engine, plan), _launch_us(engine, plan)
-    floors = _floors_us(engine, plan)
+    floors = floors_us(engine, plan)
     times: dict[str, list[float]] = defaultdict(list)
     for name, took_us in _kernels(engine, plan):
         times[name].append(took_us)
@@ -179,13 +175,13 @@ def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:
     )
     last_end_us: float | None = None
     num_products = 0
-    num_of_layers = engine.rank.config.num_layers * len(_MATRICES)
+    num_of_layers = engine.rank.config.num_layers * len(MATRICES)
     for event in events:
         begin_us = event.time_range.start if last_end_us is None else last_end_us
         took_us, last_end_us = event.time_range.end - begin_us, event.time_range.end
         own = next((what for kernel, what in _OWN_KERNELS.items() if kernel in event.name), None)
         if own:
-            num_products += own in _MATRICES
+            num_products += own in MATRICES
             yield own, took_us
         elif "Memcpy" in event.name:
             yield "copies", took_us
@@ -200,36 +196,7 @@ def _kernels(engine: Engine, plan: StepPlan) -> Iterator[tuple[str, float]]:
 
 
 def _product_name(index: int, num_of_layers: int) -> str:
-    return _MATRICES[index % len(_MATRICES)] if index < num_of_layers else "lm_head"
-
-
-def _floors_us(engine: Engine, plan: StepPlan) -> dict[str, float]:
-    """The least time of all of a step's operations of a kind."""
-    config, options, num_rows = engine.rank.config, engine.rank.options, plan.num_tokens
-    peak = FLOPS_PER_S[options.weights]
-
-    def least(num_bytes: float, flops: float = 0.0, flops_per_s: float = peak) -> float:
-        return 1e6 * max(num_bytes / READ_BYTES_PER_S, flops / flops_per_s)
-
-    floors: dict[str, float] = {}
-    layer = engine.rank.weights.layers[0]
-    for name in _MATRICES:
-        matrix = getattr(layer, name)
-        flops = 2.0 * num_rows * matrix.values.numel()
-        floors[name] = config.num_layers * least(matrix.num_bytes, flops)
-    head = engine.rank.weights.lm_head
-    samples = sum(chunk.sample_index is not None for chunk in plan.chunks)
-    floors["lm_head"] = least(head.num_bytes, 2.0 * samples * head.values.numel(), FLOPS_PER_S["bf16"])
-    token_bytes = 2 * config.kv_size * options.kv_dtype.itemsize
-    for name, chunks in (
-        ("attention of decodes", [chunk for chunk in plan.chunks if len(chunk.token_ids) == 1]),
-        ("attention of chunks", [chunk for chunk in plan.chunks if len(chunk.token_ids) > 1]),
-    ):
-        read = sum(chunk.context_tokens for chunk in chunks) * token_bytes
-        flops = 4.0 * config.q_size * sum(chunk.num_attended_tokens for chunk in chunks)
-        if chunks:
-            floors[name] = config.num_layers * least(read, flops, FLOPS_PER_S["bf16"])
-    return floors
+    return MATRICES[index % len(MATRICES)] if index < num_of_layers else "lm_head"
 
 
 if __name__ == "__main__":
