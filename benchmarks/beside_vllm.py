@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="beside-vllm-") as name:
         folder, vocabulary = Path(name), vocabulary_tokens(given.model)
-        warm_up = write_load(
-            folder / "warm-up.jsonl",
-            chain(
-                islice(asks_of("mixed", WARM_UP_SEED, vocabulary), 128),
-                islice(asks_of("prefill", WARM_UP_SEED, vocabulary), 16),
-            ),
-        )
+        warm_up = [
+            write_load(
+                folder / f"warm-up-{workload}.jsonl", islice(asks_of(workload, WARM_UP_SEED, vocabulary), number)
+            )
+            for workload, number in (("mixed", 128), ("prefill", 16))
+        ]
         loads = [
             write_load(folder / f"{workload}-{seed}.jsonl", asks_of(workload, seed, vocabulary))
             for workload in given.workload
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             for rate, number in (map(int, load.split(":")) for load in given.online)
         ]
-        engine = ["--model", given.model, "--dtype", given.dtype, "--warm-up", warm_up, "--load"]
+        engine = ["--model", given.model, "--dtype", given.dtype, "--warm-up", *warm_up, "--load"]
         ours = _measured([sys.executable, "-m", ENGINE, "--dummy", *engine, *loads], {})
         theirs = _measured([sys.executable, VLLM, *engine, *loads, *online], {"PYTHONPATH": given.vllm_path})
     for line in compared(_rates(ours), _rates(theirs)):

@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", choices=("bf16", "fp8"), required=True)
-    parser.add_argument("--warm-up", type=Path, required=True)
+    parser.add_argument("--warm-up", type=Path, nargs="+", required=True)
     parser.add_argument("--load", type=Path, nargs="+", required=True)
     given = parser.parse_args()
     began_s = time.monotonic()
@@ -43,7 +43,8 @@ def main() -> None:
         gpu_memory_utilization=0.92,
     )
     print(json.dumps({"ready_s": round(time.monotonic() - began_s, 1)}), flush=True)
-    all_at_once(engine, read(given.warm_up))
+    for path in given.warm_up:
+        all_at_once(engine, read(path))
     for path in given.load:
         asks = read(path)
         engine.reset_prefix_cache()

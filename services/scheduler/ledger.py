@@ -16,7 +16,7 @@ from services.common.store.intake import Queued
 
 CREDIT_STEPS = 2
 """Steps of prefill that a worker may have before it: enough that no way through Redis idles it, and no more, so that
-the order of the queue is decided late."""
+the order of the queue is decided late. One of batch work orders what it has by itself, and may have any number."""
 
 
 class OverCommittedError(Exception):
@@ -117,8 +117,12 @@ class Account:
         return (
             reservation.num_blocks(self.info.block_size_tokens) <= self.num_free_blocks
             and self.num_sequences + reservation.num_choices <= self.info.max_sequences
-            and self.prefill_backlog_tokens < CREDIT_STEPS * self.info.max_prefill_tokens_per_step
+            and (self.info.is_batch or self.prefill_backlog_tokens < self._credit_tokens)
         )
+
+    @property
+    def _credit_tokens(self) -> int:
+        return CREDIT_STEPS * self.info.max_prefill_tokens_per_step
 
     def add(self, reservation: Reservation) -> None:
         """Count a reservation; one of the same request is replaced."""

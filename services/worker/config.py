@@ -1,7 +1,7 @@
 """What a worker can be told."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.common.config import ConfigError, option
@@ -18,6 +18,7 @@ class Sizes:
     max_sequences: int
     max_prefill_tokens_per_step: int
     step_budget_ms: int
+    """0: none, of batch work."""
     context_tokens: int
     """0: the model's."""
 
@@ -28,6 +29,11 @@ SIZES: Mapping[Device, Sizes] = {
     # longest may be: so the context is not what a model could have, unless asked for.
     "cuda": Sizes(0, 64, 256, 2048, 11, 8192),
 }
+BATCH_SIZES: Mapping[Device, Sizes] = {
+    "cpu": replace(SIZES["cpu"], step_budget_ms=0),
+    "cuda": replace(SIZES["cuda"], max_sequences=512, max_prefill_tokens_per_step=8192, step_budget_ms=0),
+}
+"""Of a worker for batch work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,11 @@ class WorkerConfig(ServiceOptions):
         "longest that a step shall take while sequences decode: the time between two tokens; 0: 200, on a GPU 11",
         minimum=0,
     )
+    batch: bool = option(
+        False,
+        "for batch work, of which only the end counts: no step budget, who may write most first; on a GPU 512 "
+        "sequences and 8192 prompt tokens a step",
+    )
     context_tokens: int = option(
         0, "most tokens of prompt and answer together; 0: the model's, on a GPU at most 8192", minimum=0
     )
@@ -75,7 +86,11 @@ class WorkerConfig(ServiceOptions):
     log_prompts: bool = option(False, "write texts of unforeseen errors into the log; they may quote a prompt")
 
     def check(self) -> None:
-        """See to it that flags fit each other. Raises ConfigError for those that are of the other device."""
+        """See to it that flags fit each other. Raises ConfigError for two that do not, or one of the other device."""
+        if self.batch and self.step_budget_ms:
+            raise ConfigError(
+                f"--step-budget-ms is {self.step_budget_ms}, and batch work has none: leave out one of both"
+            )
         if self.device == "cuda":
             if self.weights != "float32":
                 raise ConfigError(f"--weights is {self.weights}, which is of the CPU; on a GPU --dtype says how")

@@ -23,7 +23,7 @@ class EngineConfig:
     block_size_tokens: int = field(metadata={"help": "token slots a block"})
     max_sequences: int = field(metadata={"help": "most sequences in a step"})
     max_prefill_tokens_per_step: int = field(metadata={"help": "most prompt tokens in a step"})
-    step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes"})
+    step_budget_ms: int = field(metadata={"help": "longest that a step shall take that holds decodes; 0: batch work"})
     threads: int = field(metadata={"help": "threads that compute"})
     weights: WeightFormat = field(metadata={"help": "how weights are held", "choices": get_args(WeightFormat)})
     device: Device = field(default="cpu", metadata={"help": "what computes", "choices": get_args(Device)})
@@ -70,7 +70,7 @@ def as_flags(told: Mapping[str, object]) -> list[str]:
     return [text for name, value in told.items() for text in (_flag(name), str(value))]
 
 
-_MAY_BE_0 = ("fd", "rank", "memory_fd", "kv_cache_bytes", "context_tokens")
+_MAY_BE_0 = ("fd", "rank", "memory_fd", "kv_cache_bytes", "context_tokens", "step_budget_ms")
 
 
 def _declare(parser: argparse.ArgumentParser, declared: "Field[object]", *, is_required: bool) -> None:

@@ -30,7 +30,7 @@ def limits_of(
     max_sequences: int = 4,
     max_prefill_tokens_per_step: int = 8,
     context_tokens: int = 64,
-    step_budget_ms: float = 1e9,
+    step_budget_ms: float | None = 1e9,
 ) -> EngineLimits:
     return EngineLimits(
         num_blocks=num_blocks,

@@ -56,6 +56,7 @@ def an_info(
     max_sequences: int = 4,
     max_prefill_tokens_per_step: int = 64,
     draining: bool = False,
+    is_batch: bool = False,
 ) -> WorkerInfo:
     return WorkerInfo(
         worker_id=worker,
@@ -64,6 +65,7 @@ def an_info(
         max_sequences=max_sequences,
         max_prefill_tokens_per_step=max_prefill_tokens_per_step,
         draining=draining,
+        is_batch=is_batch,
     )
 
 

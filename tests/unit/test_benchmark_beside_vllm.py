@@ -91,7 +91,7 @@ def test_both_get_the_same_requests_and_vllm_also_gets_some_at_their_times(
     monkeypatch.setenv("SEEN_BY_VLLM", str(by_vllm))
     flags = ["--model", str(model), "--workload", "single", "batch32", "--seeds", "2", "--online", "200:12"]
     assert beside_vllm.main([*flags, "--vllm-path", str(site)]) == 0
-    _warm_up, *asked = by_vllm.read_text().splitlines()
+    _mixed, _prefill, *asked = by_vllm.read_text().splitlines()
     assert asked == by_shoal.read_text().splitlines()
     *figures, single, batch32 = capsys.readouterr().out.splitlines()
     said = [json.loads(line) for line in figures]

@@ -41,8 +41,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.num_sampled: Counter[int] = Counter()
         self.scored_to: dict[int, int] = {}
         """Of those with log-probabilities: position of the next given token to be told of."""
-        self.admitted: dict[int, int] = {}
-        """How long each sequence was when it was admitted for the first time, in that order."""
+        self.admitted: dict[int, tuple[int, int]] = {}
+        """How long each sequence was when it was admitted for the first time, and how much it might write; in that
+        order."""
         self.aborted: set[int] = set()
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
@@ -51,7 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
         block_size_tokens=st.integers(1, 5),
         max_sequences=st.integers(1, 4),
         max_prefill_tokens_per_step=st.integers(1, 9),
-        step_budget_ms=st.sampled_from([1.0, 33.0, 1e9]),
+        step_budget_ms=st.sampled_from([None, 1.0, 33.0, 1e9]),
         steps_ahead=st.integers(0, 1),
     )
     def start(
@@ -60,7 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
         block_size_tokens: int,
         max_sequences: int,
         max_prefill_tokens_per_step: int,
-        step_budget_ms: float,
+        step_budget_ms: float | None,
         steps_ahead: int,
     ) -> None:
         self.limits = limits_of(
@@ -159,7 +160,8 @@ class EngineMachine(RuleBasedStateMachine):
         plan = self.planner.plan()
         assert first_before is None or first_before in self.planner._running, "the first had to give way"
         for sequence_id, sequence in self.planner._running.items():
-            self.admitted.setdefault(sequence_id, sequence.num_tokens)
+            num_left = sequence.max_tokens - len(sequence.token_ids) + sequence.num_prompt_tokens
+            self.admitted.setdefault(sequence_id, (sequence.num_tokens, num_left))
         if plan:
             self._check(plan)
             self.in_flight.append((plan, self.runner.launch(plan).result()))
@@ -272,9 +274,14 @@ class EngineMachine(RuleBasedStateMachine):
         self._note(self.planner.take_ended())
         assert not self.commands
         assert self.planner.num_free_blocks == self.limits.num_blocks
-        for (first, first_tokens), (second, second_tokens) in combinations(self.admitted.items(), 2):
-            # What is held leaves its last token to be computed later, and so is taken for one shorter.
-            assert first < second or first_tokens <= second_tokens + 1, "one overtook another that was shorter"
+        for (first, (first_tokens, first_left)), (second, (second_tokens, second_left)) in combinations(
+            self.admitted.items(), 2
+        ):
+            if self.limits.step_budget_ms is None:
+                assert first < second or first_left >= second_left, "one overtook another that may write more"
+            else:
+                # What is held leaves its last token to be computed later, and so is taken for one shorter.
+                assert first < second or first_tokens <= second_tokens + 1, "one overtook another that was shorter"
 
 
 EngineMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)

@@ -54,6 +54,14 @@ def test_room_ends_with_two_steps_of_prefill() -> None:
     assert ledger.accounts[W1].grants(a_reservation("more"))
 
 
+def test_a_worker_for_batch_work_has_room_for_prompts_as_long_as_it_has_for_sequences() -> None:
+    ledger = a_ledger(num_blocks=1000, max_prefill_tokens_per_step=10, max_sequences=9, is_batch=True)
+    for number in range(9):
+        assert ledger.accounts[W1].grants(a_reservation(f"r{number}", prompt_tokens=100))
+        ledger.reserve(W1, a_reservation(f"r{number}", prompt_tokens=100))
+    assert not ledger.accounts[W1].grants(a_reservation("more"))
+
+
 def test_a_report_does_not_cover_what_the_worker_has_not_taken_yet() -> None:
     ledger = a_ledger(num_blocks=1000, max_prefill_tokens_per_step=100, max_sequences=99)
     ledger.reserve(W1, a_reservation("a", prompt_tokens=50))

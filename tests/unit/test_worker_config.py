@@ -28,6 +28,13 @@ def test_an_engine_reads_back_what_its_front_tells_it() -> None:
     assert (told.device, told.dtype, told.kv_dtype, told.dummy) == ("cuda", "fp8", "fp8", True)
 
 
+def test_a_worker_for_batch_work_has_no_step_budget_and_on_a_gpu_larger_steps() -> None:
+    on_cpu, on_gpu = (engine_config(a_config(device=device, batch=True), 3) for device in ("cpu", "cuda"))
+    assert (on_cpu.step_budget_ms, on_cpu.max_sequences, on_cpu.max_prefill_tokens_per_step) == (0, 32, 256)
+    assert (on_gpu.step_budget_ms, on_gpu.max_sequences, on_gpu.max_prefill_tokens_per_step) == (0, 512, 8192)
+    assert EngineConfig.parse(on_gpu.arguments()) == on_gpu
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -35,8 +42,9 @@ def test_an_engine_reads_back_what_its_front_tells_it() -> None:
         ({"dtype": "fp8"}, "--dtype is of a GPU"),
         ({"kv_dtype": "fp8"}, "--kv-dtype is of a GPU"),
         ({"dummy": True}, "--dummy is of a GPU"),
+        ({"batch": True, "step_budget_ms": 50}, "--step-budget-ms is 50, and batch work has none"),
     ],
 )
-def test_flags_of_the_other_device_are_refused(flags: dict[str, Any], said: str) -> None:
+def test_flags_that_do_not_fit_are_refused(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         a_config(**flags).check()

@@ -3,8 +3,8 @@
     python -m services.worker.benchmark.engine --model DIR --dummy --dtype bf16 --load one.jsonl two.jsonl
 
 A load is a file of requests, a JSON object a line: `token_ids` and `max_tokens`. All of them wait from the beginning;
-answers are as long as `max_tokens` says. The first load is run once before, not counted. Prints a line when the engine
-is ready, and one for each load: `shoal bench engine` makes the files of a workload's name and seeds.
+answers are as long as `max_tokens` says. Loads to warm up with are run before, not counted. Prints a line when the
+engine is ready, and one for each load: `shoal bench engine` makes the files of a workload's name and seeds.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m services.worker.benchmark.engine", description=__doc__)
     add_engine_options(parser)
     parser.add_argument("--load", type=Path, nargs="+", required=True, metavar="FILE", help="requests to run")
-    parser.add_argument("--warm-up", type=Path, metavar="FILE", help="requests to run before (the first load's)")
+    parser.add_argument("--warm-up", type=Path, nargs="+", metavar="FILE", help="loads to run before (the first)")
     given = parser.parse_args(arguments)
     try:
         with engine_of(given, arguments) as engine:
@@ -166,12 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measure(engine: Engine, given: argparse.Namespace) -> None:
     numbers: Iterator[int] = iter(range(1, 1 << 62, 1 << 20))
     step_time = WatchedStepTime(engine.rank.limits.filled_up_to)
-    warm_up = run_load(engine, read_load(given.warm_up or given.load[0]), next(numbers), step_time)
+    warm_ups = [run_load(engine, read_load(path), next(numbers), step_time) for path in given.warm_up or given.load[:1]]
     while engine.runner.prepare():
         pass
     # As the worker's process does: else a look for cycles of garbage takes 0.1 s in the midst of a load.
     collect_rarely()
-    since_first_token_s = time.monotonic() - min(warm_up.first_token_s.values())
+    since_first_token_s = time.monotonic() - min(warm_ups[0].first_token_s.values())
     print_line(
         ready_s=round(engine.rank.start_s, 2),
         process_start_to_first_token_s=round(_process_age_s() - since_first_token_s, 2),

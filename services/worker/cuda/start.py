@@ -35,7 +35,8 @@ class DeviceOptions:
     block_size_tokens: int = 64
     max_sequences: int = 256
     max_prefill_tokens_per_step: int = 8192
-    step_budget_ms: float = 50.0
+    step_budget_ms: float | None = 50.0
+    """As of `EngineLimits`."""
     context_tokens: int = 8192
     """Most tokens of a sequence; not more than the model's."""
     memory_share: float = 0.92

@@ -12,9 +12,9 @@ class EngineLimits:
     max_sequences: int
     """Most sequences that hold blocks, and so most in a step."""
     max_prefill_tokens_per_step: int
-    step_budget_ms: float
+    step_budget_ms: float | None
     """Longest that a step shall take that holds decodes: prefill chunks are cut to it, but for what `step_budget.py`
-    says."""
+    says. None: as `batch_work.py` says, whose tokens nobody waits for."""
     context_tokens: int
     """Most tokens of prompt and answer together."""
     vocabulary_size: int

@@ -1,10 +1,11 @@
 """Decides what each step computes.
 
 Each step takes every decode, then prefill chunks, up to a number of tokens and, while others decode, to a time. Short
-prompts go before long ones, but for what those have waited already. Sequences are admitted in that order when the
-blocks of their tokens are free, less those that the prefix cache has; they take further blocks as they grow. When none
-is left, the last of the running sequences is put back to the head of those that wait, to be computed again: so the
-first always ends, and the rest after it.
+prompts go before long ones, but for what those have waited already; of batch work, which has no such time, long answers
+before short ones (`batch_work.py`). Sequences are admitted in that order when the blocks of their tokens are free, less
+those that the prefix cache has; they take further blocks as they grow. When none is left, the last of the running
+sequences is put back to the head of those that wait, to be computed again: so the first always ends, and the rest after
+it.
 
 A step may be planned while the one before still runs: what is computed is counted when it is planned, since steps run
 in order, and a token not yet known has its place by number.
@@ -20,6 +21,7 @@ from gen.shoal.fleet.v1 import engine_pb2
 from gen.shoal.inference.v1 import inference_pb2
 from services.common.blocks import num_shared_blocks
 from services.common.text.grammar_errors import GrammarError
+from services.worker.engine import batch_work
 from services.worker.engine.block_pool import BlockId, BlockPool
 from services.worker.engine.grammar import Grammars, SequenceGrammar
 from services.worker.engine.limits import EngineLimits
@@ -54,6 +56,8 @@ class Planner:
         self._limits = limits
         self._step_time = step_time
         self._budget = StepBudget()
+        self._rank = _short_prompts_first if limits.step_budget_ms is not None else batch_work.latest_start
+        """Who is prefilled and admitted first: the lowest."""
         self._grammars = grammars
         self._cache = PrefixCache()
         self._pool = BlockPool(limits.num_blocks, self._cache)
@@ -73,6 +77,8 @@ class Planner:
         self._num_in_flight = 0
         self._num_preemptions = 0
         self._num_prefilled_tokens = 0
+        self._last_came_after_tokens = 0
+        """How many there were when the last one came."""
         self._is_full = False
         """Who is to be admitted next found no room, and no block was released since."""
 
@@ -115,16 +121,16 @@ class Planner:
     @property
     def waiting_prefill_tokens(self) -> int:
         """Tokens, of prompts and forced ones, not yet computed. O(sequences that do not decode)."""
-        preparing = (sequence for sequence, _ in self._preparing.values())
-        not_sampled = chain(self._begun.values(), self._waiting.values(), preparing)
-        return sum(sequence.num_ready_tokens for sequence in not_sampled if sequence.is_prefilling)
+        preparing = (sequence for sequence, _ in self._preparing.values() if sequence.is_prefilling)
+        return sum(sequence.num_ready_tokens for sequence in chain(self._to_prefill(), preparing))
 
     @property
     def next_prefill_ms(self) -> float:
         """How long the next step may take by what waits to be prefilled, if it is no long one. O(sequences that do not
         decode)."""
-        num_tokens = min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step)
-        return min(self._ms(num_tokens), self._budget.stretched_ms(self._budget_ms))
+        ms = self._ms(min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step))
+        budget_ms = self._budget_ms
+        return ms if budget_ms is None else min(ms, self._budget.stretched_ms(budget_ms))
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -137,7 +143,7 @@ class Planner:
         if self._find(sequence.id):
             raise ValueError(f"sequence {sequence.id} is in the engine already")
         self._waiting[sequence.id] = sequence
-        sequence.came_after_tokens = self._num_prefilled_tokens
+        sequence.came_after_tokens = self._last_came_after_tokens = self._num_prefilled_tokens
         if problem := why_refused(add.payload, sequence, self._limits):
             self._end_without_step(sequence, engine_pb2.SEQUENCE_END_FAILED, problem)
         elif add.payload.response_format.WhichOneof("format"):
@@ -388,10 +394,14 @@ class Planner:
         chunks: list[SequenceChunk] = []
         work = StepWork.of(decodes)
         tokens_left = self._limits.max_prefill_tokens_per_step
-        most_ms = None
+        budget_ms, most_ms = self._budget_ms, None
+        if budget_ms is None and self._have_all_come:
+            tokens_left = batch_work.prefill_tokens(
+                self._limits, len(decodes), self._running.values(), self._to_prefill()
+            )
         for sequence in sequences:
-            if not chunks:
-                most_ms = self._budget.spend(self._budget_ms, len(decodes), self._ms(sequence.num_ready_tokens))
+            if budget_ms is not None and not chunks:
+                most_ms = self._budget.spend(budget_ms, len(decodes), self._ms(sequence.num_ready_tokens))
             if most_ms is not None:
                 within = self._step_time.tokens_within(
                     most_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
@@ -411,9 +421,21 @@ class Planner:
         return chunks
 
     @property
-    def _budget_ms(self) -> float:
-        """How long a step with decodes is to take. Cut any shorter, a prompt's launch would take longer."""
-        return max(self._limits.step_budget_ms, self._step_time.launch_ms)
+    def _budget_ms(self) -> float | None:
+        """How long a step with decodes is to take; None: of batch work. Cut any shorter, a prompt's launch would take
+        longer."""
+        budget_ms = self._limits.step_budget_ms
+        return None if budget_ms is None else max(budget_ms, self._step_time.launch_ms)
+
+    @property
+    def _have_all_come(self) -> bool:
+        """Whether nobody came while as many tokens were prefilled as a step takes. Else more may wait for room here."""
+        return self._num_prefilled_tokens - self._last_came_after_tokens >= self._limits.max_prefill_tokens_per_step
+
+    def _to_prefill(self) -> Iterator[Sequence]:
+        """Those that a step could prefill, if there is room for them. O(sequences that do not decode)."""
+        not_sampled = chain(self._begun.values(), self._waiting.values())
+        return (sequence for sequence in not_sampled if sequence.is_prefilling)
 
     def _ms(self, num_prefill_tokens: int) -> float:
         """What so many tokens add to a step, by their number alone."""
@@ -422,10 +444,10 @@ class Planner:
     def _prefilling(self, begun: list[Sequence], may_admit: bool) -> Iterator[Sequence]:
         """Sequences to prefill, in order. Those that wait are admitted as they are asked for; when the first of them
         cannot be, none is: large ones would starve."""
-        running = deque(sorted(begun, key=_rank))
+        running = deque(sorted(begun, key=self._rank))
         while running or may_admit:
             first = self._first_waiting() if may_admit else None
-            if first is None or (running and _rank(running[0]) <= _rank(first)):
+            if first is None or (running and self._rank(running[0]) <= self._rank(first)):
                 may_admit = may_admit and first is not None
                 if not running:
                     return
@@ -440,7 +462,7 @@ class Planner:
 
     def _first_waiting(self) -> Sequence | None:
         """Who is to be admitted next; None: nobody waits."""
-        return min(self._waiting.values(), key=_rank, default=None)
+        return min(self._waiting.values(), key=self._rank, default=None)
 
     def _chunk(self, sequence: Sequence, count: int) -> SequenceChunk:
         """The next `count` tokens of a sequence, of those that are ready."""
@@ -507,8 +529,8 @@ class Planner:
         yield from (sequence for sequence, _ in self._preparing.values())
 
 
-def _rank(sequence: Sequence) -> float:
-    """The lowest prefills first."""
+def _short_prompts_first(sequence: Sequence) -> float:
+    """The lowest goes first."""
     return sequence.num_ready_tokens + AGEING * sequence.came_after_tokens
 
 

@@ -170,6 +170,11 @@ class Sequence:
         return max(self.num_prompt_tokens + self.max_tokens, len(self.token_ids))
 
     @property
+    def num_tokens_left(self) -> int:
+        """Tokens that it may still generate."""
+        return max(0, self.max_tokens - self.num_generated_tokens)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens it has, the pending one included."""
         return len(self.token_ids) + self.num_pending_tokens

@@ -13,7 +13,7 @@ from pathlib import Path
 from gen.shoal.fleet.v1 import engine_pb2
 from services.common.ending import UnfitError
 from services.worker import pipe
-from services.worker.config import SIZES, WorkerConfig
+from services.worker.config import BATCH_SIZES, SIZES, WorkerConfig
 from services.worker.engine_config import RANKS_LOST_STATUS, EngineConfig
 from services.worker.rank_links import RankLink, rank_links
 
@@ -192,7 +192,7 @@ async def _start_rank(config: WorkerConfig, link: RankLink, module: str) -> Rank
 
 def engine_config(config: WorkerConfig, fd: int) -> EngineConfig:
     """Return what a worker with this configuration tells its engine. `fd`: the engine's end of their sockets."""
-    sizes = SIZES[config.device]
+    sizes = (BATCH_SIZES if config.batch else SIZES)[config.device]
     return EngineConfig(
         fd=fd,
         model_path=config.model_path,

@@ -182,4 +182,5 @@ class Worker:
             context_tokens=ready.context_tokens,
             model=self._config.pool,
             report_interval_ms=self._config.report_interval_ms,
+            is_batch=self._config.batch,
         )
