@@ -1,0 +1,24 @@
+"""A worker for batch work: all that is asked at once is answered, by the same tokens as ever."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.fleet.conftest import Fleet
+from tests.fleet.test_reference import answer, check
+
+
+@pytest.fixture(scope="module")
+def fleet(start: Callable[..., Fleet]) -> Fleet:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SHOAL_BATCH", "true")
+        return start()
+
+
+async def test_all_reference_cases_at_once(fleet: Fleet, greedy_cases: list[dict[str, Any]]) -> None:
+    async with fleet.async_client() as client:
+        streams = await asyncio.gather(*(answer(client, case) for case in greedy_cases))
+    for stream, case in zip(streams, greedy_cases, strict=True):
+        check(stream, case)
