@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from shoal.bench.target import TokenCounts
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -18,8 +20,7 @@ class Answer:
     message_s: Sequence[float]
     """When each message with tokens came."""
     end_s: float
-    output_tokens: int
-    """As the server counts them."""
+    counts: TokenCounts
     error: str = ""
     """Kind of failure; empty: none."""
     error_text: str = ""
@@ -43,6 +44,6 @@ class Answer:
     @property
     def time_per_output_token_s(self) -> float | None:
         """Mean time of a token after the first; None: there is but one."""
-        if self.output_tokens < 2:
+        if self.counts.output < 2:
             return None
-        return (self.message_s[-1] - self.message_s[0]) / (self.output_tokens - 1)
+        return (self.message_s[-1] - self.message_s[0]) / (self.counts.output - 1)

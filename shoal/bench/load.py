@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from shoal.bench.answer import Answer
 from shoal.bench.ask import Ask
-from shoal.bench.target import Target, TargetError
+from shoal.bench.target import Target, TargetError, TokenCounts
 
 Clock = Callable[[], float]
 """In s, from any origin."""
@@ -44,9 +44,9 @@ async def closed_loop(target: Target, asks: Iterable[Ask], concurrency: int, clo
 async def _ask(target: Target, ask: Ask, arrival_s: float, began_s: float, clock: Clock) -> Answer:
     sent_s = clock() - began_s
     message_s: list[float] = []
-    output_tokens, error, error_text = 0, "", ""
+    counts, error, error_text = TokenCounts(0), "", ""
     try:
-        output_tokens = await target.ask(ask, lambda: message_s.append(clock() - began_s))
+        counts = await target.ask(ask, lambda: message_s.append(clock() - began_s))
     except TargetError as failure:
         error, error_text = failure.kind, str(failure)
-    return Answer(arrival_s, sent_s, message_s, clock() - began_s, output_tokens, error, error_text)
+    return Answer(arrival_s, sent_s, message_s, clock() - began_s, counts, error, error_text)

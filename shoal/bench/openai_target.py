@@ -10,7 +10,7 @@ import aiohttp
 from services.common.tls.files import Tls
 from shoal._gateways import CallMetadata
 from shoal.bench.ask import Ask
-from shoal.bench.target import OnTokens, TargetError, check_length
+from shoal.bench.target import OnTokens, TargetError, TokenCounts, check_length
 
 _DATA, _DONE = b"data:", b"[DONE]"
 _READ_BUFFER_BYTES = 1 << 20
@@ -51,24 +51,24 @@ class OpenAITarget:
         except (aiohttp.ClientError, ValueError, LookupError, TypeError) as error:
             raise TargetError("no model", f"{self._base}/models names no model ({error}); give one") from error
 
-    async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:
-        """Send one request and read its stream to the end; return the number of output tokens. Raises TargetError."""
+    async def ask(self, ask: Ask, on_tokens: OnTokens) -> TokenCounts:
+        """Send one request and read its stream to the end. Raises TargetError."""
         try:
-            output_tokens = await self._ask(ask, on_tokens)
+            counts = await self._ask(ask, on_tokens)
         except TimeoutError as error:
             raise TargetError("timeout", "the answer took too long") from error
         except (aiohttp.ClientError, ValueError) as error:
             raise TargetError(type(error).__name__, str(error)) from error
-        check_length(ask, output_tokens)
-        return output_tokens
+        check_length(ask, counts.output)
+        return counts
 
     async def close(self) -> None:
         """Hang up."""
         await self._session.close()
 
-    async def _ask(self, ask: Ask, on_tokens: OnTokens) -> int:
+    async def _ask(self, ask: Ask, on_tokens: OnTokens) -> TokenCounts:
         path = "chat/completions" if ask.messages else "completions"
-        output_tokens = None
+        counts = None
         ended = False
         async with self._session.post(f"{self._base}/{path}", json=self._body(ask)) as response:
             if response.status != 200:
@@ -81,12 +81,12 @@ class OpenAITarget:
                     if _has_tokens(choice):
                         on_tokens()
                 if usage := event.get("usage"):
-                    output_tokens = int(usage["completion_tokens"])
+                    counts = _counts(usage)
         if not ended:
             raise TargetError("broken stream", "the stream ended before the answer's end")
-        if output_tokens is None:
+        if counts is None:
             raise TargetError("no usage", "the server does not count tokens: it ignores stream_options.include_usage")
-        return output_tokens
+        return counts
 
     def _body(self, ask: Ask) -> Mapping[str, Any]:
         body: dict[str, Any] = {
@@ -101,6 +101,13 @@ class OpenAITarget:
         if ask.messages:
             return {**body, "messages": list(ask.messages)}
         return {**body, "prompt": list(ask.token_ids) if ask.prompt is None else ask.prompt}
+
+
+def _counts(usage: Mapping[str, Any]) -> TokenCounts:
+    details = usage.get("prompt_tokens_details") or {}
+    return TokenCounts(
+        int(usage["completion_tokens"]), int(usage.get("prompt_tokens") or 0), details.get("cached_tokens")
+    )
 
 
 def _context(tls: Tls | None) -> ssl.SSLContext | bool:

@@ -16,6 +16,7 @@ def as_text(name: str, summary: Summary, objective: Objective, answers: Sequence
         f"  {summary.num_requests} requests in {summary.duration_s:.1f} s, {sum(summary.errors.values())} failed",
         *(f"    {number} {kind}: {_first_text(kind, answers)}" for kind, number in summary.errors.items()),
         f"  {summary.output_tokens_per_s:.1f} output tokens/s, {summary.requests_per_s:.2f} requests/s",
+        *_cached(summary),
         f"  goodput {summary.goodput_per_s:.2f} requests/s, {summary.good_share:.1%} of all ({_expected(objective)})",
         f"  {'ms':6}" + "".join(f"{column:>10}" for column in ("mean", *(f"p{each}" for each in PERCENTILES))),
     ]
@@ -39,6 +40,11 @@ def write_json(
         ],
     }
     path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _cached(summary: Summary) -> list[str]:
+    share = summary.cached_share
+    return [] if share is None else [f"  {share:.1%} of the prompts' tokens were in the server's cache of prefixes"]
 
 
 def _first_text(kind: str, answers: Sequence[Answer]) -> str:

@@ -13,7 +13,7 @@ from shoal._gateways import CallMetadata, aio_channel
 from shoal._prompt import Options, generate_request
 from shoal._values import Model, models_of
 from shoal.bench.ask import Ask
-from shoal.bench.target import OnTokens, TargetError, check_length
+from shoal.bench.target import OnTokens, TargetError, TokenCounts, check_length
 
 
 class ShoalTarget:
@@ -43,9 +43,9 @@ class ShoalTarget:
             raise TargetError("no model", f"the fleet does not serve {self._model!r}")
         return models[0]
 
-    async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:
-        """Send one request and read its stream to the end; return the number of output tokens. Raises TargetError."""
-        output_tokens = None
+    async def ask(self, ask: Ask, on_tokens: OnTokens) -> TokenCounts:
+        """Send one request and read its stream to the end. Raises TargetError."""
+        usage = None
         try:
             call = next(self._turns).Generate(self._request(ask), timeout=self._timeout_s, metadata=self._metadata)
             async for response in call:
@@ -53,14 +53,14 @@ class ShoalTarget:
                     if response.delta.token_ids:
                         on_tokens()
                 elif response.HasField("finished"):
-                    output_tokens = response.finished.usage.completion_tokens
+                    usage = response.finished.usage
         except (grpc.RpcError, InvalidRequest) as error:
             failure = error if isinstance(error, InvalidRequest) else from_rpc(error)
             raise TargetError(f"{failure.code.name} {failure.reason}".strip(), failure.message) from error
-        if output_tokens is None:
+        if usage is None:
             raise TargetError("broken stream", "the stream ended before the answer's end")
-        check_length(ask, output_tokens)
-        return output_tokens
+        check_length(ask, usage.completion_tokens)
+        return TokenCounts(usage.completion_tokens, usage.prompt_tokens, usage.cached_tokens)
 
     async def close(self) -> None:
         """Hang up."""

@@ -56,6 +56,8 @@ class Summary:
     """Requests answered as expected, a second."""
     good_share: float
     """Of all requests, failed ones included."""
+    cached_share: float | None
+    """Of prompts' tokens, those that the server found in its cache of prefixes. None: it does not say."""
     client_lag_ms: float
     """p99 of how late the client itself sent: far below the latencies, or the client is what was measured."""
     latencies: Mapping[str, Latency | None]
@@ -79,7 +81,7 @@ def summarize(answers: Sequence[Answer], objective: Objective) -> Summary:
     whole = [answer for answer in answers if not answer.error]
     duration_s = max(answer.end_s for answer in answers) - min(answer.arrival_s for answer in answers)
     num_good = sum(objective.met_by(answer) for answer in answers)
-    output_tokens = sum(answer.output_tokens for answer in whole)
+    output_tokens = sum(answer.counts.output for answer in whole)
     return Summary(
         num_requests=len(answers),
         errors=dict(Counter(answer.error for answer in answers if answer.error)),
@@ -89,6 +91,7 @@ def summarize(answers: Sequence[Answer], objective: Objective) -> Summary:
         requests_per_s=len(whole) / duration_s,
         goodput_per_s=num_good / duration_s,
         good_share=num_good / len(answers),
+        cached_share=_cached_share(whole),
         client_lag_ms=percentile([answer.sent_s - answer.arrival_s for answer in answers], 99) * 1000,
         latencies={name: _latency(values) for name, values in latencies_s(answers).items()},
     )
@@ -97,6 +100,12 @@ def summarize(answers: Sequence[Answer], objective: Objective) -> Summary:
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which so many percent are, linear between the two nearest ranks (Hyndman and Fan's type 7)."""
     return float(np.percentile(values, percent))
+
+
+def _cached_share(answers: Sequence[Answer]) -> float | None:
+    told = [answer.counts for answer in answers if answer.counts.cached is not None]
+    prompt_tokens = sum(counts.prompt for counts in told)
+    return sum(counts.cached or 0 for counts in told) / prompt_tokens if prompt_tokens else None
 
 
 def _latency(values_s: Sequence[float]) -> Latency | None:

@@ -1,12 +1,23 @@
 """What a load can be put on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.bench.ask import Ask
 
 OnTokens = Callable[[], None]
 """Called at each message that brings tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Of one answer, as the server counts them."""
+
+    output: int
+    prompt: int = 0
+    cached: int | None = None
+    """Of the prompt, found in the server's cache of prefixes; None: it does not say."""
 
 
 class TargetError(Exception):
@@ -23,8 +34,8 @@ class Target(Protocol):
     name: str
     """What is measured, for the report."""
 
-    async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:
-        """Send one request and read its stream to the end; return the number of output tokens. Raises TargetError."""
+    async def ask(self, ask: Ask, on_tokens: OnTokens) -> TokenCounts:
+        """Send one request and read its stream to the end. Raises TargetError."""
         ...
 
     async def close(self) -> None:

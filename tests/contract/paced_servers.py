@@ -61,6 +61,10 @@ class PacedServer:
         return self.failures.pop(0) if self.failures else ""
 
 
+CACHED_OF_10 = 4
+"""Tokens of each prompt that are said to be found in a cache."""
+
+
 class _Gateway(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, server: PacedServer) -> None:
         self._server = server
@@ -75,7 +79,7 @@ class _Gateway(inference_pb2_grpc.InferenceServiceServicer):
         async for index in self._server.tokens(number):
             yield pb.GenerateResponse(delta=pb.Delta(index=index, text="x", token_ids=[index]))
         if failure != "broken":
-            usage = pb.Usage(completion_tokens=number)
+            usage = pb.Usage(completion_tokens=number, prompt_tokens=10, cached_tokens=CACHED_OF_10)
             yield pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH, usage=usage))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: object) -> pb.ListModelsResponse:  # noqa: N802
@@ -143,7 +147,8 @@ def _endpoint(
             await event(choices=[choice("x", None)])
         if failure != "broken":
             await event(choices=[choice("", "length")])
-            await event(choices=[], usage={"completion_tokens": number})
+            cached = {"prompt_tokens_details": {"cached_tokens": CACHED_OF_10}}
+            await event(choices=[], usage={"completion_tokens": number, "prompt_tokens": 10, **cached})
             await response.write(b"data: [DONE]\n\n")
         return response
 

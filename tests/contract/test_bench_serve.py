@@ -13,7 +13,7 @@ from shoal.bench.ask import Ask
 from shoal.bench.load import closed_loop, open_loop
 from shoal.bench.openai_target import OpenAITarget
 from shoal.bench.shoal_target import ShoalTarget
-from shoal.bench.target import OnTokens, Target, TargetError
+from shoal.bench.target import OnTokens, Target, TargetError, TokenCounts
 from shoal.cli import main
 from shoal.fleet.certificates import make_certificates
 from tests.contract.paced_servers import FIRST_S, PAUSE_S, PacedServer, SteppedClock, paced_gateway, paced_http
@@ -55,7 +55,7 @@ async def test_each_token_is_timed_when_it_comes(protocol: str) -> None:
     async with a_target(protocol, paced) as target:
         (answer,) = await open_loop(target, [AN_ASK], paced.clock)
     assert answer.error == ""
-    assert answer.output_tokens == 10
+    assert answer.counts == TokenCounts(10, 10, 4)
     assert answer.time_to_first_token_s == pytest.approx(FIRST_S)
     assert answer.inter_token_s == pytest.approx([PAUSE_S] * 9)
     assert answer.time_per_output_token_s == pytest.approx(PAUSE_S)
@@ -121,7 +121,7 @@ class HeldTarget:
         self._go = asyncio.Event()
         self.num_open = self.most_open = 0
 
-    async def ask(self, ask: Ask, on_tokens: OnTokens) -> int:
+    async def ask(self, ask: Ask, on_tokens: OnTokens) -> TokenCounts:
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         if self.num_open == self._enough:
@@ -131,7 +131,7 @@ class HeldTarget:
         await asyncio.sleep(0)
         self.num_open -= 1
         on_tokens()
-        return 1
+        return TokenCounts(1)
 
     async def close(self) -> None:
         pass
@@ -168,6 +168,7 @@ async def test_the_command_prints_figures_and_writes_json_and_a_plot(
     text = capsys.readouterr().out
     assert "3 requests" in text
     assert "0 failed" in text
+    assert "40.0% of the prompts' tokens were in the server's cache" in text
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["summary"]["output_tokens"] == 3
     assert content["summary"]["good_share"] == 1.0

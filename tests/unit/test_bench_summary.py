@@ -10,6 +10,7 @@ from shoal.bench.answer import Answer
 from shoal.bench.plot import write_plot
 from shoal.bench.report import as_text
 from shoal.bench.summary import Latency, Objective, Summary, latencies_s, percentile, summarize
+from shoal.bench.target import TokenCounts
 
 
 def an_answer(
@@ -18,11 +19,13 @@ def an_answer(
     message_s = [first_s]
     for pause_s in pauses_s:
         message_s.append(message_s[-1] + pause_s)
-    return Answer(arrival_s, arrival_s if sent_s is None else sent_s, message_s, message_s[-1], len(message_s))
+    return Answer(
+        arrival_s, arrival_s if sent_s is None else sent_s, message_s, message_s[-1], TokenCounts(len(message_s))
+    )
 
 
 def a_failure(kind: str, end_s: float = 1.0) -> Answer:
-    return Answer(0.0, 0.0, [], end_s, 0, kind, "in its own words")
+    return Answer(0.0, 0.0, [], end_s, TokenCounts(0), kind, "in its own words")
 
 
 def of(summary: Summary, name: str) -> Latency:
@@ -52,6 +55,15 @@ def test_each_latency_has_its_closed_form() -> None:
     assert summary.requests_per_s == pytest.approx(101 / 100.3)
 
 
+def test_what_was_cached_is_a_share_of_the_prompts_of_servers_that_tell() -> None:
+    told, not_told = TokenCounts(1, prompt=30, cached=12), TokenCounts(1, prompt=50)
+    answers = [Answer(0.0, 0.0, [1.0], 1.0, counts) for counts in (told, TokenCounts(1, prompt=10, cached=0), not_told)]
+    assert summarize(answers, Objective()).cached_share == 0.3
+    silent = summarize(answers[2:], Objective())
+    assert silent.cached_share is None
+    assert "cache" not in as_text("silent", silent, Objective(), answers[2:])
+
+
 def test_latencies_begin_when_the_request_should_have_been_sent() -> None:
     late = an_answer(1.0, 2.0, [0.5], sent_s=1.75)
     assert late.time_to_first_token_s == 1.0
@@ -60,7 +72,7 @@ def test_latencies_begin_when_the_request_should_have_been_sent() -> None:
 
 
 def test_tokens_that_come_together_share_their_time_but_are_one_pause() -> None:
-    answer = Answer(0.0, 0.0, [1.0, 1.4], 1.4, output_tokens=5)
+    answer = Answer(0.0, 0.0, [1.0, 1.4], 1.4, TokenCounts(5))
     assert answer.inter_token_s == pytest.approx([0.4])
     assert answer.time_per_output_token_s == pytest.approx(0.1)
 
