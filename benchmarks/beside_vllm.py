@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shoal.bench.engine import ENGINE, WARM_UP_SEED, vocabulary_tokens, write_load
-from shoal.bench.workloads import WORKLOADS, asks_of, at_poisson_times
+from shoal.bench.engine import ENGINE, vocabulary_tokens, write_load
+from shoal.bench.workloads import WARM_UP_SEED, WORKLOADS, asks_of, at_poisson_times
 
 VLLM = Path(__file__).parent / "peers" / "vllm_gpu.py"
 Rates = Mapping[str, Mapping[str, float]]

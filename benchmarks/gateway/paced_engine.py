@@ -78,7 +78,7 @@ def load(config: EngineConfig, pipe: EnginePipe) -> tuple[EngineLimits, Runner, 
         block_size_tokens=config.block_size_tokens,
         max_sequences=config.max_sequences,
         max_prefill_tokens_per_step=config.max_prefill_tokens_per_step,
-        step_budget_ms=config.step_budget_ms or None,
+        step_budget_ms=config.budget_ms,
         context_tokens=context_tokens(model),
         vocabulary_size=read_vocabulary(model).num_tokens,
     )

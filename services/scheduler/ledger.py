@@ -117,12 +117,14 @@ class Account:
         return (
             reservation.num_blocks(self.info.block_size_tokens) <= self.num_free_blocks
             and self.num_sequences + reservation.num_choices <= self.info.max_sequences
-            and (self.info.is_batch or self.prefill_backlog_tokens < self._credit_tokens)
+            and self._has_credit
         )
 
     @property
-    def _credit_tokens(self) -> int:
-        return CREDIT_STEPS * self.info.max_prefill_tokens_per_step
+    def _has_credit(self) -> bool:
+        """Whether it may have further prompts before it."""
+        most_tokens = CREDIT_STEPS * self.info.max_prefill_tokens_per_step
+        return self.info.is_batch or self.prefill_backlog_tokens < most_tokens
 
     def add(self, reservation: Reservation) -> None:
         """Count a reservation; one of the same request is replaced."""

@@ -57,19 +57,21 @@ class WorkerConfig(ServiceOptions):
     listen: str = option("127.0.0.1:0", "address of the front's gRPC server; port 0: any")
     kv_cache_bytes: int = option(0, "memory of the KV cache; 0: 1 GiB, or what a GPU has left", minimum=0)
     block_size_tokens: int = option(0, "token slots a block; 0: 16, on a GPU 64", minimum=0, maximum=256)
-    max_sequences: int = option(0, "most sequences in a step; 0: 32, on a GPU 256", minimum=0, maximum=4096)
+    max_sequences: int = option(
+        0, "most sequences in a step; 0: 32, on a GPU 256, for batch work 512", minimum=0, maximum=4096
+    )
     max_prefill_tokens_per_step: int = option(
-        0, "most prompt tokens a step; 0: 256, on a GPU 2048", minimum=0, maximum=65536
+        0, "most prompt tokens a step; 0: 256, on a GPU 2048, for batch work 8192", minimum=0, maximum=65536
     )
     step_budget_ms: int = option(
         0,
-        "longest that a step shall take while sequences decode: the time between two tokens; 0: 200, on a GPU 11",
+        "longest that a step shall take while sequences decode: the time between two tokens; 0: 200, on a GPU 11, for "
+        "batch work any",
         minimum=0,
     )
     batch: bool = option(
         False,
-        "for batch work, of which only the end counts: no step budget, who may write most first; on a GPU 512 "
-        "sequences and 8192 prompt tokens a step",
+        "for batch work, of which only the end counts: who may write most first, prompts fill up steps",
     )
     context_tokens: int = option(
         0, "most tokens of prompt and answer together; 0: the model's, on a GPU at most 8192", minimum=0

@@ -49,6 +49,11 @@ class EngineConfig:
         return cls(**vars(parser.parse_args(arguments)))
 
     @property
+    def budget_ms(self) -> int | None:
+        """`step_budget_ms`, as an engine's limits have it."""
+        return self.step_budget_ms or None
+
+    @property
     def bells(self) -> tuple[int, ...]:
         """`bell_fds` as numbers."""
         return tuple(map(int, self.bell_fds.split(","))) if self.bell_fds else ()

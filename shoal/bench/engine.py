@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shoal.bench.ask import Ask, LoadError, read_asks
-from shoal.bench.workloads import WORKLOADS, asks_of
+from shoal.bench.workloads import WARM_UP_SEED, WORKLOADS, asks_of
 
 ENGINE, PROFILE = "services.worker.benchmark.engine", "services.worker.benchmark.profile"
 MAX_CONFIG_BYTES = 1 << 20
-WARM_UP_SEED = 1_000_000
 
 
 def run_engine(workload: str, seeds: Sequence[int], model: Path, options: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ from shoal.bench.report import as_text, write_json
 from shoal.bench.shoal_target import ShoalTarget
 from shoal.bench.summary import Objective, latencies_s, summarize
 from shoal.bench.target import Target
-from shoal.bench.workloads import WORKLOADS, asks_of, at_poisson_times
+from shoal.bench.workloads import WARM_UP_SEED, WORKLOADS, asks_of, at_poisson_times
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _asks(settings: Settings, vocabulary_tokens: int | None) -> tuple[list[Ask],
         if not measured:
             raise LoadError(f"{settings.input} has {len(given)} requests, --warmup takes them all")
     else:
-        warm_up = list(_workload(settings, settings.seed + 1, vocabulary_tokens, settings.warmup))
+        warm_up = list(_workload(settings, settings.seed + WARM_UP_SEED, vocabulary_tokens, settings.warmup))
         measured = _workload(settings, settings.seed, vocabulary_tokens, None)
     measured = measured[: settings.requests]
     if settings.rate:

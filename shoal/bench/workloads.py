@@ -15,6 +15,8 @@ from shoal.bench.ask import Ask
 
 SHARED_PREFIXES, SHARED_PREFIX_TOKENS = 8, 2048
 _ARRIVALS_STREAM = 1_000_003
+WARM_UP_SEED = 1_000_000
+"""Far from those that measure: what warms up is not to be in a cache."""
 
 Counts = npt.NDArray[np.int64]
 

@@ -14,7 +14,10 @@ _OPTIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--num-blocks", {"type": int, "metavar": "N", "help": "of the KV cache (what the memory holds)"}),
     ("--max-sequences", {"type": int, "metavar": "N", "help": "most sequences in a step (512)"}),
     ("--max-prefill-tokens", {"type": int, "metavar": "N", "help": "most prompt tokens in a step (8192)"}),
-    ("--step-budget-ms", {"type": float, "metavar": "MS", "help": "longest that a step with decodes may take (any)"}),
+    (
+        "--step-budget-ms",
+        {"type": float, "metavar": "MS", "help": "longest that a step with decodes may take (batch work)"},
+    ),
     ("--context-tokens", {"type": int, "metavar": "N", "help": "most tokens of a sequence (8192)"}),
 )
 """Of the engine, whose own defaults hold for those that are not given."""

@@ -38,6 +38,10 @@ class SteppedClock:
             await self._read.wait()
 
 
+CACHED_OF_10 = 4
+"""Tokens of each prompt that are said to be found in a cache."""
+
+
 @dataclass(slots=True)
 class PacedServer:
     """Answers of max_tokens tokens, one call after another: the first token after FIRST_S, each further after PAUSE_S.
@@ -47,6 +51,10 @@ class PacedServer:
 
     clock: SteppedClock = field(default_factory=SteppedClock)
     failures: list[str] = field(default_factory=list)
+    details: dict[str, object] = field(
+        default_factory=lambda: {"prompt_tokens_details": {"cached_tokens": CACHED_OF_10}}
+    )
+    """What OpenAI's usage says besides."""
     asked: list[object] = field(default_factory=list)
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -59,10 +67,6 @@ class PacedServer:
 
     def next_failure(self) -> str:
         return self.failures.pop(0) if self.failures else ""
-
-
-CACHED_OF_10 = 4
-"""Tokens of each prompt that are said to be found in a cache."""
 
 
 class _Gateway(inference_pb2_grpc.InferenceServiceServicer):
@@ -147,8 +151,7 @@ def _endpoint(
             await event(choices=[choice("x", None)])
         if failure != "broken":
             await event(choices=[choice("", "length")])
-            cached = {"prompt_tokens_details": {"cached_tokens": CACHED_OF_10}}
-            await event(choices=[], usage={"completion_tokens": number, "prompt_tokens": 10, **cached})
+            await event(choices=[], usage={"completion_tokens": number, "prompt_tokens": 10, **paced.details})
             await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -62,6 +62,14 @@ async def test_each_token_is_timed_when_it_comes(protocol: str) -> None:
     assert answer.end_to_end_s == pytest.approx(FIRST_S + 9 * PAUSE_S)
 
 
+@pytest.mark.parametrize("details", [{}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {}}])
+async def test_a_server_need_not_tell_what_it_had_cached(details: dict[str, object]) -> None:
+    paced = PacedServer(details=details)
+    async with an_http_target(paced) as target:
+        (answer,) = await open_loop(target, [AN_ASK], paced.clock)
+    assert answer.counts == TokenCounts(10, 10, None)
+
+
 @both
 async def test_waiting_for_a_busy_server_is_part_of_the_latency(protocol: str) -> None:
     paced = PacedServer()

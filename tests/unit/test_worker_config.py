@@ -33,6 +33,8 @@ def test_a_worker_for_batch_work_has_no_step_budget_and_on_a_gpu_larger_steps() 
     assert (on_cpu.step_budget_ms, on_cpu.max_sequences, on_cpu.max_prefill_tokens_per_step) == (0, 32, 256)
     assert (on_gpu.step_budget_ms, on_gpu.max_sequences, on_gpu.max_prefill_tokens_per_step) == (0, 512, 8192)
     assert EngineConfig.parse(on_gpu.arguments()) == on_gpu
+    assert on_gpu.budget_ms is None
+    assert engine_config(a_config(), 3).budget_ms == 200
 
 
 @pytest.mark.parametrize(

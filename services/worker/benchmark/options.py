@@ -56,7 +56,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, default=defaults.block_size_tokens, help="tokens of a block (64)")
     parser.add_argument("--max-sequences", type=int, default=512, help="most sequences in a step (512)")
     parser.add_argument("--max-prefill-tokens", type=int, default=defaults.max_prefill_tokens_per_step, help="a step")
-    parser.add_argument("--step-budget-ms", type=float, help="longest that a step with decodes may take (batch work)")
+    parser.add_argument(
+        "--step-budget-ms", type=float, help="longest that a step with decodes may take (0: batch work)"
+    )
     parser.add_argument("--context-tokens", type=int, default=defaults.context_tokens, help="most tokens of a sequence")
     parser.add_argument("--num-blocks", type=int, help="of the KV cache (what the memory holds)")
     parser.add_argument("--shards", type=int, default=1, help="ranks that the model is dealt out to, a device each (1)")
@@ -86,7 +88,7 @@ def load_engine(arguments: argparse.Namespace, rank: int = 0, file: RankFile | N
         block_size_tokens=arguments.block_size,
         max_sequences=arguments.max_sequences,
         max_prefill_tokens_per_step=arguments.max_prefill_tokens,
-        step_budget_ms=arguments.step_budget_ms,
+        step_budget_ms=arguments.step_budget_ms or None,
         context_tokens=arguments.context_tokens,
         num_blocks=arguments.num_blocks,
         has_graphs=not arguments.no_graphs,

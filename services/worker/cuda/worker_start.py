@@ -110,7 +110,7 @@ def _options(engine: EngineConfig, config: DecoderConfig, device: torch.device) 
         block_size_tokens=engine.block_size_tokens,
         max_sequences=engine.max_sequences,
         max_prefill_tokens_per_step=engine.max_prefill_tokens_per_step,
-        step_budget_ms=engine.step_budget_ms or None,
+        step_budget_ms=engine.budget_ms,
         context_tokens=engine.context_tokens or config.context_tokens,
         has_graphs=device.type == "cuda",
         has_dense_attention=False,

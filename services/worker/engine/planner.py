@@ -56,7 +56,8 @@ class Planner:
         self._limits = limits
         self._step_time = step_time
         self._budget = StepBudget()
-        self._rank = _short_prompts_first if limits.step_budget_ms is not None else batch_work.latest_start
+        self._is_batch = limits.step_budget_ms is None
+        self._rank = batch_work.rank if self._is_batch else _short_prompts_first
         """Who is prefilled and admitted first: the lowest."""
         self._grammars = grammars
         self._cache = PrefixCache()
@@ -126,11 +127,10 @@ class Planner:
 
     @property
     def next_prefill_ms(self) -> float:
-        """How long the next step may take by what waits to be prefilled, if it is no long one. O(sequences that do not
-        decode)."""
+        """How long the next step takes at most by what waits to be prefilled, if it is no long one. O(sequences that do
+        not decode)."""
         ms = self._ms(min(self.waiting_prefill_tokens, self._limits.max_prefill_tokens_per_step))
-        budget_ms = self._budget_ms
-        return ms if budget_ms is None else min(ms, self._budget.stretched_ms(budget_ms))
+        return ms if self._is_batch else min(ms, self._budget.stretched_ms(self._budget_ms))
 
     @property
     def next_deadline_ms(self) -> float | None:
@@ -383,7 +383,8 @@ class Planner:
 
     def _chunks(self, may_admit: bool) -> list[SequenceChunk]:
         decodes = [self._chunk(sequence, 1) for sequence in self._running.values() if sequence.is_decoding]
-        self._budget.begin_step(len(decodes), self._ms(self.waiting_prefill_tokens))
+        if not self._is_batch:
+            self._budget.begin_step(len(decodes), self._ms(self.waiting_prefill_tokens))
         begun = [sequence for sequence in self._begun.values() if sequence.is_prefilling]
         if not begun and not self._waiting:
             return decodes
@@ -394,14 +395,14 @@ class Planner:
         chunks: list[SequenceChunk] = []
         work = StepWork.of(decodes)
         tokens_left = self._limits.max_prefill_tokens_per_step
-        budget_ms, most_ms = self._budget_ms, None
-        if budget_ms is None and self._have_all_come:
+        most_ms = None
+        if self._is_batch and self._have_all_come:
             tokens_left = batch_work.prefill_tokens(
                 self._limits, len(decodes), self._running.values(), self._to_prefill()
             )
         for sequence in sequences:
-            if budget_ms is not None and not chunks:
-                most_ms = self._budget.spend(budget_ms, len(decodes), self._ms(sequence.num_ready_tokens))
+            if not self._is_batch and not chunks:
+                most_ms = self._budget.spend(self._budget_ms, len(decodes), self._ms(sequence.num_ready_tokens))
             if most_ms is not None:
                 within = self._step_time.tokens_within(
                     most_ms, work, sequence.num_computed_tokens, are_scored=sequence.score_from is not None
@@ -421,11 +422,10 @@ class Planner:
         return chunks
 
     @property
-    def _budget_ms(self) -> float | None:
-        """How long a step with decodes is to take; None: of batch work. Cut any shorter, a prompt's launch would take
+    def _budget_ms(self) -> float:
+        """How long a step with decodes is to take, if there is a limit. Cut any shorter, a prompt's launch would take
         longer."""
-        budget_ms = self._limits.step_budget_ms
-        return None if budget_ms is None else max(budget_ms, self._step_time.launch_ms)
+        return max(self._limits.step_budget_ms or 0.0, self._step_time.launch_ms)
 
     @property
     def _have_all_come(self) -> bool:

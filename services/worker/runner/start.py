@@ -77,7 +77,7 @@ def _limits(config: DecoderConfig, engine_config: EngineConfig) -> EngineLimits:
         block_size_tokens=engine_config.block_size_tokens,
         max_sequences=engine_config.max_sequences,
         max_prefill_tokens_per_step=engine_config.max_prefill_tokens_per_step,
-        step_budget_ms=engine_config.step_budget_ms or None,
+        step_budget_ms=engine_config.budget_ms,
         context_tokens=min(engine_config.context_tokens or config.context_tokens, config.context_tokens),
         vocabulary_size=config.vocabulary_size,
     )
