@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from services.worker.engine.limits import EngineLimits
 from services.worker.engine.planner import Planner
 from services.worker.engine.step_budget import LATE_SHARE, LONGEST_STEP, MOST_SAVED, MOST_STRETCH, StepBudget
-from services.worker.engine.step_plan import ChunkResult, StepPlan, StepResult
+from services.worker.engine.step_plan import StepPlan
 from services.worker.engine.step_time import StepTimeModel
-from tests.unit.engine_builders import add, limits_of
+from tests.unit.engine_builders import add, blind_result, limits_of
 
 BUDGET_MS = 40.0
 STEPS = st.lists(st.tuples(st.integers(0, 80), st.sampled_from([30.0, 79.0, 81.0, 1000.0])), max_size=200)
@@ -89,8 +89,8 @@ class Decoding:
     def step(self) -> StepPlan:
         plan = self.planner.plan()
         assert plan is not None
-        result = StepResult(tuple(ChunkResult(None if c.sample_index is None else 5) for c in plan.chunks))
-        self.ended.update(output.sequence_id for output in self.planner.complete(plan, result) if output.end)
+        outputs = self.planner.complete(plan, blind_result(plan))
+        self.ended.update(output.sequence_id for output in outputs if output.end)
         return plan
 
     def prefilled(self) -> int:

@@ -57,7 +57,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sequences", type=int, default=512, help="most sequences in a step (512)")
     parser.add_argument("--max-prefill-tokens", type=int, default=defaults.max_prefill_tokens_per_step, help="a step")
     parser.add_argument(
-        "--step-budget-ms", type=float, help="longest that a step with decodes may take (0: batch work)"
+        "--step-budget-ms", type=float, default=0.0, help="longest that a step with decodes may take (0: batch work)"
     )
     parser.add_argument("--context-tokens", type=int, default=defaults.context_tokens, help="most tokens of a sequence")
     parser.add_argument("--num-blocks", type=int, help="of the KV cache (what the memory holds)")

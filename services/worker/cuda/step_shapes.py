@@ -4,12 +4,12 @@ What is behind a step's own rows, tiles and pieces is computed for nothing: rows
 and pieces only a program that leaves at once.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from services.worker.cuda.step_inputs import StepLayout, StepSizes, num_shared_pieces_for
+from services.worker.engine.limits import least_size
 from services.worker.engine.step_plan import SequenceChunk
 from services.worker.kernels.small_product import MOST_ROWS as MOST_ROWS_OF_FEW
 from services.worker.kernels.small_product import row_blocks
@@ -110,10 +110,10 @@ class StepShapes:
         num_decodes = self._layout.num_decodes(chunks)
         is_scored = any(chunk.scored_token_ids for chunk in chunks)
         if num_decodes == len(chunks) and not is_scored and all(chunk.sample_index is not None for chunk in chunks):
-            num_rows = _least(self._decodes, num_decodes)
+            num_rows = least_size(self._decodes, num_decodes)
             return StepShape(num_rows, num_rows, shares=shares) if num_rows else None
-        num_rows = _least(self._chunks, sum(len(chunk.token_ids) for chunk in chunks))
-        cap = _least(self._caps, num_decodes)
+        num_rows = least_size(self._chunks, sum(len(chunk.token_ids) for chunk in chunks))
+        cap = least_size(self._caps, num_decodes)
         if num_rows is None or cap is None or is_scored or len(chunks) - num_decodes > MOST_CHUNKS:
             return None
         return StepShape(num_rows, min(cap, num_rows), has_chunks=True, shares=shares)
@@ -134,12 +134,6 @@ class StepShapes:
             StepShape(size, min(self._caps[-1], size), has_chunks=True) for size in _first_of_forms(self._chunks)
         ]
         return [*shapes, *(replace(shape, shares=True) for shape in shapes if self.may_share(shape.num_decodes))]
-
-
-def _least(sizes: Sequence[int], wanted: int) -> int | None:
-    """Return the least size that holds so many; None: none does."""
-    index = bisect_left(sizes, wanted)
-    return sizes[index] if index < len(sizes) else None
 
 
 def _first_of_forms(sizes: Sequence[int]) -> list[int]:

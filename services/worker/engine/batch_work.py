@@ -13,10 +13,9 @@ prompts are computed as fast as can be. So they are while others still come, who
 wait with: whatever is put off here would keep those waiting there.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable
 
-from services.worker.engine.limits import EngineLimits
+from services.worker.engine.limits import EngineLimits, least_size
 from services.worker.engine.sequence import Sequence
 
 LEAST_ROWS = 256
@@ -64,8 +63,6 @@ def _answer_tokens(sequence: Sequence) -> int:
 
 def _filled_up(limits: EngineLimits, num_rows: int) -> int:
     """Return a number of rows that takes no longer; more than the largest size: as many as can be."""
-    sizes = limits.filled_up_to
-    if not sizes:
+    if not limits.filled_up_to:
         return num_rows
-    index = bisect_left(sizes, num_rows)
-    return sizes[index] if index < len(sizes) else num_rows + limits.max_prefill_tokens_per_step
+    return least_size(limits.filled_up_to, num_rows) or num_rows + limits.max_prefill_tokens_per_step

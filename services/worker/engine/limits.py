@@ -1,5 +1,7 @@
 """What one engine can hold, fixed at its start."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,3 +32,9 @@ class EngineLimits:
     def blocks_for(self, num_tokens: int) -> int:
         """Return how many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size_tokens)
+
+
+def least_size(sizes: Sequence[int], wanted: int) -> int | None:
+    """Return the least of some ascending sizes that holds so many; None: none does."""
+    index = bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else None

@@ -9,6 +9,8 @@ prompts, say.
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from services.worker.engine.limits import least_size
+
 FOLLOWS = 0.1
 """How far a step moves its size's factor, and that of all, to what it took."""
 
@@ -25,8 +27,7 @@ class SizeFactors:
 
     def filled(self, num_tokens: int) -> int | None:
         """What a step of so many tokens is filled up to. None: it is not."""
-        index = bisect_left(self.sizes, num_tokens)
-        return self.sizes[index] if index < len(self.sizes) else None
+        return least_size(self.sizes, num_tokens)
 
     def factor(self, size: int) -> float:
         """Return how many times as long as the line says a step of a size takes."""
