@@ -61,6 +61,18 @@ def test_of_some_hundred_rows_with_prompts_less_than_a_quarter_is_for_nothing(mo
     assert all((after - before - 1) / (before + 1) < 1 / 4 for before, after in pairwise(sizes) if before >= 128)
 
 
+def test_a_step_that_is_as_large_as_a_size_is_filled_up_to_no_larger_one() -> None:
+    of = shapes(a_layout()).of
+    for size in decode_sizes(MOST_SEQUENCES):
+        shape = of([a_chunk(number, 700, 1, 5) for number in range(size)], shares=False)
+        assert shape
+        assert shape.num_rows == size
+    for size in chunk_sizes(MOST_ROWS):
+        shape = of([a_chunk(0, 700, 1, 5), a_chunk(1, 0, size - 1)], shares=False)
+        assert shape
+        assert shape.num_rows == size
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     decodes=st.lists(st.integers(1, 4000), max_size=MOST_SEQUENCES),
